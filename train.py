@@ -1,0 +1,887 @@
+"""Training: one loop for every model of this repository.
+
+    python train.py                                        # a class-conditional DiT on `shapes`: five minutes on a laptop
+    python train.py --recipe paper                         # the same model the way the DiT paper trains: AdamW, eps, linear schedule
+    python train.py --model DiT-S/2 --data cifar10         # the paper's smallest DiT on 32x32 photographs, on one GPU
+    python train.py --data folder:my_pictures --out out/mine --steps 20000
+    python train.py --out out/mine --resume                # go on after Ctrl-C, SIGTERM, or a crash: bit for bit the same run
+    torchrun --nproc-per-node 2 train.py ...               # data-parallel: the same run on more devices
+
+The idea.  A task says what a step is: `draw` takes every random number of the step at once, `loss` is then a pure function of
+tensors. `train` is the loop, and does not ask which task it runs. Because step s draws from a generator seeded by (seed, s), and
+batch s is a function of (seed, s), the state of a run is its tensors and the number s. Hence exact resume in a few lines, and the
+same result on one device or several: each draws the noise of the whole batch and keeps its own rows.
+
+Contents: Config, checkpoints, Muon, the tasks (tiny autoencoder; diffusion with a DiT), the loop, the benchmark.
+In the output folder: ckpt.pt, config.json, log.csv, loss.png, samples/000500.png (EMA weights, always the same seeds).
+"""
+import argparse
+import copy
+import csv
+import dataclasses
+import difflib
+import json
+import math
+import os
+import pathlib
+import pickle
+import re
+import signal
+import sys
+import time
+import zipfile
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data as data_module
+from data import Batches, save_grid, to_float, to_uint8
+from diffusion import GaussianDiffusion, RectifiedFlow, randn
+from dit import DIT_CONFIGS, DiT, dit_config, infer_config
+from vae import TinyAutoencoder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration: one dataclass; every field is a flag, its default stands here and nowhere else
+
+def flag(default, help, **choices):
+    return dataclasses.field(default=default, metadata={"help": help, **choices})
+
+
+@dataclasses.dataclass
+class Config:
+    """Everything that defines a run. The defaults are the five-minute run. Source: measured, see README (results)."""
+    model: str = flag("DiT-96x4/1", "DiT-S/2 ... DiT-XL/8 of the paper, DiT-WxD/p (width, depth, patch), or tiny-ae (an autoencoder)")
+    data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, emoji, folder:PATH (class sub-folders, captions, or flat), latents:PATH")
+    data_dir: str = flag("data", "where official files are looked for, and downloaded to when asked for by name")
+    image_size: int = flag(32, "side of the training pictures in pixels")
+    hold_out: bool = flag(False, "shapes, scenes: keep six shape-colour pairs out of training, to test composition")
+    skip_bad: bool = flag(False, "folder: drop unreadable images and count them, instead of stopping")
+    recipe: str = flag("fast", "a set of defaults; any flag that you give wins", choices=["fast", "paper"])
+    first_stage: str = flag("auto", "what DiT runs on: tiny (latents of a small autoencoder, trained first), none (pixels), a tiny-ae "
+                                    "checkpoint, or auto (tiny for shapes and scenes, none otherwise)")
+    latent_channels: int = flag(8, "channels of the tiny autoencoder's latents")
+    factor: int = flag(4, "how much smaller its latents are, per side")
+    conditioning: str = flag("adaln_zero", "DiT block", choices=["adaln_zero", "adaln", "cross_attention", "in_context"])
+    class_dropout: float = flag(0.1, "share of labels hidden in training, for guidance")
+    schedule: str = flag("flow", "flow (straight lines, velocity) or a Gaussian schedule", choices=["flow", "linear", "cosine", "scaled_linear"])
+    prediction: str = flag("eps", "Gaussian schedules: what the network predicts", choices=["eps", "v", "x0"])
+    learn_sigma: bool = flag(False, "Gaussian schedules: also learn the variance")
+    steps: int = flag(1500, "optimizer steps")
+    batch_size: int = flag(32, "pictures per optimizer step, over all devices")
+    accum: int = flag(1, "split each batch into so many micro-batches (less memory, same result)")
+    optimizer: str = flag("muon", "muon (on the matrices inside the blocks; AdamW on the rest) or adamw (on everything)", choices=["muon", "adamw"])
+    lr: float = flag(2e-3, "learning rate of AdamW")
+    muon_lr: float = flag(0.02, "learning rate of Muon")
+    weight_decay: float = flag(0.0, "decoupled weight decay")
+    warmup: int = flag(30, "steps of linear warm-up")
+    lr_decay: str = flag("cosine", "after the warm-up: cosine to zero, or constant", choices=["cosine", "constant"])
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 = no clipping")
+    ema: float = flag(0.99, "decay of the averaged weights, min(ema, (1+s)/(10+s)) at step s")
+    cfg_scale: float = flag(2.0, "guidance of the previews; 1 = none")
+    seed: int = flag(0, "of weights, data order and noise")
+    device: str = flag("auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
+    compile: str = flag("auto", "torch.compile the model: on, off, auto (on for cuda)", choices=["auto", "on", "off"])
+    out: str = flag("", "output folder; default out/MODEL-DATA")
+    resume: bool = flag(False, "continue the run in --out")
+    init: str = flag("", "start from the (EMA) weights of this checkpoint")
+    log_every: int = flag(10, "steps between rows of log.csv")
+    sample_every: int = flag(500, "steps between previews; 0 = only at the end")
+    save_every: int = flag(500, "steps between checkpoints")
+    overfit_batch: bool = flag(False, "self-check: one batch with fixed noise again and again; its loss must fall below 5 %%")
+    bench: int = flag(0, "time this many steps, print throughput against the machine's matrix-product peak, and stop")
+
+
+RECIPES = {  # what a recipe or a model changes among the defaults above
+    "fast": {},
+    "paper": dict(schedule="linear", prediction="eps", learn_sigma=True, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0,
+                  grad_clip=0.0, ema=0.9999),                                               # DiT §4; papers/dit.md §5
+    "tiny-ae": dict(steps=500, batch_size=64)}
+
+
+class UserError(ValueError):
+    """Something that the person at the keyboard can mend: shown as one line, exit code 2. Source: README, common errors."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are one line like all others. Source: argparse."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+class HelpFormat(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help keeps the docstring's lines and shows every default. Source: argparse."""
+
+
+def parse(cls, argv, description, presets=lambda args: {}):
+    """Command line -> cls. Flags are its fields with dashes (underscores are understood); `presets(args)` may shift defaults.
+
+    Exits with code 2 and one line for an unknown flag (naming the nearest) or a bad value. Source: Config.
+    """
+    def read(defaults):
+        parser = Parser(description=description, formatter_class=HelpFormat, allow_abbrev=False)
+        for f in dataclasses.fields(cls):
+            how = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else dict(type=type(f.default))
+            if "choices" in f.metadata:
+                how["choices"] = f.metadata["choices"]
+            parser.add_argument("--" + f.name.replace("_", "-"), default=defaults.get(f.name, f.default), help=f.metadata["help"], **how)
+        args, unknown = parser.parse_known_args([re.sub(r"^(--[^=]*)", lambda m: m[1].replace("_", "-"), a) for a in argv])
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], list(parser._option_string_actions), 1)
+            raise UserError(f"unknown argument {unknown[0]!r}" + (f": did you mean {near[0]}?" if near else ": see --help"))
+        return cls(**vars(args))
+    return read(presets(read({})))
+
+
+def resolve_device(name):
+    """auto -> cuda, mps or cpu; anything asked for by name must be there. Raises UserError otherwise. Source: torch."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(k for k, there in have.items() if there)
+    if not have[name]:
+        raise UserError(f"--device {name}: this machine or this build of torch has none; leave the flag out, or say --device cpu")
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints: a plain dict of tensors and builtins, written whole or not at all, read without running any code in it
+
+def save_checkpoint(path, state):
+    """Write atomically: a crash, a kill or a full disk leaves the old file as it was. Raises UserError when it cannot. Source: os.replace."""
+    path = pathlib.Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({str(error).splitlines()[0]}); the previous checkpoint, if any, is intact") from error
+
+
+def load_checkpoint(path):
+    """A checkpoint of ours, or an official file, as {"model": state_dict, ...}; prefixes of DDP and compile are stripped.
+
+    Official: a bare state_dict or {"ema" | "model" | "state_dict": ...}. Raises UserError for a missing, damaged or unsafe file.
+    Source: torch.load(weights_only=True) runs no code from the file.
+    """
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}" + (": train first (python train.py)" if "ckpt.pt" in str(path) else ""))
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
+            raise UserError(f"{path} is damaged (a checksum inside it does not match): copy or download it again")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds more than tensors and plain values, so it was not loaded (it could run code). If you trust its source: "
+                        "x = torch.load(path, weights_only=False); torch.save({'model': x['ema']}, new_path)") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a readable checkpoint (truncated, or another kind of file): {(str(error) or type(error).__name__).splitlines()[0][:120]}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    if "format" in state:
+        return state
+    weights = next((state[k] for k in ("ema", "model", "state_dict") if isinstance(state.get(k), dict)), state)
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items() if torch.is_tensor(v)}
+    return {"model": weights, "ema": weights}
+
+
+def load_weights(model, weights, path):
+    """Copy a state_dict into model, or say what does not fit: the first five names with both shapes. Raises UserError. Source: torch."""
+    have = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in weights.items()}
+    wrong = [f"{k}: file {given.get(k, 'has none')}, model {have.get(k, 'has none')}"
+             for k in sorted(have.keys() | given.keys()) if have.get(k) != given.get(k)]
+    if wrong:
+        raise UserError(f"{path} does not fit this model, {len(wrong)} tensors differ: " + "; ".join(wrong[:5]))
+    model.load_state_dict(weights)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Muon: the update of every matrix is replaced by the nearest orthogonal one, so that all directions learn at the same pace
+
+@torch.no_grad()
+def orthogonalise(G, steps=5):
+    """Push the singular values of matrices G (n, rows, cols) to about 1 without an SVD. Source: Jordan et al. 2024 (Newton-Schulz quintic)."""
+    X = G.bfloat16() if G.is_cuda else G        # bfloat16 is five times slower than float32 on a CPU
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X
+    for _ in range(steps):
+        A = X @ X.mT                                                                        # (n, min, min)
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then orthogonalisation, for weights with two or more axes (all but the first are flattened).
+
+    torch.optim.Muon does one matrix at a time and in bfloat16, which costs a CPU more than the forward pass; here equal shapes
+    are stacked. Like torch's fused optimizers it skips the step when its `found_inf` (a 0-dim tensor on the device) is 1.
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; scale sqrt(max(1, rows/cols)).
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.found_inf = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self):
+        """One update of every parameter. Source: Jordan et al. 2024."""
+        keep = 1.0 - self.found_inf                                                         # 0 = leave everything as it is
+        for group in self.param_groups:
+            stacks = {}
+            for p in group["params"]:
+                stacks.setdefault(p.shape, []).append(p)
+            for shape, params in stacks.items():
+                grads = torch.stack([p.grad for p in params])                               # (n, *shape)
+                grads = torch.where(keep > 0, grads, 0.0)
+                momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))    # one tensor for the stack
+                momentum.lerp_(grads, (1 - group["momentum"]) * keep)
+                update = orthogonalise(grads.lerp(momentum, group["momentum"]).flatten(2))  # (n, rows, cols), Nesterov
+                update = update.view_as(grads) * max(1, shape[0] / math.prod(shape[1:])) ** 0.5
+                for p, u in zip(params, update):
+                    p.sub_((u + group["weight_decay"] * p) * (group["lr"] * keep))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tasks: build(config, info) -> model, prepare, draw, loss, preview. `info` says what the data look like (see describe).
+
+class AutoencoderTask:
+    """Train a TinyAutoencoder to give pictures back. Source: vae.py; LDM §3.1."""
+    matrices = r"(en|de)coder\.\d+\.conv"       # Muon's share: the convolutions inside the residual blocks
+
+    def __init__(self, config, info):
+        self.config, self.info = config, info
+        if info["image_size"] % config.factor:
+            raise UserError(f"image size {info['image_size']} is not divisible by the autoencoder's factor {config.factor}")
+        self.model = TinyAutoencoder(info["channels"], config.latent_channels, config.factor)
+        side = info["image_size"] // config.factor
+        self.latent_shape = (config.latent_channels, side, side)
+
+    def prepare(self, dataset, device):
+        return dataset
+
+    def macs(self):
+        """Multiply-accumulates of one forward of one picture. Source: torch.utils.flop_counter (2 flops each)."""
+        meta = copy.deepcopy(self.model).to("meta")
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            meta(torch.zeros(1, self.info["channels"], *[self.info["image_size"]] * 2), torch.zeros(1, *self.latent_shape))
+        return counter.get_total_flops() // 2
+
+    def draw(self, n, generator, device):
+        return {"noise": randn((n, *self.latent_shape), generator, device), "flip": torch.rand(n, generator=generator, device=device)}
+
+    def loss(self, net, batch):
+        recon, z = net(to_float(batch["x"]), batch["noise"])
+        mse = (recon.float() - to_float(batch["x"])).square().mean()
+        # the small pull keeps latents bounded; see vae.py
+        return mse + 1e-4 * z.float().square().mean(), {"mse": mse.detach(), "psnr": 10 * torch.log10(4 / mse.detach())}
+
+    def preview(self, model, dataset, device, path):
+        x = to_float(dataset.images[:32]).to(device)
+        rows = torch.stack([x, model.decode(model.encode(x)).clamp(-1, 1)], 1).flatten(0, 1)    # picture, reconstruction, picture, ...
+        save_grid(rows.cpu(), path, nrow=16, scale=2)
+
+    def state(self):
+        return {}
+
+
+class DiffusionTask:
+    """Train and sample a class-conditional DiT, on pixels or on the latents of a frozen first stage. Source: DiT §3; LDM §3.
+
+    sizes: constructor arguments of the DiT, instead of config.model's (for official files). Raises UserError for flags that clash.
+    """
+    matrices = r"blocks\.\d+\.(attn|mlp|cross_attn)\."      # Muon's share: not the modulations, embedders or the final layer
+
+    def __init__(self, config, info, first_stage=None, sizes=None):
+        self.config, self.info, self.first_stage = config, info, first_stage
+        if config.schedule == "flow" and config.learn_sigma:
+            raise UserError("--learn-sigma belongs to a Gaussian schedule: add --schedule linear or cosine")
+        self.process = RectifiedFlow() if config.schedule == "flow" else GaussianDiffusion(
+            schedule=config.schedule, prediction=config.prediction, learn_sigma=config.learn_sigma)
+        size, channels = info["image_size"], info["channels"]
+        if first_stage is not None:
+            size, channels = size // first_stage.factor, first_stage.latent_channels
+        self.shape = (channels, size, size)
+        self.model = DiT(**sizes or dict(
+            input_size=size, in_channels=channels, num_classes=len(info["class_names"]), learn_sigma=config.learn_sigma,
+            class_dropout_prob=config.class_dropout, conditioning=config.conditioning, **dit_config(config.model)))
+
+    @classmethod
+    def official(cls, sizes):
+        """The task of an official DiT file: linear schedule, eps, and the sizes that dit.infer_config read off it. Source: DiT's release."""
+        config = Config(schedule="linear", prediction="eps", learn_sigma=sizes["learn_sigma"], cfg_scale=4.0)
+        return cls(config, {"name": "", "class_names": [], "channels": sizes["in_channels"], "image_size": sizes["input_size"]}, None, sizes)
+
+    @torch.no_grad()
+    def prepare(self, dataset, device):
+        """Pictures -> what DiT is trained on: with a first stage, all latents at once, so that no step encodes anything."""
+        if self.first_stage is None:
+            return dataset
+        vae, x = self.first_stage.to(device), dataset.images
+        x = torch.cat([x, x.flip(-1)]) if dataset.flip else x       # a latent cannot be mirrored, so mirror before encoding
+        if bool((vae.std == 1).all()):
+            vae.standardise(to_float(x[:2000]).to(device))
+        z = torch.cat([vae.encode(to_float(c.to(device))) for c in x.split(1000)])          # (N, c, h, w)
+        labels = dataset.labels.repeat(2) if dataset.flip else dataset.labels
+        return dataclasses.replace(dataset, images=z, labels=labels, flip=False)
+
+    def macs(self):
+        """Multiply-accumulates of one forward of one picture. Source: torch.utils.flop_counter (2 flops each)."""
+        meta = copy.deepcopy(self.model).to("meta")
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            meta(torch.zeros(1, *self.shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+        return counter.get_total_flops() // 2
+
+    def draw(self, n, generator, device):
+        uniform = lambda: torch.rand(n, generator=generator, device=device)
+        return {"drop": uniform(), "flip": uniform(), **self.process.draw((n, *self.shape), generator, device)}
+
+    def loss(self, net, batch):
+        x0 = batch["x"] if batch["x"].is_floating_point() else to_float(batch["x"])
+        y = self.model.drop_labels(batch["y"], batch["drop"])
+        return self.process.loss(net, x0, y, batch["t"], batch["eps"])
+
+    @torch.no_grad()
+    def sample(self, model, y, cfg_scale=2.0, callback=None, **options):
+        """Draw one example per label y (B,) -> (B, C, H, W) in model space; options as in diffusion's sample.
+
+        callback(x0 guess) is called after every step. to_pictures turns the result into pictures. Source: DiT §3.1.
+        """
+        null = torch.full_like(y, self.model.num_classes)
+        if self.model.num_classes == 0 or self.model.class_dropout_prob == 0:
+            cfg_scale = 1.0                                          # nothing to guide by
+        options = {"clip": self.first_stage is None and self.shape[0] in (1, 3), "device": y.device, **options}
+        if "sampler" not in options:
+            options["sampler"] = "ddpm" if self.config.learn_sigma else self.process.samplers[0]
+        for x, x0 in self.process.trajectory(model, (len(y), *self.shape), y, null, cfg_scale=cfg_scale, **options):
+            if callback is not None:
+                callback(x0)
+        return x
+
+    def encode(self, x):
+        """Pictures (B, C, H, W) in [-1, 1] -> model space. Source: LDM §3.1."""
+        return x if self.first_stage is None else self.first_stage.to(x.device).encode(x)
+
+    def shrink_mask(self, mask):
+        """Mask (B, 1, H, W), 1 = paint here -> model space: a latent cell is painted if any of its pixels is. Source: LDM §4.5."""
+        return mask if mask is None or self.first_stage is None else torch.nn.functional.max_pool2d(mask, self.first_stage.factor)
+
+    def to_pictures(self, x):
+        """Model space -> uint8 pictures (B, C, H, W). Latents without a first stage show three channels in false colours. Source: LDM §3.1."""
+        if self.first_stage is not None:
+            return to_uint8(self.first_stage.to(x.device).decode(x))
+        return to_uint8(x if x.shape[1] in (1, 3) else x[:, :3] / 3)
+
+    def preview(self, model, dataset, device, path):
+        names = self.info["class_names"]
+        count = min(48, max(1, len(names)) * max(1, 40 // max(1, len(names))))
+        y = torch.arange(count, device=device) % max(1, len(names))
+        seeds = [torch.Generator(device).manual_seed(i) for i in range(count)]
+        images = self.to_pictures(self.sample(model, y, cfg_scale=self.config.cfg_scale, steps=25, generator=seeds))
+        save_grid(images.cpu(), path, nrow=8, captions=[names[i] for i in y.tolist()] if names else None)
+
+    def state(self):
+        if self.first_stage is None:
+            return {}
+        return {"first_stage": {"factor": self.first_stage.factor, "model": self.first_stage.state_dict()}}
+
+
+def build_autoencoder(config, info):
+    """Config -> AutoencoderTask. Source: vae.py."""
+    return AutoencoderTask(config, info)
+
+
+def build_diffusion(config, info):
+    """Config -> DiffusionTask; config.first_stage is a checkpoint's path, "none", or "tiny" (untrained: --bench, --overfit-batch). Source: dit.py."""
+    if config.first_stage == "tiny":
+        first_stage = TinyAutoencoder(info["channels"], config.latent_channels, config.factor).eval().requires_grad_(False)
+    elif config.first_stage == "none":
+        first_stage = None
+    else:
+        first_stage = load_first_stage(load_checkpoint(config.first_stage), config.first_stage)
+        if first_stage is None:
+            raise UserError(f"{config.first_stage} holds no autoencoder: --first-stage wants the checkpoint of --model tiny-ae")
+    if first_stage is not None and info["image_size"] % first_stage.factor:
+        raise UserError(f"image size {info['image_size']} is not divisible by the first stage's factor {first_stage.factor}")
+    return DiffusionTask(config, info, first_stage)
+
+
+def load_first_stage(state, path):
+    """The frozen autoencoder in a tiny-ae checkpoint, or in a diffusion checkpoint that carries one; None if it carries none. Source: LDM §3.1."""
+    if state.get("task") == "tiny-ae":
+        state = {"factor": state["config"]["factor"], "model": state["ema"]}
+    elif "first_stage" in state:
+        state = state["first_stage"]
+    else:
+        return None
+    cell, latent = state["model"]["encoder.1.weight"].shape[1], state["model"]["mean"].shape[0]
+    vae = TinyAutoencoder(cell // state["factor"] ** 2, latent, state["factor"])
+    load_weights(vae, state["model"], path)
+    return vae.eval().requires_grad_(False)
+
+
+TASKS = {"tiny-ae": build_autoencoder, "dit": build_diffusion}      # name -> how to build it; the loop never asks which one it runs
+
+
+def task_name(model):
+    """Which task trains a model of this name. Raises UserError with the nearest legal names. Source: TASKS."""
+    if model in TASKS and model != "dit":
+        return model
+    try:
+        dit_config(model)
+    except ValueError as error:
+        near = difflib.get_close_matches(model, ["tiny-ae", "DiT-96x4/1", *DIT_CONFIGS], 1)
+        raise UserError(str(error) + (f". Did you mean {near[0]}?" if near else "")) from error
+    return "dit"
+
+
+def describe(dataset, image_size):
+    """What a model needs to know of its data, as plain values that travel in the checkpoint. Source: DESIGN."""
+    return {"name": dataset.name, "class_names": list(dataset.class_names), "channels": dataset.images.shape[1], "image_size": image_size}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loop
+
+def learning_rate(step, config):
+    """Factor on every learning rate at a step: linear warm-up, then constant or cosine to zero. Source: common practice."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.lr_decay == "constant":
+        return warm
+    return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+def make_optimizers(config, task):
+    """AdamW on everything that requires grad, or Muon on the task's block matrices and AdamW on the rest -> list. Source: Config."""
+    named = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if config.optimizer == "muon" and p.dim() >= 2 and re.match(task.matrices, n)]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    fused = rest[0].device.type in ("cuda", "cpu")
+    optimizers = [torch.optim.AdamW(rest, lr=config.lr, weight_decay=config.weight_decay, fused=fused)]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, keep):
+    """ema += (1 - decay) * keep * (model - ema), in a few kernels; keep (0-dim tensor, 0 or 1) = was this step taken. Source: DiT §4."""
+    averaged, current = list(ema.parameters()), list(model.parameters())
+    delta = torch._foreach_sub(current, averaged)
+    torch._foreach_mul_(delta, (1 - decay) * keep)
+    torch._foreach_add_(averaged, delta)
+    for a, c in zip(ema.buffers(), model.buffers()):
+        a.copy_(c)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM set a flag, the loop saves at the next step boundary; a second signal ends the program at once. Source: signal."""
+
+    def __init__(self):
+        self.signum = 0
+        self.old = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(self, signum, frame):
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum
+
+    def restore(self):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+def draw_loss(out):
+    """log.csv -> loss.png: the loss, faint, and its running mean. Source: log.csv."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    with open(out / "log.csv") as f:
+        rows = [(int(r["step"]), float(r["loss"])) for r in csv.DictReader(f)]
+    steps, losses, smooth = [s for s, _ in rows], [l for _, l in rows], []
+    for loss in losses:
+        smooth.append(loss if not smooth or not math.isfinite(smooth[-1]) else 0.9 * smooth[-1] + 0.1 * loss)
+    figure, axes = plt.subplots(figsize=(5, 4), dpi=90)
+    axes.plot(steps, losses, alpha=0.3, label="loss of a batch")
+    axes.plot(steps, smooth, label="running mean")
+    axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log", title=out.name)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(out / "loss.png")
+    plt.close(figure)
+
+
+class Log:
+    """log.csv, the progress bar's text and the time estimate. Source: DESIGN §3."""
+
+    def __init__(self, out, config, step, batch_size, bar):
+        self.config, self.bar, self.batch_size, self.first_step = config, bar, batch_size, step
+        self.started = self.marked = time.perf_counter()
+        self.marked_step, rows = step, []
+        if step:                                    # after a resume: keep the rows up to the checkpoint, drop what came after it
+            with open(out / "log.csv", newline="") as f:
+                rows = [r for r in csv.reader(f) if r[0] == "step" or int(r[0]) <= step]
+        self.file = open(out / "log.csv", "w", newline="")
+        self.writer = csv.writer(self.file)
+        self.writer.writerows(rows)
+        self.empty = not rows
+
+    def row(self, step, names, values, lr):
+        now = time.perf_counter()
+        rate = (step - self.marked_step) * self.batch_size / max(1e-9, now - self.marked)
+        if self.empty:
+            self.writer.writerow(["step", *names, "lr", "images_per_s", "seconds"])
+            self.empty = False
+        self.writer.writerow([step, *(f"{v:.9g}" for v in values), f"{lr:.6g}", f"{rate:.1f}", f"{now - self.started:.1f}"])
+        self.file.flush()
+        self.bar.set_postfix_str(f"loss {values[0]:.4f}, {rate:.0f} images/s", refresh=False)
+        if self.marked_step == self.first_step + self.config.log_every:      # the second interval: the first one warms up
+            left = (now - self.marked) / (step - self.marked_step) * (self.config.steps - step)
+            self.bar.write(f"about {left / 60:.1f} minutes to go on this machine ({self.config.steps - step} steps)", file=sys.stderr)
+        self.mark(step)
+
+    def mark(self, step):
+        """Start the next interval here: drawing previews is not training. Source: images/s in log.csv."""
+        self.marked, self.marked_step = time.perf_counter(), step
+
+
+def compile_or_warn(net, step_loss):
+    """net.compile(), in place so that names in checkpoints stay clean; a platform that cannot is told once and runs eagerly.
+
+    step_loss: a callable that runs one forward. Source: torch.compile.
+    """
+    net.compile()
+    try:
+        step_loss().backward()
+    except Exception as error:                      # no compiler, an unsupported platform: many kinds of error, one consequence
+        print(f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0][:100]}); going on without it", file=sys.stderr)
+        net._compiled_call_impl = None
+    net.zero_grad(set_to_none=True)
+
+
+def train(config, dataset, task):
+    """Run a task until config.steps -> path of its checkpoint. After Ctrl-C or SIGTERM: saves, exits with 128 + the signal.
+
+    Raises UserError for a batch that cannot be split, a failed save, or ten non-finite steps in a row. Source: DiT §4 (recipe).
+    """
+    # --- where: device, rank, precision
+    device, out = config.device, pathlib.Path(config.out)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size % (world * config.accum):
+        raise UserError(f"batch size {config.batch_size} does not split over {world} process(es) x {config.accum} micro-batch(es)")
+    autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()
+
+    # --- what: data on the device, model (float32 master weights), its average, optimizers
+    model = task.model.to(device)
+    batches = Batches(task.prepare(dataset, device), config.batch_size, device, config.seed)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = make_optimizers(config, task)
+    step = resume(out / "ckpt.pt", model, ema, optimizers) if config.resume else 0
+
+    # --- a micro-batch: the random numbers of the whole step, of which this rank and this part keep their rows
+    generator, part = torch.Generator(device), config.batch_size // (world * config.accum)
+
+    def micro_batch(step, micro):
+        generator.manual_seed((config.seed * 1_000_003 + step) % 2 ** 63)
+        draws, first = task.draw(config.batch_size, generator, device), (micro * world + rank) * part
+        rows = slice(first, first + part)
+        return {**batches.batch(step, rows, draws.pop("flip")), **{k: v[rows] for k, v in draws.items()}}
+
+    def save():
+        save_checkpoint(out / "ckpt.pt", {
+            "format": 1, "task": task_name(config.model), "config": dataclasses.asdict(config), "info": task.info, "step": step,
+            "model": model.state_dict(), "ema": ema.state_dict(), "opt": [o.state_dict() for o in optimizers], **task.state()})
+
+    net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    if config.compile == "on" or (config.compile == "auto" and device == "cuda"):
+        with autocast:
+            compile_or_warn(net, lambda: task.loss(net, micro_batch(step, 0))[0])
+
+    # --- the loop
+    stop, bad, worst = Stop(), torch.zeros((), device=device), torch.zeros((), device=device)
+    bar = tqdm(total=config.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True, desc=config.model)
+    log = Log(out, config, step, config.batch_size, bar) if rank == 0 else None
+    while step < config.steps:
+        scale = learning_rate(step, config)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["base_lr"] * scale
+
+        sums = {}
+        for micro in range(config.accum):           # gradients add up; only the last backward talks to the other ranks
+            with net.no_sync() if world > 1 and micro < config.accum - 1 else nullcontext():
+                with autocast:
+                    loss, metrics = task.loss(net, micro_batch(step, micro))
+                (loss / config.accum).backward()
+            for k, v in {"loss": loss.detach(), **metrics}.items():
+                sums[k] = sums.get(k, 0.0) + v.float() / config.accum
+
+        # a non-finite gradient skips the update on the device: the host need not wait to hear of it
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf, foreach=True)
+        keep = torch.isfinite(norm).float()
+        for optimizer in optimizers:
+            optimizer.found_inf = 1.0 - keep
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)), keep)
+        bad = (bad + 1) * (1 - keep)
+        worst = torch.maximum(worst, bad)
+        step += 1
+        bar.update()
+
+        if step % config.log_every == 0 or step == config.steps or (world == 1 and stop.signum):
+            values = torch.stack([*sums.values(), norm.float(), worst, torch.tensor(float(stop.signum), device=device)])
+            if world > 1:
+                dist.all_reduce(values)             # the norm and the counter are the same everywhere; losses are averaged
+                values /= world
+            *values, skipped, signum = values.tolist()      # the one place where the host waits for the device
+            if skipped >= 10:
+                raise UserError(f"loss or gradient not finite ten times in a row, up to step {step}. Weights were never updated with one, and "
+                                f"the last checkpoint is intact: lower --lr (and --muon-lr), or look at the data")
+            if skipped:
+                bar.write(f"step {step}: loss or gradient not finite (loss {values[0]}), {int(skipped)} step(s) in a row skipped", file=sys.stderr)
+                worst = bad.clone()
+            if rank == 0:
+                log.row(step, [*sums, "grad_norm"], values, scale * config.lr)
+            stop.signum = stop.signum or math.ceil(signum)
+        stopping = stop.signum if world == 1 or step % config.log_every == 0 or step == config.steps else 0
+        if rank == 0 and (step % config.save_every == 0 or step == config.steps or stopping):
+            save()
+        if rank == 0 and not stopping and (step == config.steps or (config.sample_every and step % config.sample_every == 0)):
+            task.preview(ema, dataset, device, out / "samples" / f"{step:06d}.png")
+            draw_loss(out)
+            log.mark(step)
+        if stopping:
+            break
+    bar.close()
+    stop.restore()
+    if world > 1:
+        dist.barrier()                              # nobody reads the checkpoint before it is written
+    if stop.signum:
+        print(f"stopped at step {step}, saved in {out}; the same command with --resume goes on", file=sys.stderr)
+        raise SystemExit(128 + stop.signum)
+    return out / "ckpt.pt"
+
+
+def resume(path, model, ema, optimizers):
+    """Put a run back to where its checkpoint was written -> the step. Raises UserError if the file does not fit. Source: save in train."""
+    state = load_checkpoint(path)
+    if "opt" not in state:
+        raise UserError(f"{path} holds weights only, nothing to resume: start a new run with --init {path}")
+    load_weights(model, state["model"], path)
+    load_weights(ema, state["ema"], path)
+    if len(state["opt"]) != len(optimizers):
+        raise UserError(f"{path} was trained with another --optimizer: use the same flags as then")
+    for optimizer, saved in zip(optimizers, state["opt"]):
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# self-check and benchmark
+
+def overfit(config, dataset, task):
+    """One batch, one draw of noise, again and again: a sound model and loss get under 5 %. Returns True if they did. Source: README."""
+    model = task.model.to(config.device)
+    batches, optimizers = Batches(task.prepare(dataset, config.device), config.batch_size, config.device, config.seed), make_optimizers(config, task)
+    draws = task.draw(config.batch_size, torch.Generator(config.device).manual_seed(config.seed), config.device)
+    draws.pop("flip")
+    batch, losses = {**batches.batch(0), **draws}, []
+    for step in tqdm(range(config.steps), desc="overfit one batch"):
+        loss, _ = task.loss(model, batch)
+        loss.backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * learning_rate(step, config)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    first, last = losses[0].item(), losses[-1].item()
+    verdict = last < 0.05 * first
+    print(f"{'ok' if verdict else 'NOT ok'}: loss {first:.4f} -> {last:.4f} ({last / first:.1%}) in {config.steps} steps on one batch")
+    return verdict
+
+
+def gemm_peak(device, seconds=1.0):
+    """Measured rate of a large matrix product in FLOP/s: bfloat16 on cuda, float32 elsewhere. Source: the machine, now."""
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    a @ b
+    wait()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        a @ b
+        wait()
+        count += 1
+    return 2 * n ** 3 * count / (time.perf_counter() - start)
+
+
+def bench(config, dataset, task):
+    """Time config.bench training steps and the GEMM peak, alternating; print one line. Source: flop_counter (backward = 2 forwards)."""
+    device, model = config.device, task.model.to(config.device)
+    batches, optimizers = Batches(task.prepare(dataset, device), config.batch_size, device, config.seed), make_optimizers(config, task)
+    ema, generator = copy.deepcopy(model).eval().requires_grad_(False), torch.Generator(device).manual_seed(config.seed)
+    autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()
+    wait, keep = torch.cuda.synchronize if device == "cuda" else lambda: None, torch.ones((), device=device)
+
+    def one_step(step):
+        draws = task.draw(config.batch_size, generator, device)
+        with autocast:
+            loss, _ = task.loss(model, {**batches.batch(step, flip_draws=draws.pop("flip")), **draws})
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf, foreach=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, config.ema, keep)
+
+    with FlopCounterMode(display=False) as counter:
+        one_step(0)
+    step_flops = counter.get_total_flops()
+    if config.compile == "on" or (config.compile == "auto" and device == "cuda"):
+        model.compile()
+    for step in range(5):
+        one_step(step)
+    peak, seconds, done = gemm_peak(device), 0.0, 0
+    while done < config.bench:
+        count = min(config.bench - done, max(1, config.bench // 4))
+        wait()
+        start = time.perf_counter()
+        for step in range(done, done + count):
+            one_step(step)
+        wait()
+        seconds, done = seconds + time.perf_counter() - start, done + count
+        peak = max(peak, gemm_peak(device, 0.5))
+    import resource
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rate = step_flops * done / seconds
+    print(f"{config.model} batch {config.batch_size} on {device}, {torch.get_num_threads()} thread(s): {1000 * seconds / done:.1f} ms/step, "
+          f"{config.batch_size * done / seconds:.1f} images/s, {rate / 1e12:.3f} TFLOP/s of a GEMM peak of {peak / 1e12:.3f} "
+          f"= {rate / peak:.0%}; peak memory {memory / 2 ** 30:.2f} GiB")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# command line
+
+def default_out(args):
+    """Output folder of a run that names none. Source: DESIGN §3."""
+    return pathlib.Path(args.out or f"out/{args.model.replace('/', '-')}-{re.sub('[^A-Za-z0-9]+', '-', args.data).strip('-')}")
+
+
+def presets(args):
+    """Defaults that a recipe, a model, or the run being resumed brings along; flags on the command line still win. Source: RECIPES."""
+    if args.resume and (default_out(args) / "config.json").is_file():
+        return {**json.loads((default_out(args) / "config.json").read_text()), "resume": False, "init": ""}
+    return {**RECIPES[args.recipe], **RECIPES.get(args.model, {}), **({"steps": 300} if args.overfit_batch else {})}
+
+
+def prepare_run(config):
+    """Fill in what is "auto", and refuse what cannot work, before anything is loaded or trained -> config. Source: DESIGN §3."""
+    config = dataclasses.replace(config, device=resolve_device(config.device), out=str(default_out(config)))
+    for name in ("steps", "batch_size", "accum", "image_size", "log_every", "save_every", "factor", "latent_channels"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a positive number")
+    if not 0 <= config.class_dropout < 1:
+        raise UserError(f"--class-dropout {config.class_dropout}: give a share from 0 to below 1")
+    task, out = task_name(config.model), pathlib.Path(config.out)
+    if int(os.environ.get("RANK", 0)) == 0 and not config.bench and not config.overfit_batch:
+        if config.resume and not any((out / f / "ckpt.pt").is_file() for f in (".", "first_stage")):
+            raise UserError(f"--resume: there is no checkpoint in {out}; leave the flag out to start")
+        if not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and is not empty: add --resume to go on with it, or choose another --out")
+    if config.first_stage == "auto" and config.init and task == "dit":
+        config.first_stage = config.init if load_first_stage(load_checkpoint(config.init), config.init) else "none"
+    if config.first_stage == "auto":
+        config.first_stage = "tiny" if task == "dit" and config.data in ("shapes", "scenes") else "none"
+    if task == "dit" and config.first_stage in ("tiny", "none"):        # before minutes go into the first stage
+        size, patch = config.image_size // (config.factor if config.first_stage == "tiny" else 1), dit_config(config.model)["patch_size"]
+        if size % patch:
+            raise UserError(f"{config.model} needs a side divisible by its patch size {patch}, and --image-size {config.image_size} gives {size}")
+    return config
+
+
+def train_first_stage(config, dataset):
+    """`--first-stage tiny`: train the autoencoder in OUT/first_stage, unless it is there already -> its checkpoint. Source: LDM §3.1."""
+    base = Config(**RECIPES["tiny-ae"])
+    keep = ("data", "data_dir", "image_size", "hold_out", "skip_bad", "latent_channels", "factor", "seed", "device", "compile")
+    own = dataclasses.replace(base, model="tiny-ae", first_stage="none", out=f"{config.out}/first_stage", **{k: getattr(config, k) for k in keep})
+    path = pathlib.Path(own.out) / "ckpt.pt"
+    own.resume = path.is_file()
+    if own.resume and load_checkpoint(path).get("step") == own.steps:
+        return str(path)
+    return str(run(own, dataset))
+
+
+def write_config(config):
+    """config.json in the output folder: what --resume starts from. Source: DESIGN §3."""
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+
+
+def run(config, dataset):
+    """Build the task, say what it is and what it costs, and train it (or time it, or check it) -> checkpoint path. Source: TASKS."""
+    torch.manual_seed(config.seed)
+    info, main = describe(dataset, config.image_size), int(os.environ.get("RANK", 0)) == 0
+    task = TASKS[task_name(config.model)](config, info)
+    if config.init:
+        load_weights(task.model, load_checkpoint(config.init)["ema"], config.init)
+    out = pathlib.Path(config.out)
+    if main:
+        count = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+        print(f"{config.model} on {config.data}: {len(dataset):,} pictures, {count / 1e6:.2f} M parameters, {task.macs() / 1e6:.1f} M MACs per picture, "
+              f"{config.steps} steps of {config.batch_size}, {config.device}" + ("" if config.bench or config.overfit_batch else f" -> {out}"))
+    if config.bench:
+        return bench(config, dataset, task)
+    if config.overfit_batch:
+        raise SystemExit(0 if overfit(config, dataset, task) else 1)
+    if main:
+        write_config(config)
+        for stale in out.glob("*.part"):            # left by a run that was killed while saving
+            stale.unlink()
+    return train(config, dataset, task)
+
+
+def main(argv=None):
+    """Command line of train.py; exit code 2 and one line for anything that the user can mend. Source: DESIGN §3."""
+    try:
+        config = prepare_run(parse(Config, sys.argv[1:] if argv is None else argv, __doc__, presets))
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
+            if config.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if config.device == "cuda":
+            torch.set_float32_matmul_precision("high")
+        dataset = data_module.load(config.data, config.image_size, "train", config.data_dir, seed=config.seed, hold_out=config.hold_out,
+                                   skip_bad=config.skip_bad)
+        if config.first_stage == "tiny" and not config.bench and not config.overfit_batch:
+            if int(os.environ.get("RANK", 0)) == 0:
+                write_config(config)
+            config.first_stage = train_first_stage(config, dataset)
+        path = run(config, dataset)
+        if path is not None and int(os.environ.get("RANK", 0)) == 0:
+            print(f"done: {path}\nlook at {config.out}/samples, or draw more: python sample.py --ckpt {path}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except ValueError as error:                     # UserError and the data loader's own: one line each
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:                       # before the loop, where nothing is lost yet
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
