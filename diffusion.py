@@ -52,7 +52,6 @@ def randn(shape, generator=None, device="cpu"):
     """Standard normal noise of `shape`. A list of generators gives row i its own: then picture i does not depend on the batch.
 
     generator: None, one torch.Generator, or a list of shape[0] of them. Raises ValueError if the list has another length.
-    Source: DESIGN of this repository (one seed per sample).
     """
     if not isinstance(generator, (list, tuple)):
         return torch.randn(shape, generator=generator, device=device)
@@ -67,7 +66,7 @@ def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg
     cond, uncond: conditioning tensors (B, ...). s = 1 is the conditional run, s = 0 the unconditional one, each at the cost of one
     forward. cfg_interval: guide only while the noise level (0 = clean, 1 = pure noise) lies inside. cfg_channels: guide the first
     so many channels only (None = all of xt's); variance channels always stay those of the conditional half.
-    Raises ValueError when guidance is asked for without `uncond`. Source: Ho & Salimans 2022 eq. 6; interval: Kynkaanniemi 2024.
+    Raises ValueError when guidance is asked for without `uncond`.
     """
     if cfg_scale != 1.0 and uncond is None:
         raise ValueError(f"cfg_scale {cfg_scale} needs an unconditional input: train with label dropout, or use cfg_scale 1")
@@ -117,7 +116,6 @@ def make_betas(schedule, steps):
     "linear": 1e-4 .. 2e-2 at 1000 steps, scaled by 1000/steps otherwise (DDPM §4). "cosine": alpha_bar = cos^2, beta at most 0.999
     (improved DDPM eq. 17). "scaled_linear": linear in sqrt(beta), 0.00085 .. 0.012 (Stable Diffusion).
     Raises ValueError for an unknown name, or when the scaled end point leaves (0, 1).
-    Source: papers named per schedule.
     """
     if schedule == "linear":
         betas = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
@@ -468,7 +466,7 @@ class RectifiedFlow:
         return (1 - u) * x0 + u * eps
 
     def loss(self, model, x0, cond=None, t=None, eps=None, mask=None, generator=None):
-        """Mean squared error of the velocity -> (scalar, {"mse"}). Arguments as in GaussianDiffusion.loss. Source: eq. 1."""
+        """Mean squared error of the velocity -> (scalar, {"mse"}). Arguments as in GaussianDiffusion.loss. Source: Liu et al. 2022 eq. 1."""
         draws = self.draw(x0.shape, generator, x0.device) if t is None or eps is None else {}
         t, eps = draws.get("t") if t is None else t, draws.get("eps") if eps is None else eps
         mse = _mean((model(self.q_sample(x0, t, eps), t, cond).float() - (eps - x0)) ** 2, mask).mean()

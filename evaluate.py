@@ -18,7 +18,7 @@ Contents
     Classifier, features, train_classifier, classifier_fid    where the features come from
     main                                                      command line
 
-
+How to run
     python evaluate.py --ckpt out/dit/ckpt.pt --n 480 --cfg-scale 2          # draws the samples itself
     python evaluate.py --images samples.npz --data shapes --json scores.json # uint8 NHWC arr_0 (+ labels, captions)
 

@@ -33,8 +33,8 @@ from train import (AutoencoderTask, Config, DiffusionTask, UserError, flag, load
 
 @dataclasses.dataclass
 class Options:
-    """What to draw and how. Source: sample.py's docstring."""
-    ckpt: str = flag("out/DiT-96x4-1-shapes/ckpt.pt", "checkpoint of train.py, or an official DiT file")
+    """What to draw and how."""
+    ckpt: str = flag("out/DiT-128x4-2-shapes/ckpt.pt", "checkpoint of train.py, or an official DiT file")
     classes: str = flag("", "what to draw: class numbers or names, separated by commas; default: all in turn (up to 48)")
     n: int = flag(0, "how many pictures; default: one per class asked for")
     cfg_scale: float = flag(-1.0, "guidance: 1 = none; default: the run's own, 4 for official files")
@@ -60,7 +60,7 @@ class Options:
 def load(path, device="cpu", weights="ema"):
     """Checkpoint -> (task, model in eval mode on the device). The task knows process, sizes, class names and first stage.
 
-    An official DiT file is recognised by its tensors; its task draws latents. Raises UserError. Source: train.save, DiT's release.
+    An official DiT file is recognised by its tensors; its task draws latents. Raises UserError.
     """
     state = load_checkpoint(path)
     if "format" not in state:
@@ -81,7 +81,7 @@ def load(path, device="cpu", weights="ema"):
 
 
 def seeds(first, count, device):
-    """One generator per picture, seeded first, first + 1, ... Source: DESIGN §6 (picture i does not depend on the batch)."""
+    """One generator per picture, seeded first, first + 1, ..."""
     return [torch.Generator(device).manual_seed(first + i) for i in range(count)]
 
 
@@ -108,7 +108,7 @@ def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_s
 
 
 def choose_classes(text, names, num_classes):
-    """"3,red circle" -> [3, 0]; raises UserError for a number out of range or an unknown name (nearest suggested). Source: Options."""
+    """"3,red circle" -> [3, 0]; raises UserError for a number out of range or an unknown name (nearest suggested)."""
     chosen = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         if item.lstrip("-").isdigit():
@@ -124,7 +124,7 @@ def choose_classes(text, names, num_classes):
 
 
 def read_picture(path, info, device, count):
-    """A picture file as (count, C, H, W) float in [-1, 1] at the model's size. Raises UserError naming the file. Source: data.load."""
+    """A picture file as (count, C, H, W) float in [-1, 1] at the model's size. Raises UserError naming the file."""
     if not pathlib.Path(path).is_file():
         raise UserError(f"no picture at {path}")
     picture = to_float(data.read_image(path, info["image_size"]))[None]                     # (1, 3, H, W)
@@ -133,7 +133,7 @@ def read_picture(path, info, device, count):
 
 
 def run(o):
-    """Options -> files; prints where they are. Raises UserError. Source: sample.py's docstring."""
+    """Options -> files; prints where they are. Raises UserError."""
     device = resolve_device(o.device)
     task, model = load(o.ckpt, device, o.weights)
     if not hasattr(task, "sample"):
@@ -214,7 +214,7 @@ def interpolated_noise(count, shape, seed, device):
 
 
 def main(argv=None):
-    """Command line of sample.py; exit code 2 and one line for anything that the user can mend. Source: DESIGN §3."""
+    """Command line of sample.py; exit code 2 and one line for anything that the user can mend."""
     argv = [("--classes" + a[7:] if a == "--class" or a.startswith("--class=") else a) for a in (sys.argv[1:] if argv is None else argv)]
     try:
         run(parse(Options, argv, __doc__))

@@ -53,25 +53,28 @@ def flag(default, help, **choices):
 
 @dataclasses.dataclass
 class Config:
-    """Everything that defines a run. The defaults are the five-minute run. Source: measured, see README (results)."""
-    model: str = flag("DiT-96x4/1", "DiT-S/2 ... DiT-XL/8 of the paper, DiT-WxD/p (width, depth, patch), or tiny-ae (an autoencoder)")
+    """Everything that defines a run. The defaults are the five-minute run."""
+    model: str = flag("DiT-128x4/2", "DiT-S/2 ... DiT-XL/8 of the paper, DiT-WxD/p (width, depth, patch), or tiny-ae (an autoencoder)")
     data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, emoji, folder:PATH (class sub-folders, captions, or flat), latents:PATH")
     data_dir: str = flag("data", "where official files are looked for, and downloaded to when asked for by name")
     image_size: int = flag(32, "side of the training pictures in pixels")
     hold_out: bool = flag(False, "shapes, scenes: keep six shape-colour pairs out of training, to test composition")
     skip_bad: bool = flag(False, "folder: drop unreadable images and count them, instead of stopping")
+    flip: str = flag("auto", "mirror pictures at random: on, off, auto (off where left and right mean something: captions, shapes, digits)",
+                     choices=["auto", "on", "off"])
     recipe: str = flag("fast", "a set of defaults; any flag that you give wins", choices=["fast", "paper"])
     first_stage: str = flag("auto", "what DiT runs on: tiny (latents of a small autoencoder, trained first), none (pixels), a tiny-ae "
                                     "checkpoint, or auto (tiny for shapes and scenes, none otherwise)")
-    latent_channels: int = flag(8, "channels of the tiny autoencoder's latents")
+    latent_channels: int = flag(4, "channels of the tiny autoencoder's latents")
+    latent_noise: float = flag(0.3, "noise that its decoder learns to undo, as a share of the latents' spread")
     factor: int = flag(4, "how much smaller its latents are, per side")
     conditioning: str = flag("adaln_zero", "DiT block", choices=["adaln_zero", "adaln", "cross_attention", "in_context"])
     class_dropout: float = flag(0.1, "share of labels hidden in training, for guidance")
     schedule: str = flag("flow", "flow (straight lines, velocity) or a Gaussian schedule", choices=["flow", "linear", "cosine", "scaled_linear"])
     prediction: str = flag("eps", "Gaussian schedules: what the network predicts", choices=["eps", "v", "x0"])
     learn_sigma: bool = flag(False, "Gaussian schedules: also learn the variance")
-    steps: int = flag(1500, "optimizer steps")
-    batch_size: int = flag(32, "pictures per optimizer step, over all devices")
+    steps: int = flag(1000, "optimizer steps")
+    batch_size: int = flag(64, "pictures per optimizer step, over all devices")
     accum: int = flag(1, "split each batch into so many micro-batches (less memory, same result)")
     optimizer: str = flag("muon", "muon (on the matrices inside the blocks; AdamW on the rest) or adamw (on everything)", choices=["muon", "adamw"])
     lr: float = flag(2e-3, "learning rate of AdamW")
@@ -99,28 +102,28 @@ RECIPES = {  # what a recipe or a model changes among the defaults above
     "fast": {},
     "paper": dict(schedule="linear", prediction="eps", learn_sigma=True, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0,
                   grad_clip=0.0, ema=0.9999),                                               # DiT §4; papers/dit.md §5
-    "tiny-ae": dict(steps=500, batch_size=64)}
+    "tiny-ae": dict(steps=500)}
 
 
 class UserError(ValueError):
-    """Something that the person at the keyboard can mend: shown as one line, exit code 2. Source: README, common errors."""
+    """Something that the person at the keyboard can mend: shown as one line, exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are one line like all others. Source: argparse."""
+    """argparse, whose complaints are one line like all others."""
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
 
 class HelpFormat(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help keeps the docstring's lines and shows every default. Source: argparse."""
+    """--help keeps the docstring's lines and shows every default."""
 
 
 def parse(cls, argv, description, presets=lambda args: {}):
     """Command line -> cls. Flags are its fields with dashes (underscores are understood); `presets(args)` may shift defaults.
 
-    Exits with code 2 and one line for an unknown flag (naming the nearest) or a bad value. Source: Config.
+    Exits with code 2 and one line for an unknown flag (naming the nearest) or a bad value.
     """
     def read(defaults):
         parser = Parser(description=description, formatter_class=HelpFormat, allow_abbrev=False)
@@ -138,7 +141,7 @@ def parse(cls, argv, description, presets=lambda args: {}):
 
 
 def resolve_device(name):
-    """auto -> cuda, mps or cpu; anything asked for by name must be there. Raises UserError otherwise. Source: torch."""
+    """auto -> cuda, mps or cpu; anything asked for by name must be there. Raises UserError otherwise."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(k for k, there in have.items() if there)
@@ -151,7 +154,7 @@ def resolve_device(name):
 # checkpoints: a plain dict of tensors and builtins, written whole or not at all, read without running any code in it
 
 def save_checkpoint(path, state):
-    """Write atomically: a crash, a kill or a full disk leaves the old file as it was. Raises UserError when it cannot. Source: os.replace."""
+    """Write atomically: a crash, a kill or a full disk leaves the old file as it was. Raises UserError when it cannot."""
     path = pathlib.Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -169,7 +172,6 @@ def load_checkpoint(path):
     """A checkpoint of ours, or an official file, as {"model": state_dict, ...}; prefixes of DDP and compile are stripped.
 
     Official: a bare state_dict or {"ema" | "model" | "state_dict": ...}. Raises UserError for a missing, damaged or unsafe file.
-    Source: torch.load(weights_only=True) runs no code from the file.
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"no checkpoint at {path}" + (": train first (python train.py)" if "ckpt.pt" in str(path) else ""))
@@ -194,7 +196,7 @@ def load_checkpoint(path):
 
 
 def load_weights(model, weights, path):
-    """Copy a state_dict into model, or say what does not fit: the first five names with both shapes. Raises UserError. Source: torch."""
+    """Copy a state_dict into model, or say what does not fit: the first five names with both shapes. Raises UserError."""
     have = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     given = {k: tuple(v.shape) for k, v in weights.items()}
     wrong = [f"{k}: file {given.get(k, 'has none')}, model {have.get(k, 'has none')}"
@@ -280,7 +282,7 @@ class AutoencoderTask:
         return {"noise": randn((n, *self.latent_shape), generator, device), "flip": torch.rand(n, generator=generator, device=device)}
 
     def loss(self, net, batch):
-        recon, z = net(to_float(batch["x"]), batch["noise"])
+        recon, z = net(to_float(batch["x"]), batch["noise"], self.config.latent_noise)
         mse = (recon.float() - to_float(batch["x"])).square().mean()
         # the small pull keeps latents bounded; see vae.py
         return mse + 1e-4 * z.float().square().mean(), {"mse": mse.detach(), "psnr": 10 * torch.log10(4 / mse.detach())}
@@ -299,7 +301,7 @@ class DiffusionTask:
 
     sizes: constructor arguments of the DiT, instead of config.model's (for official files). Raises UserError for flags that clash.
     """
-    matrices = r"blocks\.\d+\.(attn|mlp|cross_attn)\."      # Muon's share: not the modulations, embedders or the final layer
+    matrices = r"blocks\."        # Muon's share: the modulations too, which is what makes it fast here; not embedders and final layer
 
     def __init__(self, config, info, first_stage=None, sizes=None):
         self.config, self.info, self.first_stage = config, info, first_stage
@@ -317,7 +319,7 @@ class DiffusionTask:
 
     @classmethod
     def official(cls, sizes):
-        """The task of an official DiT file: linear schedule, eps, and the sizes that dit.infer_config read off it. Source: DiT's release."""
+        """The task of an official DiT file: linear schedule, eps, and the sizes that dit.infer_config read off it."""
         config = Config(schedule="linear", prediction="eps", learn_sigma=sizes["learn_sigma"], cfg_scale=4.0)
         return cls(config, {"name": "", "class_names": [], "channels": sizes["in_channels"], "image_size": sizes["input_size"]}, None, sizes)
 
@@ -396,12 +398,12 @@ class DiffusionTask:
 
 
 def build_autoencoder(config, info):
-    """Config -> AutoencoderTask. Source: vae.py."""
+    """Config -> AutoencoderTask."""
     return AutoencoderTask(config, info)
 
 
 def build_diffusion(config, info):
-    """Config -> DiffusionTask; config.first_stage is a checkpoint's path, "none", or "tiny" (untrained: --bench, --overfit-batch). Source: dit.py."""
+    """Config -> DiffusionTask; config.first_stage is a checkpoint's path, "none", or "tiny" (untrained: --bench, --overfit-batch)."""
     if config.first_stage == "tiny":
         first_stage = TinyAutoencoder(info["channels"], config.latent_channels, config.factor).eval().requires_grad_(False)
     elif config.first_stage == "none":
@@ -433,19 +435,19 @@ TASKS = {"tiny-ae": build_autoencoder, "dit": build_diffusion}      # name -> ho
 
 
 def task_name(model):
-    """Which task trains a model of this name. Raises UserError with the nearest legal names. Source: TASKS."""
+    """Which task trains a model of this name. Raises UserError with the nearest legal names."""
     if model in TASKS and model != "dit":
         return model
     try:
         dit_config(model)
     except ValueError as error:
-        near = difflib.get_close_matches(model, ["tiny-ae", "DiT-96x4/1", *DIT_CONFIGS], 1)
+        near = difflib.get_close_matches(model, ["tiny-ae", "DiT-128x4/2", *DIT_CONFIGS], 1)
         raise UserError(str(error) + (f". Did you mean {near[0]}?" if near else "")) from error
     return "dit"
 
 
 def describe(dataset, image_size):
-    """What a model needs to know of its data, as plain values that travel in the checkpoint. Source: DESIGN."""
+    """What a model needs to know of its data, as plain values that travel in the checkpoint."""
     return {"name": dataset.name, "class_names": list(dataset.class_names), "channels": dataset.images.shape[1], "image_size": image_size}
 
 
@@ -453,7 +455,7 @@ def describe(dataset, image_size):
 # the loop
 
 def learning_rate(step, config):
-    """Factor on every learning rate at a step: linear warm-up, then constant or cosine to zero. Source: common practice."""
+    """Factor on every learning rate at a step: linear warm-up, then constant or cosine to zero."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     if config.lr_decay == "constant":
         return warm
@@ -461,7 +463,7 @@ def learning_rate(step, config):
 
 
 def make_optimizers(config, task):
-    """AdamW on everything that requires grad, or Muon on the task's block matrices and AdamW on the rest -> list. Source: Config."""
+    """AdamW on everything that requires grad, or Muon on the task's block matrices and AdamW on the rest -> list."""
     named = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if config.optimizer == "muon" and p.dim() >= 2 and re.match(task.matrices, n)]
     chosen = {id(p) for p in matrices}
@@ -487,8 +489,26 @@ def update_ema(ema, model, decay, keep):
         a.copy_(c)
 
 
+def update(config, model, ema, optimizers, step):
+    """Everything after backward: learning rate, clipping, the optimizers, the average -> (gradient norm, 1 if the step was taken else 0).
+
+    A non-finite gradient skips the update on the device: nothing changes, and the host need not wait to hear of it.
+    """
+    scale = learning_rate(step, config)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf, foreach=True)
+    keep = torch.isfinite(norm).float()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * scale
+        optimizer.found_inf = 1.0 - keep
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)), keep)
+    return norm.float(), keep
+
+
 class Stop:
-    """Ctrl-C and SIGTERM set a flag, the loop saves at the next step boundary; a second signal ends the program at once. Source: signal."""
+    """Ctrl-C and SIGTERM set a flag, the loop saves at the next step boundary; a second signal ends the program at once."""
 
     def __init__(self):
         self.signum = 0
@@ -505,7 +525,7 @@ class Stop:
 
 
 def draw_loss(out):
-    """log.csv -> loss.png: the loss, faint, and its running mean. Source: log.csv."""
+    """log.csv -> loss.png: the loss, faint, and its running mean."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -525,7 +545,7 @@ def draw_loss(out):
 
 
 class Log:
-    """log.csv, the progress bar's text and the time estimate. Source: DESIGN §3."""
+    """log.csv, the progress bar's text and the time estimate."""
 
     def __init__(self, out, config, step, batch_size, bar):
         self.config, self.bar, self.batch_size, self.first_step = config, bar, batch_size, step
@@ -554,14 +574,14 @@ class Log:
         self.mark(step)
 
     def mark(self, step):
-        """Start the next interval here: drawing previews is not training. Source: images/s in log.csv."""
+        """Start the next interval here: drawing previews is not training."""
         self.marked, self.marked_step = time.perf_counter(), step
 
 
 def compile_or_warn(net, step_loss):
     """net.compile(), in place so that names in checkpoints stay clean; a platform that cannot is told once and runs eagerly.
 
-    step_loss: a callable that runs one forward. Source: torch.compile.
+    step_loss: a callable that runs one forward.
     """
     net.compile()
     try:
@@ -615,10 +635,6 @@ def train(config, dataset, task):
     bar = tqdm(total=config.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True, desc=config.model)
     log = Log(out, config, step, config.batch_size, bar) if rank == 0 else None
     while step < config.steps:
-        scale = learning_rate(step, config)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = group["base_lr"] * scale
-
         sums = {}
         for micro in range(config.accum):           # gradients add up; only the last backward talks to the other ranks
             with net.no_sync() if world > 1 and micro < config.accum - 1 else nullcontext():
@@ -628,21 +644,14 @@ def train(config, dataset, task):
             for k, v in {"loss": loss.detach(), **metrics}.items():
                 sums[k] = sums.get(k, 0.0) + v.float() / config.accum
 
-        # a non-finite gradient skips the update on the device: the host need not wait to hear of it
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf, foreach=True)
-        keep = torch.isfinite(norm).float()
-        for optimizer in optimizers:
-            optimizer.found_inf = 1.0 - keep
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)), keep)
+        norm, keep = update(config, model, ema, optimizers, step)
         bad = (bad + 1) * (1 - keep)
         worst = torch.maximum(worst, bad)
         step += 1
         bar.update()
 
         if step % config.log_every == 0 or step == config.steps or (world == 1 and stop.signum):
-            values = torch.stack([*sums.values(), norm.float(), worst, torch.tensor(float(stop.signum), device=device)])
+            values = torch.stack([*sums.values(), norm, worst, torch.tensor(float(stop.signum), device=device)])
             if world > 1:
                 dist.all_reduce(values)             # the norm and the counter are the same everywhere; losses are averaged
                 values /= world
@@ -654,7 +663,7 @@ def train(config, dataset, task):
                 bar.write(f"step {step}: loss or gradient not finite (loss {values[0]}), {int(skipped)} step(s) in a row skipped", file=sys.stderr)
                 worst = bad.clone()
             if rank == 0:
-                log.row(step, [*sums, "grad_norm"], values, scale * config.lr)
+                log.row(step, [*sums, "grad_norm"], values, learning_rate(step - 1, config) * config.lr)
             stop.signum = stop.signum or math.ceil(signum)
         stopping = stop.signum if world == 1 or step % config.log_every == 0 or step == config.steps else 0
         if rank == 0 and (step % config.save_every == 0 or step == config.steps or stopping):
@@ -676,7 +685,7 @@ def train(config, dataset, task):
 
 
 def resume(path, model, ema, optimizers):
-    """Put a run back to where its checkpoint was written -> the step. Raises UserError if the file does not fit. Source: save in train."""
+    """Put a run back to where its checkpoint was written -> the step. Raises UserError if the file does not fit."""
     state = load_checkpoint(path)
     if "opt" not in state:
         raise UserError(f"{path} holds weights only, nothing to resume: start a new run with --init {path}")
@@ -692,22 +701,29 @@ def resume(path, model, ema, optimizers):
 # ----------------------------------------------------------------------------------------------------------------------
 # self-check and benchmark
 
-def overfit(config, dataset, task):
-    """One batch, one draw of noise, again and again: a sound model and loss get under 5 %. Returns True if they did. Source: README."""
-    model = task.model.to(config.device)
-    batches, optimizers = Batches(task.prepare(dataset, config.device), config.batch_size, config.device, config.seed), make_optimizers(config, task)
-    draws = task.draw(config.batch_size, torch.Generator(config.device).manual_seed(config.seed), config.device)
-    draws.pop("flip")
-    batch, losses = {**batches.batch(0), **draws}, []
-    for step in tqdm(range(config.steps), desc="overfit one batch"):
-        loss, _ = task.loss(model, batch)
+def step_maker(config, dataset, task, fixed=False):
+    """(run, model): run(step) is one training step -> loss. fixed: the same batch and the same noise every time."""
+    device, model = config.device, task.model.to(config.device)
+    batches = Batches(task.prepare(dataset, device), config.batch_size, device, config.seed)
+    optimizers, ema = make_optimizers(config, task), copy.deepcopy(model).eval().requires_grad_(False)
+    autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()
+    generator = torch.Generator(device)
+
+    def run(step):
+        generator.manual_seed(config.seed if fixed else step)
+        draws = task.draw(config.batch_size, generator, device)
+        with autocast:
+            loss, _ = task.loss(model, {**batches.batch(0 if fixed else step, flip_draws=draws.pop("flip")), **draws})
         loss.backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * learning_rate(step, config)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+        update(config, model, ema, optimizers, step)
+        return loss.detach()
+    return run, model
+
+
+def overfit(config, dataset, task):
+    """One batch, one draw of noise, again and again: a sound model and loss get under 5 %. Returns True if they did."""
+    run, _ = step_maker(config, dataset, task, fixed=True)
+    losses = [run(step) for step in tqdm(range(config.steps), desc="overfit one batch")]
     first, last = losses[0].item(), losses[-1].item()
     verdict = last < 0.05 * first
     print(f"{'ok' if verdict else 'NOT ok'}: loss {first:.4f} -> {last:.4f} ({last / first:.1%}) in {config.steps} steps on one batch")
@@ -715,7 +731,7 @@ def overfit(config, dataset, task):
 
 
 def gemm_peak(device, seconds=1.0):
-    """Measured rate of a large matrix product in FLOP/s: bfloat16 on cuda, float32 elsewhere. Source: the machine, now."""
+    """Measured rate of a large matrix product in FLOP/s: bfloat16 on cuda, float32 elsewhere."""
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -730,30 +746,15 @@ def gemm_peak(device, seconds=1.0):
 
 
 def bench(config, dataset, task):
-    """Time config.bench training steps and the GEMM peak, alternating; print one line. Source: flop_counter (backward = 2 forwards)."""
-    device, model = config.device, task.model.to(config.device)
-    batches, optimizers = Batches(task.prepare(dataset, device), config.batch_size, device, config.seed), make_optimizers(config, task)
-    ema, generator = copy.deepcopy(model).eval().requires_grad_(False), torch.Generator(device).manual_seed(config.seed)
-    autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()
-    wait, keep = torch.cuda.synchronize if device == "cuda" else lambda: None, torch.ones((), device=device)
-
-    def one_step(step):
-        draws = task.draw(config.batch_size, generator, device)
-        with autocast:
-            loss, _ = task.loss(model, {**batches.batch(step, flip_draws=draws.pop("flip")), **draws})
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf, foreach=True)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        update_ema(ema, model, config.ema, keep)
-
+    """Time config.bench training steps and the GEMM peak, in turns; print one line. Flops are counted, forward and backward and optimizer."""
+    device = config.device
+    one_step, model = step_maker(config, dataset, task)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     with FlopCounterMode(display=False) as counter:
         one_step(0)
-    step_flops = counter.get_total_flops()
     if config.compile == "on" or (config.compile == "auto" and device == "cuda"):
         model.compile()
-    for step in range(5):
+    for step in range(5):                           # compile, allocate, settle
         one_step(step)
     peak, seconds, done = gemm_peak(device), 0.0, 0
     while done < config.bench:
@@ -765,9 +766,12 @@ def bench(config, dataset, task):
         wait()
         seconds, done = seconds + time.perf_counter() - start, done + count
         peak = max(peak, gemm_peak(device, 0.5))
-    import resource
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rate = step_flops * done / seconds
+    if device == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource                             # absent on Windows, and only this line needs it
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rate = counter.get_total_flops() * done / seconds
     print(f"{config.model} batch {config.batch_size} on {device}, {torch.get_num_threads()} thread(s): {1000 * seconds / done:.1f} ms/step, "
           f"{config.batch_size * done / seconds:.1f} images/s, {rate / 1e12:.3f} TFLOP/s of a GEMM peak of {peak / 1e12:.3f} "
           f"= {rate / peak:.0%}; peak memory {memory / 2 ** 30:.2f} GiB")
@@ -777,19 +781,19 @@ def bench(config, dataset, task):
 # command line
 
 def default_out(args):
-    """Output folder of a run that names none. Source: DESIGN §3."""
+    """Output folder of a run that names none."""
     return pathlib.Path(args.out or f"out/{args.model.replace('/', '-')}-{re.sub('[^A-Za-z0-9]+', '-', args.data).strip('-')}")
 
 
 def presets(args):
-    """Defaults that a recipe, a model, or the run being resumed brings along; flags on the command line still win. Source: RECIPES."""
+    """Defaults that a recipe, a model, or the run being resumed brings along; flags on the command line still win."""
     if args.resume and (default_out(args) / "config.json").is_file():
         return {**json.loads((default_out(args) / "config.json").read_text()), "resume": False, "init": ""}
     return {**RECIPES[args.recipe], **RECIPES.get(args.model, {}), **({"steps": 300} if args.overfit_batch else {})}
 
 
 def prepare_run(config):
-    """Fill in what is "auto", and refuse what cannot work, before anything is loaded or trained -> config. Source: DESIGN §3."""
+    """Fill in what is "auto", and refuse what cannot work, before anything is loaded or trained -> config."""
     config = dataclasses.replace(config, device=resolve_device(config.device), out=str(default_out(config)))
     for name in ("steps", "batch_size", "accum", "image_size", "log_every", "save_every", "factor", "latent_channels"):
         if getattr(config, name) < 1:
@@ -816,7 +820,7 @@ def prepare_run(config):
 def train_first_stage(config, dataset):
     """`--first-stage tiny`: train the autoencoder in OUT/first_stage, unless it is there already -> its checkpoint. Source: LDM §3.1."""
     base = Config(**RECIPES["tiny-ae"])
-    keep = ("data", "data_dir", "image_size", "hold_out", "skip_bad", "latent_channels", "factor", "seed", "device", "compile")
+    keep = ("data", "data_dir", "image_size", "hold_out", "skip_bad", "latent_channels", "latent_noise", "factor", "seed", "device", "compile")
     own = dataclasses.replace(base, model="tiny-ae", first_stage="none", out=f"{config.out}/first_stage", **{k: getattr(config, k) for k in keep})
     path = pathlib.Path(own.out) / "ckpt.pt"
     own.resume = path.is_file()
@@ -826,14 +830,14 @@ def train_first_stage(config, dataset):
 
 
 def write_config(config):
-    """config.json in the output folder: what --resume starts from. Source: DESIGN §3."""
+    """config.json in the output folder: what --resume starts from."""
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
 
 
 def run(config, dataset):
-    """Build the task, say what it is and what it costs, and train it (or time it, or check it) -> checkpoint path. Source: TASKS."""
+    """Build the task, say what it is and what it costs, and train it (or time it, or check it) -> checkpoint path."""
     torch.manual_seed(config.seed)
     info, main = describe(dataset, config.image_size), int(os.environ.get("RANK", 0)) == 0
     task = TASKS[task_name(config.model)](config, info)
@@ -856,7 +860,7 @@ def run(config, dataset):
 
 
 def main(argv=None):
-    """Command line of train.py; exit code 2 and one line for anything that the user can mend. Source: DESIGN §3."""
+    """Command line of train.py; exit code 2 and one line for anything that the user can mend."""
     try:
         config = prepare_run(parse(Config, sys.argv[1:] if argv is None else argv, __doc__, presets))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -867,6 +871,8 @@ def main(argv=None):
             torch.set_float32_matmul_precision("high")
         dataset = data_module.load(config.data, config.image_size, "train", config.data_dir, seed=config.seed, hold_out=config.hold_out,
                                    skip_bad=config.skip_bad)
+        if config.flip != "auto":
+            dataset = dataclasses.replace(dataset, flip=config.flip == "on")
         if config.first_stage == "tiny" and not config.bench and not config.overfit_batch:
             if int(os.environ.get("RANK", 0)) == 0:
                 write_config(config)

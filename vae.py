@@ -61,7 +61,7 @@ class TinyAutoencoder(nn.Module):
         """Standardised latents (B, c, h, w) -> pictures (B, C, f*h, f*w), about [-1, 1]. Source: LDM §3.1."""
         return self.decoder(z * self.std + self.mean)                                       # (B, C, H, W)
 
-    def forward(self, x, noise, noise_level=0.1):
+    def forward(self, x, noise, noise_level=0.3):
         """Training pass: x (B, C, H, W) -> (reconstruction like x, latents (B, c, h, w) before standardising).
 
         noise: standard normal like the latents; noise_level: its share of their spread. A decoder used to such noise forgives the
