@@ -18,6 +18,9 @@ Contents
     make_grid, save_grid, save_gif     looking at results
 
 How to use
+    python train.py --data folder:my_pictures              # any name that load knows
+    python train.py --data cifar10 --flip off
+
     train = load("scenes", image_size=32)                  # or shapes mnist fashion cifar10 emoji
     mine = load("folder:photos", image_size=64)            # or latents:FILE.pt
     batches = Batches(train, batch_size=64, device="cpu", seed=0)
@@ -216,6 +219,7 @@ class Dataset:
 
     @property
     def num_classes(self):
+        """How many class names there are; 0 = no classes."""
         return len(self.class_names)
 
     def __len__(self):
@@ -255,7 +259,7 @@ def _thing(label):
 
 
 def _shapes_world(first, second, generator):
-    """One large object near the centre, on black.  Returns class (N, 1), cx, cy, r (N, 1), background (N,), captions."""
+    """One large object near the centre, on black: class (N, 1), cx, cy, r (N, 1), background (N,), captions."""
     count = len(first)
     cx, cy = (_uniform((count, 1), 13.0, 19.0, generator) for _ in range(2))
     r = _uniform((count, 1), 8.0, 11.0, generator)
@@ -363,7 +367,7 @@ def _read_images(paths, size, skip_bad):
 
 
 def read_image(path, size):
-    """One picture file as uint8 (3, size, size), converted and cut like a folder's. Raises ValueError naming the file."""
+    """One picture file as uint8 (3, size, size), converted and cut like a folder's. Raises ValueError with its name."""
     return _read_images([Path(path)], size, skip_bad=False)[0][0]
 
 
@@ -403,7 +407,8 @@ def _list_folder(folder):
     classes = {sub.name: _images_in(sub, "**/*") for sub in sorted(folder.iterdir()) if sub.is_dir()}
     classes = {name: members for name, members in classes.items() if members}
     if paths and classes:
-        raise ValueError(f"{folder} holds both images and folders of images ({next(iter(classes))}); keep one of the two")
+        raise ValueError(f"{folder} holds both images and folders of images ({next(iter(classes))}); keep one of the "
+                         "two")
     if classes:
         labels = [label for label, members in enumerate(classes.values()) for _ in members]
         return sum(classes.values(), []), labels, None, list(classes)
@@ -604,7 +609,8 @@ def _latents(name, path, split, count, seed):
         class_names = list(saved["class_names"])
     except Exception as error:  # cut short, not a torch file, forbidden types, other keys
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a file of save_latents (latents, labels, captions, class_names): {reason}") from error
+        raise ValueError(f"{path} is not a file of save_latents (latents, labels, captions, class_names): "
+                         f"{reason}") from error
     if not (torch.is_tensor(latents) and latents.is_floating_point() and latents.ndim == 4 and len(latents)):
         raise ValueError(f"{path}: latents must be a float tensor (N, C, h, w) with N > 0")
     labels = torch.zeros(len(latents), dtype=torch.int64) if labels is None else labels.long()
@@ -687,15 +693,15 @@ class Batches:
 
     def _order(self, epoch):
         if epoch not in self.orders:
-            self.orders = {e: order for e, order in self.orders.items() if e == epoch - 1}  # forget all but the last one
+            self.orders = {e: order for e, order in self.orders.items() if e == epoch - 1}  # forget all but the last
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
             self.orders[epoch] = torch.randperm(len(self.images), generator=generator).to(self.images.device)
         return self.orders[epoch]
 
     def batch(self, step, rows=slice(None), flip_draws=None):
-        """The batch of a step (from 0): {"x": (B, C, H, W) as stored, "y": (B,) int64, "index": (B,) into the data set}.
+        """The batch of a step (from 0): {"x": (B, C, H, W) as stored, "y": (B,) int64, "index": (B,)}.
 
-        rows: the slice of the global batch that this process works on.
+        index: where in the data set.  rows: the slice of the global batch that this process works on.
         flip_draws: (batch_size,) uniform draws in [0, 1) for the global batch, on the device; under 0.5 means
             mirrored, in data sets whose meaning survives it.  None: no flips.
         """

@@ -10,22 +10,27 @@ The idea.  Take a clean picture x0 and mix in Gaussian noise eps, a little more 
 Ask a network to look at (xt, t) and say which eps was added. That is the whole training: a regression.
 To draw a new picture start from pure noise, and at every step let the network guess eps, work out the x0 that it
 implies, and move to the slightly less noisy picture between here and that x0. How far and how noisily to move is the
-sampler: DDPM (random), DDIM (straight), DPM-Solver++ (straight, with a memory of the last step). A guess may be stated as
-eps, as x0, or as v = sqrt(ab) eps - sqrt(1-ab) x0: given xt, each of the three gives the other two.
+sampler: DDPM (random), DDIM (straight), DPM-Solver++ (straight, with a memory of the last step). A guess may be
+stated as eps, as x0, or as v = sqrt(ab) eps - sqrt(1-ab) x0: given xt, each of the three gives the other two.
 
 Contents: schedules, respacing, GaussianDiffusion (q, posterior, predictions, losses, bits per dim, samplers),
-RectifiedFlow (the same interface on straight lines), guidance, timestep_embedding, LossSecondMoment (importance-sampled t).
-A model is any callable model(xt, t, cond) -> (B, C or 2C, ...); this file holds no network and knows nothing of images.
+RectifiedFlow (the same interface on straight lines), guidance, timestep_embedding, LossSecondMoment
+(importance-sampled t). A model is any callable model(xt, t, cond) -> (B, C or 2C, ...); this file holds no network
+and knows nothing of images.
 
     process = GaussianDiffusion(steps=1000, schedule="linear", prediction="eps", learn_sigma=True)
     loss, metrics = process.loss(model, x0, cond)                                 # train
     x = process.sample(model, x0.shape, cond, null, sampler="ddim", steps=50, cfg_scale=4.0)
 
+    python train.py --schedule cosine --prediction v                              # the same from the command line
+
 Differences from the official code (facebookresearch/DiT, diffusion/):
 1. t is 0-based there and here: t = 0 means one step of noise. The papers count from 1.
-2. Guidance acts on every eps channel; DiT guides channels 0-2 only (its author: unintended). cfg_channels=3 brings that back.
+2. Guidance acts on every eps channel; DiT guides channels 0-2 only (its author: unintended). cfg_channels=3 brings
+   that back.
 3. One class and one function per idea instead of enums for mean type, variance type and loss type.
-4. sqrt, log and friends are taken in float64 and rounded to float32 once, on the device, not copied there at every step.
+4. sqrt, log and friends are taken in float64 and rounded to float32 once, on the device, not copied there at every
+   step.
 """
 import copy
 import math
@@ -39,7 +44,8 @@ import torch
 def timestep_embedding(t, dim, max_period=10000):
     """Sinusoidal embedding of a (possibly fractional) timestep: cosines first, then sines.
 
-    t: (N,) any real dtype -> (N, dim) float32; an odd dim ends in a zero column. Source: Vaswani et al. 2017 §3.5, as in ADM/DiT.
+    t: (N,) any real dtype -> (N, dim) float32; an odd dim ends in a zero column.
+    Source: Vaswani et al. 2017 §3.5, as in ADM/DiT.
     """
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -49,9 +55,11 @@ def timestep_embedding(t, dim, max_period=10000):
 
 
 def randn(shape, generator=None, device="cpu"):
-    """Standard normal noise of `shape`. A list of generators gives row i its own: then picture i does not depend on the batch.
+    """Standard normal noise of `shape`.
 
-    generator: None, one torch.Generator, or a list of shape[0] of them. Raises ValueError if the list has another length.
+    A list of generators gives row i its own: then picture i does not depend on the batch.
+    generator: None, one torch.Generator, or a list of shape[0] of them. Raises ValueError if the list has another
+    length.
     """
     if not isinstance(generator, (list, tuple)):
         return torch.randn(shape, generator=generator, device=device)
@@ -63,27 +71,30 @@ def randn(shape, generator=None, device="cpu"):
 def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None):
     """Classifier-free guidance: eps = eps_u + s * (eps_c - eps_u), as a callable f(xt, t, noise_level).
 
-    cond, uncond: conditioning tensors (B, ...). s = 1 is the conditional run, s = 0 the unconditional one, each at the cost of one
-    forward. cfg_interval: guide only while the noise level (0 = clean, 1 = pure noise) lies inside. cfg_channels: guide the first
-    so many channels only (None = all of xt's); variance channels always stay those of the conditional half.
-    Raises ValueError when guidance is asked for without `uncond`.
+    cond, uncond: conditioning tensors (B, ...). s = 1 is the conditional run, s = 0 the unconditional one, each at the
+    cost of one forward. cfg_interval: guide only while the noise level (0 = clean, 1 = pure noise) lies inside.
+    cfg_channels: guide the first so many channels only (None = all of xt's); variance channels always stay those of the
+    conditional half. Raises ValueError when guidance is asked for without `uncond`.
+    Source: Ho & Salimans 2022 eq. 6; interval: Kynkaanniemi et al. 2024.
     """
     if cfg_scale != 1.0 and uncond is None:
-        raise ValueError(f"cfg_scale {cfg_scale} needs an unconditional input: train with label dropout, or use cfg_scale 1")
+        raise ValueError(f"cfg_scale {cfg_scale} needs an unconditional input: train with label dropout, or use "
+                         "cfg_scale 1")
 
     def denoise(xt, t, level):
         if cfg_scale == 1.0 or not cfg_interval[0] <= level <= cfg_interval[1]:
             return model(xt, t, cond)
         if cfg_scale == 0.0:
             return model(xt, t, uncond)
-        out_c, out_u = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([cond, uncond])).chunk(2)     # 2x (B, C', ...)
+        out = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([cond, uncond]))      # (2B, C', ...)
+        out_c, out_u = out.chunk(2)                                                         # 2x (B, C', ...)
         k = xt.shape[1] if cfg_channels is None else cfg_channels
         return torch.cat([out_u[:, :k] + cfg_scale * (out_c[:, :k] - out_u[:, :k]), out_c[:, k:]], dim=1)
     return denoise
 
 
 def _mean(x, mask=None):
-    """Mean over all but the batch axis; with a mask (broadcastable, 1 = counts) the true mean over the valid entries."""
+    """Mean over all but the batch axis; with a mask (broadcastable, 1 = counts) the true mean over valid entries."""
     if mask is None:
         return x.flatten(1).mean(1)                                                         # (B,)
     mask = mask.expand_as(x).flatten(1)
@@ -91,14 +102,15 @@ def _mean(x, mask=None):
 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):
-    """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) in nats, elementwise. Source: standard; improved DDPM eq. 3."""
+    """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) in nats, elementwise. Source: improved DDPM eq. 3."""
     return 0.5 * (-1.0 + logvar2 - logvar1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_scale):
-    """Log-probability (nats, elementwise) of 8-bit pixels x in [-1, 1] under N(mean, exp(log_scale)^2), one bin = 2/255 wide.
+    """Log-probability (nats, elementwise) of 8-bit pixels x in [-1, 1] under N(mean, exp(log_scale)^2).
 
-    Bins at the two ends reach to infinity. Phi is the tanh approximation, as in the official code. Source: DDPM eq. 13.
+    A bin is 2/255 wide; those at the two ends reach to infinity. Phi is the tanh approximation, as in the official
+    code. Source: DDPM eq. 13.
     """
     cdf = lambda z: 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z ** 3)))
     inv_std = torch.exp(-log_scale)
@@ -113,9 +125,10 @@ def discretized_gaussian_log_likelihood(x, mean, log_scale):
 def make_betas(schedule, steps):
     """Noise added per step: (steps,) float64 in (0, 1].
 
-    "linear": 1e-4 .. 2e-2 at 1000 steps, scaled by 1000/steps otherwise (DDPM §4). "cosine": alpha_bar = cos^2, beta at most 0.999
-    (improved DDPM eq. 17). "scaled_linear": linear in sqrt(beta), 0.00085 .. 0.012 (Stable Diffusion).
+    "linear": 1e-4 .. 2e-2 at 1000 steps, scaled by 1000/steps otherwise. "cosine": alpha_bar = cos^2, beta at most
+    0.999. "scaled_linear": linear in sqrt(beta), 0.00085 .. 0.012 (Stable Diffusion).
     Raises ValueError for an unknown name, or when the scaled end point leaves (0, 1).
+    Source: DDPM §4; improved DDPM eq. 17; LDM.
     """
     if schedule == "linear":
         betas = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
@@ -128,15 +141,16 @@ def make_betas(schedule, steps):
     else:
         raise ValueError(f"unknown schedule {schedule!r}: choose linear, cosine or scaled_linear")
     if not (betas.min() > 0 and betas.max() < 1):
-        raise ValueError(f"{schedule} with {steps} steps gives beta up to {betas.max():.3g}, outside (0, 1): use more than 20 steps")
+        raise ValueError(f"{schedule} with {steps} steps gives beta up to {betas.max():.3g}, outside (0, 1): use more "
+                         "than 20 steps")
     return betas
 
 
 def respaced_steps(num_steps, respacing):
     """Which of num_steps timesteps a shorter chain visits, ascending list of ints.
 
-    respacing: "" or None = all; "250" or 250 = that many, evenly, both ends included; "10,15,20" or a list = so many from each
-    of equal sections; "ddim25" = every n-th from 0, DDIM's way (misses the last step).
+    respacing: "" or None = all; "250" or 250 = that many, evenly, both ends included; "10,15,20" or a list = so many
+    from each of equal sections; "ddim25" = every n-th from 0, DDIM's way (misses the last step).
     Raises ValueError if no such sequence exists. Source: improved DDPM §4; DDIM §4.2; rounding as in the official code.
     """
     if respacing in ("", None):
@@ -146,16 +160,18 @@ def respaced_steps(num_steps, respacing):
         for stride in range(1, num_steps):
             if len(range(0, num_steps, stride)) == want:
                 return list(range(0, num_steps, stride))
-        raise ValueError(f"no whole stride visits exactly {want} of {num_steps} steps: use respacing={want!r} without 'ddim'")
+        raise ValueError(f"no whole stride visits exactly {want} of {num_steps} steps: use respacing={want!r} without "
+                         "'ddim'")
     counts = [respacing] if isinstance(respacing, int) else respacing
     counts = [int(n) for n in counts.split(",")] if isinstance(counts, str) else list(counts)
     kept, start = set(), 0
     for i, count in enumerate(counts):
         size = num_steps // len(counts) + (i < num_steps % len(counts))
         if not 1 <= count <= size:
-            raise ValueError(f"cannot take {count} of a section of {size} steps ({num_steps} steps in {len(counts)} sections)")
+            raise ValueError(f"cannot take {count} of a section of {size} steps ({num_steps} steps in {len(counts)} "
+                             "sections)")
         stride, at = ((size - 1) / (count - 1) if count > 1 else 1), 0.0
-        for _ in range(count):               # summed, not multiplied, and rounded half to even: the published chains depend on it
+        for _ in range(count):              # summed, not multiplied, and rounded half to even like the published chains
             kept.add(start + round(at))
             at += stride
         start += size
@@ -166,13 +182,13 @@ def respaced_steps(num_steps, respacing):
 # the process
 
 class GaussianDiffusion:
-    """The chain x0 -> xt -> noise with all its constants, losses and samplers. Holds no parameters; works on any device.
+    """The chain x0 -> xt -> noise with all its constants, losses and samplers. Holds no parameters, fits any device.
 
-    steps: T. schedule: see make_betas. prediction: what the network outputs, "eps", "v" or "x0". learn_sigma: it also outputs
-    v in about [-1, 1] per pixel, which interpolates log-variance between its two bounds (improved DDPM eq. 15); without it
-    variance is "fixed_large" (beta) or "fixed_small" (the posterior's).
+    steps: T. schedule: see make_betas. prediction: what the network outputs, "eps", "v" or "x0". learn_sigma: it also
+    outputs v in about [-1, 1] per pixel, which interpolates log-variance between its two bounds (improved DDPM eq. 15);
+    without it variance is "fixed_large" (beta) or "fixed_small" (the posterior's).
     Public: .betas .alpha_bar (T,) float64; .timestep_map (T,) the t that the network sees (differs after `respaced`).
-    Raises ValueError for an unknown name. Source: papers/DDPM §2-3, improved DDPM §3.
+    Raises ValueError for an unknown name. Source: DDPM §2-3, improved DDPM §3.
     """
     samplers = ("ddim", "ddpm", "dpm++")
 
@@ -187,17 +203,19 @@ class GaussianDiffusion:
         self.betas, self.timestep_map, self.steps = betas, timestep_map, len(betas)
         one = torch.ones(1, dtype=torch.float64)
         self.alpha_bar = ab = torch.cumprod(1 - betas, 0)
-        self.alpha_bar_prev = ab_prev = torch.cat([one, ab[:-1]])                           # the last step of sampling lands on 1
+        self.alpha_bar_prev = ab_prev = torch.cat([one, ab[:-1]])                       # sampling ends on exactly 1
         self.alpha_bar_next = torch.cat([ab[1:], 0 * one])
-        self.posterior_variance = post = betas * (1 - ab_prev) / (1 - ab)                   # DDPM eq. 7; 0 at t = 0
-        post_clipped = torch.cat([post[1:2], post[1:]]) if len(post) > 1 else betas         # log(0) at t = 0: take t = 1's
+        self.posterior_variance = post = betas * (1 - ab_prev) / (1 - ab)               # DDPM eq. 7; 0 at t = 0
+        post_clipped = torch.cat([post[1:2], post[1:]]) if len(post) > 1 else betas     # log(0) at t = 0: take t = 1's
         variances = {"fixed_large": torch.cat([post_clipped[:1], betas[1:]]), "fixed_small": post}
         self._float64 = {
             "ab": ab, "ab_prev": ab_prev, "ab_next": self.alpha_bar_next,
             "sqrt_ab": ab.sqrt(), "sqrt_1m_ab": (1 - ab).sqrt(), "log_1m_ab": (1 - ab).log(),
             "sqrt_recip_ab": (1 / ab).sqrt(), "sqrt_recipm1_ab": (1 / ab - 1).sqrt(),
-            "post_mean_x0": betas * ab_prev.sqrt() / (1 - ab), "post_mean_xt": (1 - ab_prev) * (1 - betas).sqrt() / (1 - ab),
-            "post_var": post, "post_logvar": post_clipped.log(), "log_beta": betas.log(), "var": variances[self.variance],
+            "post_mean_x0": betas * ab_prev.sqrt() / (1 - ab),
+            "post_mean_xt": (1 - ab_prev) * (1 - betas).sqrt() / (1 - ab),
+            "post_var": post, "post_logvar": post_clipped.log(), "log_beta": betas.log(),
+            "var": variances[self.variance],
             "logvar": (variances["fixed_large"] if self.variance == "fixed_large" else post_clipped).log(),
             "t": timestep_map}
         self._on_device = {}
@@ -205,16 +223,17 @@ class GaussianDiffusion:
     def _at(self, name, t, x):
         """Entries t of a table, float32 (timesteps stay whole), shaped to broadcast over x."""
         if x.device not in self._on_device:      # once per device, so that no step copies anything from the host
-            self._on_device[x.device] = {k: (v.float() if v.is_floating_point() else v).to(x.device) for k, v in self._float64.items()}
+            rounded = {k: v.float() if v.is_floating_point() else v for k, v in self._float64.items()}
+            self._on_device[x.device] = {k: v.to(x.device) for k, v in rounded.items()}
         values = self._on_device[x.device][name][t]                                         # (B,)
         return values if name == "t" else values.view(-1, *[1] * (x.dim() - 1))             # (B, 1, ..., 1)
 
     def respaced(self, respacing):
         """The same process on fewer steps (a new object): beta' = 1 - alpha_bar[t] / alpha_bar[last kept t].
 
-        respacing: see respaced_steps; or "logsnr20": about 20 steps, evenly apart in log-SNR, which DPM-Solver++ wants (on the exact
-        Gaussian of the tests its error at 20 steps is 9-18 times smaller than on even t). The network still sees the original
-        timesteps. Source: improved DDPM §4; Lu et al. 2022 §5.
+        respacing: see respaced_steps; or "logsnr20": about 20 steps, evenly apart in log-SNR, which DPM-Solver++ wants
+        (on the exact Gaussian of the tests its error at 20 steps is 9-18 times smaller than on even t). The network
+        still sees the original timesteps. Source: improved DDPM §4; Lu et al. 2022 §5.
         """
         if str(respacing).startswith("logsnr"):
             log_snr = (self.alpha_bar / (1 - self.alpha_bar)).log()
@@ -230,15 +249,22 @@ class GaussianDiffusion:
     # --- forward: from pictures to noise
 
     def draw(self, shape, generator=None, device="cpu"):
-        """The random part of one training step for `shape` = (B, ...): {"t": (B,) int64 uniform, "eps": noise}. Source: DDPM alg. 1."""
-        return {"t": torch.randint(self.steps, shape[:1], generator=generator, device=device), "eps": randn(shape, generator, device)}
+        """The random part of one training step for `shape` = (B, ...): {"t": (B,) int64 uniform, "eps": noise}.
+
+        Source: DDPM alg. 1.
+        """
+        return {"t": torch.randint(self.steps, shape[:1], generator=generator, device=device),
+                "eps": randn(shape, generator, device)}
 
     def q_sample(self, x0, t, eps):
         """xt ~ q(xt | x0) for t (B,), noise eps like x0. Source: DDPM eq. 4."""
         return self._at("sqrt_ab", t, x0) * x0 + self._at("sqrt_1m_ab", t, x0) * eps
 
     def q_posterior(self, x0, xt, t):
-        """q(x_{t-1} | xt, x0) -> (mean like x0, variance, clipped log-variance; both broadcastable). Source: DDPM eq. 6-7."""
+        """q(x_{t-1} | xt, x0) -> (mean like x0, variance, clipped log-variance; both broadcastable).
+
+        Source: DDPM eq. 6-7.
+        """
         mean = self._at("post_mean_x0", t, x0) * x0 + self._at("post_mean_xt", t, x0) * xt
         return mean, self._at("post_var", t, x0), self._at("post_logvar", t, x0)
 
@@ -259,7 +285,8 @@ class GaussianDiffusion:
     def p_mean_variance(self, out, xt, t, clip=False):
         """One reverse step from the network's raw output `out` at xt, t (indices of THIS process).
 
-        clip: clamp the implied x0 to [-1, 1] (pixels: yes, latents: no). Returns {"mean", "var", "logvar", "x0"} like xt.
+        clip: clamp the implied x0 to [-1, 1] (pixels: yes, latents: no). Returns {"mean", "var", "logvar", "x0"} like
+        xt.
         Source: DDPM eq. 11; learned range: improved DDPM eq. 15 (v is not clamped).
         """
         if self.learn_sigma:
@@ -276,7 +303,7 @@ class GaussianDiffusion:
     # --- losses
 
     def vb_term(self, out, x0, xt, t, clip=False):
-        """One term of the variational bound in bits per dimension, (B,): KL of the reverse step, or the decoder's NLL at t = 0.
+        """One term of the variational bound in bits per dimension, (B,): the reverse step's KL, or at t = 0 the NLL.
 
         Source: DDPM eq. 5; improved DDPM eq. 4-7.
         """
@@ -289,10 +316,11 @@ class GaussianDiffusion:
     def losses(self, model, x0, cond, t, eps, mask=None, objective="mse"):
         """Per-sample training losses {"loss", "mse", "vb"}, each (B,).
 
-        objective "mse": |prediction - target|^2, plus the bound's term if learn_sigma. There the mean is detached, so the
-        bound teaches the variance alone (improved DDPM §3.1); at 1000 steps its weight is L_simple + 0.001 L_vlb (sum over t).
-        "rescaled_mse" keeps that weight on a shorter process; "kl" is the bound alone; "rescaled_kl" times T estimates the whole sum.
-        mask: broadcastable to x0, 1 = counts (a true mean). Source: improved DDPM eq. 16.
+        objective "mse": |prediction - target|^2, plus the bound's term if learn_sigma. There the mean is detached, so
+        the bound teaches the variance alone (improved DDPM §3.1); at 1000 steps its weight is L_simple + 0.001 L_vlb
+        (sum over t). "rescaled_mse" keeps that weight on a shorter process; "kl" is the bound alone; "rescaled_kl"
+        times T estimates the whole sum. mask: broadcastable to x0, 1 = counts (a true mean).
+        Source: improved DDPM eq. 16.
         """
         if objective not in ("mse", "rescaled_mse", "kl", "rescaled_kl"):
             raise ValueError(f"unknown objective {objective!r}: choose mse, rescaled_mse, kl or rescaled_kl")
@@ -318,15 +346,16 @@ class GaussianDiffusion:
         x0 (B, C, ...); cond anything that model takes; t (B,) int64; eps like x0. Source: DDPM alg. 1.
         """
         draws = self.draw(x0.shape, generator, x0.device) if t is None or eps is None else {}
-        terms = self.losses(model, x0, cond, draws.get("t") if t is None else t, draws.get("eps") if eps is None else eps, mask)
+        t, eps = draws.get("t") if t is None else t, draws.get("eps") if eps is None else eps
+        terms = self.losses(model, x0, cond, t, eps, mask)
         return terms["loss"].mean(), {k: v.mean().detach() for k, v in terms.items() if k != "loss"}
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, cond=None, clip=True, noise=None, generator=None):
         """Variational bound on -log p(x0) in bits per dimension, over the whole chain (T forwards).
 
-        noise: optional (T, B, ...), the draw used at t = T-1, T-2, ..., 0. Returns {"total", "prior"} (B,) and {"vb", "x0_mse",
-        "eps_mse"} (B, T), column 0 = t = T-1. Source: improved DDPM eq. 4-7.
+        noise: optional (T, B, ...), the draw used at t = T-1, T-2, ..., 0. Returns {"total", "prior"} (B,) and {"vb",
+        "x0_mse", "eps_mse"} (B, T), column 0 = t = T-1. Source: improved DDPM eq. 4-7.
         """
         rows = {"vb": [], "x0_mse": [], "eps_mse": []}
         for k, i in enumerate(reversed(range(self.steps))):
@@ -339,16 +368,17 @@ class GaussianDiffusion:
             rows["x0_mse"].append(_mean((x0_pred - x0) ** 2))
             rows["eps_mse"].append(_mean((self.to_eps(x0_pred, xt, t) - eps) ** 2))
         last = torch.full(x0.shape[:1], self.steps - 1, device=x0.device)
-        logvar = self._at("log_1m_ab", last, x0)
-        prior = _mean(normal_kl(self._at("sqrt_ab", last, x0) * x0, logvar, torch.zeros_like(x0), torch.zeros_like(logvar))) / math.log(2)
+        mean, logvar = self._at("sqrt_ab", last, x0) * x0, self._at("log_1m_ab", last, x0)
+        prior = _mean(normal_kl(mean, logvar, torch.zeros_like(x0), torch.zeros_like(logvar))) / math.log(2)
         rows = {k: torch.stack(v, dim=1) for k, v in rows.items()}                          # (B, T)
         return {"total": rows["vb"].sum(1) + prior, "prior": prior, **rows}
 
     # --- backward: from noise to pictures
 
     def ddpm_step(self, out, xt, t, z, clip=False, cond_fn=None):
-        """x_{t-1} = mean + sqrt(var) z, without noise at t = 0 -> (x_{t-1}, x0). cond_fn(xt, t) shifts the mean by var * gradient.
+        """x_{t-1} = mean + sqrt(var) z, without noise at t = 0 -> (x_{t-1}, x0).
 
+        cond_fn(xt, t) shifts the mean by var * gradient.
         Source: DDPM alg. 2; classifier guidance: Dhariwal & Nichol 2021 alg. 1.
         """
         p = self.p_mean_variance(out, xt, t, clip)
@@ -357,9 +387,10 @@ class GaussianDiffusion:
         return mean + noisy * torch.exp(0.5 * p["logvar"]) * z, p["x0"]
 
     def ddim_step(self, out, xt, t, z=None, eta=0.0, clip=False, cond_fn=None):
-        """DDIM: walk towards x0 along the direction of eps; eta = 0 deterministic, eta = 1 DDPM's noise -> (x_{t-1}, x0).
+        """DDIM: towards x0 along the direction of eps; eta = 0 deterministic, eta = 1 DDPM's noise -> (x_{t-1}, x0).
 
-        cond_fn: eps -= sqrt(1 - alpha_bar) * gradient. Source: DDIM eq. 12 and 16; guidance: Dhariwal & Nichol 2021 alg. 2.
+        cond_fn: eps -= sqrt(1 - alpha_bar) * gradient.
+        Source: DDIM eq. 12 and 16; guidance: Dhariwal & Nichol 2021 alg. 2.
         """
         x0 = self.p_mean_variance(out, xt, t, clip)["x0"]
         eps = self.to_eps(x0, xt, t)
@@ -372,33 +403,41 @@ class GaussianDiffusion:
         return (x_prev + sigma * z if eta > 0 else x_prev), x0                              # sigma is 0 at t = 0
 
     def ddim_reverse_step(self, out, xt, t, clip=False):
-        """One DDIM step (eta = 0) towards noise: x_{t+1}; from the last t to pure eps -> (x_{t+1}, x0). Source: DDIM §4.3."""
+        """One DDIM step (eta = 0) towards noise: x_{t+1}; from the last t to pure eps -> (x_{t+1}, x0).
+
+        Source: DDIM §4.3.
+        """
         x0 = self.p_mean_variance(out, xt, t, clip)["x0"]
         ab_next = self._at("ab_next", t, xt)
         return ab_next.sqrt() * x0 + (1 - ab_next).sqrt() * self.to_eps(x0, xt, t), x0
 
     def dpmpp_step(self, out, xt, t, x0_last, clip=False):
-        """DPM-Solver++(2M): exponential integrator in log-SNR; extrapolates x0 from this and the last guess -> (x_{t-1}, x0).
+        """DPM-Solver++(2M): exponential integrator in log-SNR, with x0 extrapolated from two guesses -> (x_{t-1}, x0).
 
-        x0_last: the guess at t + 1, or None on the first step (then, and on the last, first order = DDIM). Source: Lu et al. 2022 alg. 2.
+        x0_last: the guess at t + 1, or None on the first step (then, and on the last, first order = DDIM).
+        Source: Lu et al. 2022 alg. 2.
         """
         x0 = self.p_mean_variance(out, xt, t, clip)["x0"]
         if x0_last is None:
             return self.ddim_step(out, xt, t, clip=clip)
         ab, ab_prev, t_last = self._at("ab", t, xt), self._at("ab_prev", t, xt), (t + 1).clamp(max=self.steps - 1)
-        lam = lambda ab: 0.5 * (ab / (1 - ab)).log()                                        # half log-SNR
-        h, h_last = lam(ab_prev) - lam(ab), lam(ab) - lam(self._at("ab", t_last, xt))       # h is infinite at t = 0,
+        lam = lambda ab: 0.5 * (ab / (1 - ab)).log()                                    # half log-SNR
+        h, h_last = lam(ab_prev) - lam(ab), lam(ab) - lam(self._at("ab", t_last, xt))   # h is infinite at t = 0,
         data = x0 + 0.5 * (h / h_last) * (x0 - x0_last)
-        data = torch.where(ab_prev < 1, data, x0)                                           # where plain x0 is the answer
+        data = torch.where(ab_prev < 1, data, x0)                                       # where plain x0 is the answer
         return ((1 - ab_prev) / (1 - ab)).sqrt() * xt - ab_prev.sqrt() * torch.expm1(-h) * data, x0
 
     @torch.no_grad()
-    def trajectory(self, model, shape, cond=None, uncond=None, sampler="ddim", steps=50, cfg_scale=1.0, cfg_interval=(0.0, 1.0),
-                   cfg_channels=None, eta=0.0, x_init=None, mask=None, strength=1.0, clip=False, noise=None, generator=None,
-                   device="cpu"):
-        """Walk from noise to a picture, yielding (xt, x0 guess) after every step; arguments as in `sample`. Source: DDIM, DDPM alg. 2."""
+    def trajectory(self, model, shape, cond=None, uncond=None, sampler="ddim", steps=50, cfg_scale=1.0,
+                   cfg_interval=(0.0, 1.0), cfg_channels=None, eta=0.0, x_init=None, mask=None, strength=1.0,
+                   clip=False, noise=None, generator=None, device="cpu"):
+        """Walk from noise to a picture, yielding (xt, x0 guess) after every step; arguments as in `sample`.
+
+        Source: DDIM, DDPM alg. 2.
+        """
         if sampler not in self.samplers:
-            raise ValueError(f"unknown sampler {sampler!r} for a Gaussian process: choose one of {', '.join(self.samplers)}")
+            raise ValueError(f"unknown sampler {sampler!r} for a Gaussian process: choose one of "
+                             f"{', '.join(self.samplers)}")
         if mask is not None and x_init is None:
             raise ValueError("inpainting needs x_init, the picture whose pixels are known, beside the mask")
         if sampler == "dpm++" and isinstance(steps, int):
@@ -422,16 +461,18 @@ class GaussianDiffusion:
             else:
                 xt, x0 = chain.ddim_step(out, xt, t, randn(shape, generator, device) if eta > 0 else None, eta, clip)
             if mask is not None and i == 0:
-                xt = torch.where(mask > 0.5, xt, x_init)                                    # known pixels come back untouched
+                xt = torch.where(mask > 0.5, xt, x_init)                            # known pixels come back untouched
             yield xt, x0
 
     def sample(self, model, shape, cond=None, uncond=None, **options):
         """Draw pictures -> (B, C, ...) = shape.
 
-        sampler "ddim" (with eta), "ddpm" or "dpm++"; steps: an int, or a respacing as a string; cfg_scale, cfg_interval, cfg_channels: see guided;
-        x_init (like shape) with mask (1 = paint here): inpainting; x_init with strength in (0, 1]: image-to-image from that noise level;
-        clip: clamp x0 guesses to [-1, 1]; noise: start here; generator: one, or a list with one per sample; device.
-        Raises ValueError for an unknown sampler or a mask without x_init. Source: DDPM alg. 2, DDIM eq. 12, DPM-Solver++ alg. 2.
+        sampler "ddim" (with eta), "ddpm" or "dpm++"; steps: an int, or a respacing as a string; cfg_scale,
+        cfg_interval, cfg_channels: see guided; x_init (like shape) with mask (1 = paint here): inpainting; x_init with
+        strength in (0, 1]: image-to-image from that noise level; clip: clamp x0 guesses to [-1, 1]; noise: start here;
+        generator: one, or a list with one per sample; device.
+        Raises ValueError for an unknown sampler or a mask without x_init.
+        Source: DDPM alg. 2, DDIM eq. 12, DPM-Solver++ alg. 2.
         """
         for x, _ in self.trajectory(model, shape, cond, uncond, **options):
             pass
@@ -439,7 +480,10 @@ class GaussianDiffusion:
 
     @torch.no_grad()
     def invert(self, model, x0, cond=None, steps=50, clip=False):
-        """The noise from which DDIM (eta = 0, same steps) would draw x0, approximately. Source: DDIM §4.3 (the ODE run backwards)."""
+        """The noise from which DDIM (eta = 0, same steps) would draw x0, approximately.
+
+        Source: DDIM §4.3 (the ODE run backwards).
+        """
         chain = self.respaced(steps)
         for i in range(chain.steps):
             t = torch.full(x0.shape[:1], i, device=x0.device)
@@ -450,15 +494,19 @@ class GaussianDiffusion:
 class RectifiedFlow:
     """Diffusion on straight lines: x_u = (1-u) x0 + u eps; the network predicts the constant velocity eps - x0.
 
-    Same interface as GaussianDiffusion; u in (0, 1) is continuous and the network sees t = 1000 u, so that its timestep embedding
-    needs no change. Samplers: "euler" (it equals DDIM on this schedule) and "heun" (second order, two forwards per step).
-    Source: Liu et al. 2022 eq. 1; Lipman et al. 2022.
+    Same interface as GaussianDiffusion; u in (0, 1) is continuous and the network sees t = 1000 u, so that its timestep
+    embedding needs no change. Samplers: "euler" (it equals DDIM on this schedule) and "heun" (second order, two
+    forwards per step). Source: Liu et al. 2022 eq. 1; Lipman et al. 2022.
     """
     samplers = ("euler", "heun")
 
     def draw(self, shape, generator=None, device="cpu"):
-        """The random part of one training step: {"t": (B,) uniform in (0, 1000), "eps": noise}. Source: Liu et al. 2022 alg. 1."""
-        return {"t": 1000 * torch.rand(shape[:1], generator=generator, device=device), "eps": randn(shape, generator, device)}
+        """The random part of one training step: {"t": (B,) uniform in (0, 1000), "eps": noise}.
+
+        Source: Liu et al. 2022 alg. 1.
+        """
+        return {"t": 1000 * torch.rand(shape[:1], generator=generator, device=device),
+                "eps": randn(shape, generator, device)}
 
     def q_sample(self, x0, t, eps):
         """The point at time t (B,) in [0, 1000] on the line from x0 to eps. Source: Liu et al. 2022 eq. 1."""
@@ -466,17 +514,23 @@ class RectifiedFlow:
         return (1 - u) * x0 + u * eps
 
     def loss(self, model, x0, cond=None, t=None, eps=None, mask=None, generator=None):
-        """Mean squared error of the velocity -> (scalar, {"mse"}). Arguments as in GaussianDiffusion.loss. Source: Liu et al. 2022 eq. 1."""
+        """Mean squared error of the velocity -> (scalar, {"mse"}). Arguments as in GaussianDiffusion.loss.
+
+        Source: Liu et al. 2022 eq. 1.
+        """
         draws = self.draw(x0.shape, generator, x0.device) if t is None or eps is None else {}
         t, eps = draws.get("t") if t is None else t, draws.get("eps") if eps is None else eps
         mse = _mean((model(self.q_sample(x0, t, eps), t, cond).float() - (eps - x0)) ** 2, mask).mean()
         return mse, {"mse": mse.detach()}
 
     @torch.no_grad()
-    def trajectory(self, model, shape, cond=None, uncond=None, sampler="euler", steps=25, cfg_scale=1.0, cfg_interval=(0.0, 1.0),
-                   cfg_channels=None, eta=0.0, x_init=None, mask=None, strength=1.0, clip=False, noise=None, generator=None,
-                   device="cpu"):
-        """Integrate dx/du = velocity from u = 1 (noise) to u = 0, yielding (xt, x0 guess); arguments as in GaussianDiffusion.sample."""
+    def trajectory(self, model, shape, cond=None, uncond=None, sampler="euler", steps=25, cfg_scale=1.0,
+                   cfg_interval=(0.0, 1.0), cfg_channels=None, eta=0.0, x_init=None, mask=None, strength=1.0,
+                   clip=False, noise=None, generator=None, device="cpu"):
+        """Integrate dx/du = velocity from u = 1 (noise) to u = 0, yielding (xt, x0 guess).
+
+        Arguments as in GaussianDiffusion.sample. Source: Liu et al. 2022 eq. 1.
+        """
         if sampler not in self.samplers:
             raise ValueError(f"unknown sampler {sampler!r} for a flow: choose one of {', '.join(self.samplers)}")
         if eta:
@@ -507,12 +561,14 @@ class RectifiedFlow:
 class LossSecondMoment:
     """Draw t more often where the loss has been large: p(t) ~ sqrt(mean of the last 10 squared losses), 0.1 % uniform.
 
-    Weights stay uniform until every t has its 10 losses. draw(n, generator) -> (t (n,), weight (n,)) with weight = 1/(T p(t)),
-    so the weighted loss stays unbiased; update(t, losses) after each step. Source: improved DDPM §3.3 eq. 18.
+    Weights stay uniform until every t has its 10 losses. draw(n, generator) -> (t (n,), weight (n,)) with weight =
+    1/(T p(t)), so the weighted loss stays unbiased; update(t, losses) after each step.
+    Source: improved DDPM §3.3 eq. 18.
     """
 
     def __init__(self, steps, history=10, uniform_prob=0.001):
-        self.losses, self.counts = torch.zeros(steps, history, dtype=torch.float64), torch.zeros(steps, dtype=torch.int64)
+        self.losses = torch.zeros(steps, history, dtype=torch.float64)                      # (T, history)
+        self.counts = torch.zeros(steps, dtype=torch.int64)                                 # (T,)
         self.uniform_prob = uniform_prob
 
     def weights(self):

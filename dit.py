@@ -2,25 +2,27 @@
 
 Paper: Scalable Diffusion Models with Transformers (Peebles & Xie 2022, arXiv 2212.09748).
 
-The idea.  Cut the noisy picture (usually a latent of an autoencoder) into p x p patches, call each patch a token, and let a
-Vision Transformer denoise them. Two questions remain:
+The idea.  Cut the noisy picture (usually a latent of an autoencoder) into p x p patches, call each patch a token, and
+let a Vision Transformer denoise them. Two questions remain:
   How does the network learn the timestep t and the class y?  The paper tries four blocks, all here:
     in-context   t and y are two extra tokens in the sequence
     cross-attn   a second attention layer reads those two tokens
     adaln        LayerNorm's shift and scale are computed from c = emb(t) + emb(y)
     adaln_zero   the same, plus a gate on every residual branch, starting at zero: each block begins as the identity
-  How does quality grow?  With Gflops: more depth and width, or smaller patches (4x the tokens); adaln_zero wins everywhere.
+  How does quality grow?  With Gflops: more depth and width, or smaller patches (4x the tokens); adaln_zero wins
+  everywhere.
 
 Contents: attention and MLP, embedders, the four blocks, the final layer, DiT, the twelve configurations.
-A model is model(x (B,C,H,W), t (B,), y (B,)) -> (B, C or 2C, H, W); training is `train.py`, the maths is `diffusion.py`.
+A model is model(x (B,C,H,W), t (B,), y (B,)) -> (B, C or 2C, H, W); training is `train.py`, the maths `diffusion.py`.
 
     python train.py                                    # a tiny DiT on 8x8 latents, minutes on a laptop
     python train.py --model DiT-S/2 --data cifar10     # the paper's smallest, on one GPU
 
 Differences from the official code (facebookresearch/DiT, adaLN-Zero only; state_dict names and numbers are the same):
-1. All four block designs. The other three were never released; they follow the paper's text, and their sizes match its table.
-2. Label dropout draws nothing inside forward: the caller passes its random numbers to `drop_labels`, so a step is a pure
-   function (it compiles, resumes, and splits over GPUs without a change in the result).
+1. All four block designs. The other three were never released; they follow the paper's text, and their sizes match its
+   table.
+2. Label dropout draws nothing inside forward: the caller passes its random numbers to `drop_labels`, so a step is a
+   pure function (it compiles, resumes, and splits over GPUs without a change in the result).
 3. The guided forward lives in diffusion.guided, for every model, and guides all channels.
 """
 import re
@@ -33,7 +35,10 @@ from diffusion import timestep_embedding
 
 
 def modulate(x, shift, scale):
-    """Scale and shift normalised tokens per sample: x (B, N, D), shift and scale (B, D) -> (B, N, D). Source: DiT §3.2 (adaLN)."""
+    """Scale and shift normalised tokens per sample: x (B, N, D), shift and scale (B, D) -> (B, N, D).
+
+    Source: DiT §3.2 (adaLN).
+    """
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -69,7 +74,8 @@ class CrossAttention(nn.Module):
     def forward(self, x, tokens):
         B, N, D = x.shape
         q = self.q(x).view(B, N, self.num_heads, -1).transpose(1, 2)                        # (B, h, N, d)
-        k, v = self.kv(tokens).view(B, tokens.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)   # 2x (B, h, L, d)
+        kv = self.kv(tokens).view(B, tokens.shape[1], 2, self.num_heads, -1)                # (B, L, 2, h, d)
+        k, v = kv.permute(2, 0, 3, 1, 4)                                                    # 2x (B, h, L, d)
         x = F.scaled_dot_product_attention(q, k, v)                                         # (B, h, N, d)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))                                # (B, N, D)
 
@@ -87,7 +93,10 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Picture to tokens: (B, C, H, W) -> (B, N, D), one p x p patch per token, row by row. Source: DiT §3.2 (patchify)."""
+    """Picture to tokens: (B, C, H, W) -> (B, N, D), one p x p patch per token, row by row.
+
+    Source: DiT §3.2 (patchify).
+    """
 
     def __init__(self, patch_size, in_channels, hidden_size):
         super().__init__()
@@ -110,7 +119,10 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class y (B,) -> (B, D). With label dropout there is one more row, index num_classes: "no class". Source: Ho & Salimans 2022."""
+    """Class y (B,) -> (B, D). With label dropout there is one more row, index num_classes: "no class".
+
+    Source: Ho & Salimans 2022.
+    """
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -121,7 +133,7 @@ class LabelEmbedder(nn.Module):
 
 
 def sincos_positions(hidden_size, grid_size):
-    """Fixed 2-D sine-cosine table, (grid_size^2, D) float32. The first half of D encodes the column, the second the row.
+    """Fixed 2-D sine-cosine table, (grid_size^2, D) float32. First half of D: the column; second half: the row.
 
     Raises ValueError unless D is a multiple of 4. Source: DiT §3.2; MAE's table, computed in float64.
     """
@@ -136,7 +148,7 @@ def sincos_positions(hidden_size, grid_size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the four blocks: each is block(x (B, N, D), c (B, D), tokens (B, 2, D)) -> (B, N, D) and takes what it needs of c and tokens
+# the four blocks: each is block(x (B, N, D), c (B, D), tokens (B, 2, D)) -> (B, N, D) and takes what it needs
 
 class InContextBlock(nn.Module):
     """A standard pre-norm ViT block; the condition sits in the sequence itself. Source: DiT §3.2, figure 3 right."""
@@ -154,7 +166,10 @@ class InContextBlock(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """ViT block with one more attention, from the image tokens to the two condition tokens. Source: DiT §3.2, figure 3 middle."""
+    """ViT block with one more attention, from the image tokens to the two condition tokens.
+
+    Source: DiT §3.2, figure 3 middle.
+    """
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
@@ -183,13 +198,16 @@ class AdaLNBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size))
 
     def forward(self, x, c, tokens):
-        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)            # 4x (B, D)
+        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)   # 4x (B, D)
         x = x + self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         return x + self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class AdaLNZeroBlock(nn.Module):
-    """adaLN plus a gate per residual branch, zero at first, so the block starts as the identity. Source: DiT §3.2, figure 3 left."""
+    """adaLN plus a gate per residual branch, zero at first, so the block starts as the identity.
+
+    Source: DiT §3.2, figure 3 left.
+    """
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
@@ -200,16 +218,21 @@ class AdaLNZeroBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c, tokens):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)   # 6x (B, D)
+        parts = self.adaLN_modulation(c).chunk(6, dim=1)                                    # 6x (B, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
         x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
-BLOCKS = {"in_context": InContextBlock, "cross_attention": CrossAttentionBlock, "adaln": AdaLNBlock, "adaln_zero": AdaLNZeroBlock}
+BLOCKS = {"in_context": InContextBlock, "cross_attention": CrossAttentionBlock, "adaln": AdaLNBlock,
+          "adaln_zero": AdaLNZeroBlock}
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches: norm (adaptive in the adaLN models), then one linear layer, (B, N, D) -> (B, N, p*p*C_out). Source: DiT §3.2."""
+    """Tokens to patches: norm (adaptive in the adaLN models), one linear layer, (B, N, D) -> (B, N, p*p*C_out).
+
+    Source: DiT §3.2.
+    """
 
     def __init__(self, hidden_size, patch_size, out_channels, adaptive):
         super().__init__()
@@ -231,15 +254,15 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer.
 
-    input_size: height = width of x, in pixels or latent cells; patch_size: side of a token, divides input_size; in_channels: C of x;
-    num_classes: 0 is allowed (unconditional: every y is the null class); class_dropout_prob: how often training hides the
-    label, > 0 adds the null class y = num_classes that guidance needs; learn_sigma: output 2C channels, eps and variance.
-    conditioning: "adaln_zero", "adaln", "cross_attention" or "in_context".
+    input_size: height = width of x, in pixels or latent cells; patch_size: side of a token, divides input_size;
+    in_channels: C of x; num_classes: 0 is allowed (unconditional: every y is the null class); class_dropout_prob: how
+    often training hides the label, > 0 adds the null class y = num_classes that guidance needs; learn_sigma: output 2C
+    channels, eps and variance. conditioning: "adaln_zero", "adaln", "cross_attention" or "in_context".
     Raises ValueError for sizes that do not fit together. Source: DiT §3.
     """
 
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
-                 num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, conditioning="adaln_zero"):
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, conditioning="adaln_zero"):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input size {input_size} is not divisible by patch size {patch_size}: change one of them")
@@ -258,18 +281,19 @@ class DiT(nn.Module):
         # fixed, yet a Parameter: the official checkpoints carry it and the paper's counts leave it out
         self.pos_embed = nn.Parameter(torch.zeros(1, (input_size // patch_size) ** 2, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(BLOCKS[conditioning](hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive=conditioning.startswith("adaln"))
+        adaptive = conditioning.startswith("adaln")
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive)
         self.initialize_weights()
 
     def initialize_weights(self):
         """Every initial value of the model, in one place. Source: DiT §3.2 and its released code.
 
-        | what                                   | how                        | why                                     |
-        | Linear layers, patch projection        | Xavier uniform, bias 0     | as in ViT; the conv counts as a matrix  |
-        | label table, timestep MLP              | normal(0, 0.02)            | small conditions at first               |
-        | modulation (all shifts, scales, gates) | 0                          | gates 0: every block is the identity    |
-        | final linear                           | 0                          | the first prediction is 0, loss is 1    |
-        | pos_embed                              | 2-D sine-cosine, frozen    | positions need no learning              |
+        | what                                   | how                        | why                                    |
+        | Linear layers, patch projection        | Xavier uniform, bias 0     | as in ViT; the conv counts as a matrix |
+        | label table, timestep MLP              | normal(0, 0.02)            | small conditions at first              |
+        | modulation (all shifts, scales, gates) | 0                          | gates 0: every block is the identity   |
+        | final linear                           | 0                          | the first prediction is 0, loss is 1   |
+        | pos_embed                              | 2-D sine-cosine, frozen    | positions need no learning             |
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -287,17 +311,26 @@ class DiT(nn.Module):
         self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[2], self.input_size // self.patch_size))
 
     def drop_labels(self, y, draws):
-        """Replace y (B,) by the null class where draws (B,), uniform in [0, 1), fall below class_dropout_prob. Source: Ho & Salimans alg. 1."""
+        """Replace y (B,) by the null class where draws (B,), uniform in [0, 1), fall below class_dropout_prob.
+
+        Source: Ho & Salimans alg. 1.
+        """
         return torch.where(draws < self.class_dropout_prob, self.num_classes, y)
 
     def unpatchify(self, x):
-        """(B, N, p*p*C_out) -> (B, C_out, H, W). A token holds its patch as (row, column, channel). Source: DiT §3.2 (decoder)."""
+        """(B, N, p*p*C_out) -> (B, C_out, H, W). A token holds its patch as (row, column, channel).
+
+        Source: DiT §3.2 (decoder).
+        """
         B, g, p = x.shape[0], self.input_size // self.patch_size, self.patch_size
-        x = x.view(B, g, g, p, p, self.out_channels)                                        # (B, row, col, p_row, p_col, C)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_channels, g * p, g * p)      # (B, C, H, W)
+        x = x.view(B, g, g, p, p, self.out_channels)                                    # (B, row, col, p_row, p_col, C)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_channels, g * p, g * p)  # (B, C, H, W)
 
     def forward(self, x, t, y):
-        """x (B, C, H, W), t (B,) steps 0..999 (fractions allowed), y (B,) int64 classes -> (B, C_out, H, W). Source: DiT figure 3."""
+        """x (B, C, H, W), t (B,) steps 0..999 (fractions allowed), y (B,) int64 classes -> (B, C_out, H, W).
+
+        Source: DiT figure 3.
+        """
         x = self.x_embedder(x) + self.pos_embed                                             # (B, N, D)
         N = x.shape[1]
         t, y = self.t_embedder(t), self.y_embedder(y)                                       # (B, D), (B, D)
@@ -312,20 +345,22 @@ class DiT(nn.Module):
 
 # the twelve of the paper (table 1): name -> width, depth, heads; /p is the patch size
 DIT_CONFIGS = {f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
-               for name, width, depth, heads in (("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16))
+               for name, width, depth, heads in (("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16),
+                                                 ("XL", 1152, 28, 16))
                for patch in (2, 4, 8)}
 
 
 def dit_config(name):
-    """Sizes of a named DiT: a paper's name ("DiT-S/2"), or "DiT-WxD/p" = width W (heads of 32), depth D, patch p, e.g. "DiT-96x4/1".
+    """Sizes of a named DiT: a paper's name ("DiT-S/2"), or "DiT-WxD/p" = width W (heads of 32), depth D, patch p.
 
-    Raises ValueError for anything else. Source: DiT table 1.
+    For example "DiT-96x4/1". Raises ValueError for anything else. Source: DiT table 1.
     """
     if name in DIT_CONFIGS:
         return dict(DIT_CONFIGS[name])
     size = re.fullmatch(r"DiT-(\d+)x(\d+)/(\d+)", name)
     if not size or min(map(int, size.groups())) < 1 or int(size[1]) % 32:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(DIT_CONFIGS)}, or DiT-WxD/p (width W, a multiple of 32)")
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(DIT_CONFIGS)}, or DiT-WxD/p (width W, a "
+                         "multiple of 32)")
     width, depth, patch = map(int, size.groups())
     return dict(hidden_size=width, depth=depth, num_heads=width // 32, patch_size=patch)
 
@@ -345,5 +380,6 @@ def infer_config(state):
     except KeyError as error:
         raise ValueError(f"this is not the state_dict of an adaLN-Zero DiT: it has no tensor {error}") from error
     heads = {c["hidden_size"]: c["num_heads"] for c in DIT_CONFIGS.values()}.get(hidden_size, hidden_size // 32)
-    return dict(input_size=round(tokens ** 0.5) * patch_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size,
-                depth=depth, num_heads=heads, num_classes=rows - 1, learn_sigma=out_channels == 2 * in_channels)
+    return dict(input_size=round(tokens ** 0.5) * patch_size, patch_size=patch_size, in_channels=in_channels,
+                hidden_size=hidden_size, depth=depth, num_heads=heads, num_classes=rows - 1,
+                learn_sigma=out_channels == 2 * in_channels)

@@ -67,7 +67,7 @@ def _components(mask):
 
     Flood fill for all images at once: every pixel starts with its own number and takes the largest one around it.
     """
-    B, H, W = mask.shape
+    _, H, W = mask.shape
     label = torch.arange(1.0, H * W + 1).view(1, H, W) * mask  # (B, H, W), exact in float32 up to 2^24
     while True:
         grown = F.max_pool2d(label, 3, stride=1, padding=1) * mask
@@ -230,13 +230,15 @@ def class_accuracy(images, labels, num_shapes=6):
     if labels.shape != (len(images),):
         raise ValueError(f"{len(images)} images need as many labels, not {tuple(labels.shape)}")
     if labels.min() < 0 or labels.max() >= num_shapes * len(data.COLORS):
-        raise ValueError(f"labels must be 0 to {num_shapes * len(data.COLORS) - 1}, not {labels.min()} to {labels.max()}")
+        raise ValueError(f"labels must be 0 to {num_shapes * len(data.COLORS) - 1}, not {labels.min()} to "
+                         f"{labels.max()}")
     shape = read["shape"][:, 0] == labels // len(data.COLORS)
     color = read["color"][:, 0] == labels % len(data.COLORS)
     match = shape & color & (read["count"] == 1)
     hits = {"match": match, "shape": shape, "color": color, "legible": read["legible"],
             "legible_match": match & read["legible"]}
-    return {key: hit.double().mean().item() for key, hit in hits.items()} | {"residual": read["residual"].median().item()}
+    rates = {key: hit.double().mean().item() for key, hit in hits.items()}
+    return rates | {"residual": read["residual"].median().item()}
 
 
 def prompt_accuracy(images, captions, num_shapes=6):
@@ -328,14 +330,15 @@ def kernel_distance(a, b):
     """
     a, b = _two_sets(a, b)
     kaa, kbb, kab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))  # (N, N) (M, M) (N, M)
-    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kaa, kbb)]  # mean over pairs of different samples
+    # mean over pairs of different samples
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kaa, kbb)]
     return (within[0] + within[1] - 2 * kab.mean()).item()
 
 
 # ---------------------------------------------------------------- the classifier whose features are compared
 
 class Classifier(nn.Module):
-    """Four 3 x 3 convolutions, global mean, 128 features, one linear layer. Any image size. Source: none, kept small."""
+    """Four 3 x 3 convolutions, global mean, 128 features, one linear layer, at any image size. Source: none (small)."""
 
     def __init__(self, channels, num_classes, width=128):
         super().__init__()
@@ -346,6 +349,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def features(self, x):
+        """Pictures (B, C, H, W) in [-1, 1] -> features (B, width)."""
         return self.body(x).mean((2, 3))  # (B, C, H, W) -> (B, width, H/8, W/8) -> (B, width)
 
     def forward(self, x):
@@ -434,7 +438,8 @@ def _read_npz(path):
 def _score_drawn(name, images, labels, captions):
     """The reader's numbers for the worlds shapes and scenes: {"rates": {axis: (rate, n)}, "residual": median}."""
     if name == "shapes" and labels is not None:
-        rates = {key: (value, len(images)) for key, value in class_accuracy(images, labels).items() if key != "residual"}
+        scores = class_accuracy(images, labels)
+        rates = {key: (value, len(images)) for key, value in scores.items() if key != "residual"}
     elif captions is not None:
         rates = prompt_accuracy(images, captions)
     else:  # nothing was asked for: is anything drawn?
@@ -477,7 +482,7 @@ def _score_pictures(name, data_dir, images, labels, cache, steps, device):
 
 
 def _parse_args(argv):
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n\n")[0], epilog="""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, epilog="""
 shapes and scenes are read exactly: rate, binomial standard error and number of images for each thing that was asked
 for. "legible" means that one or two clean known shapes were found at all. Other data sets get classifier-FID and
 classifier-KID beside their floor, the value for real images: good samples are close to the floor, and only numbers
@@ -485,14 +490,16 @@ from the same classifier file and the same n compare.""", formatter_class=argpar
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", metavar="FILE", help="checkpoint of train.py to draw samples from")
     source.add_argument("--images", metavar="FILE", help="npz with uint8 arr_0 (N, H, W, C); optional labels, captions")
-    parser.add_argument("--data", help="what the samples imitate: shapes, scenes, cifar10, ... (default: what --ckpt saw)")
+    parser.add_argument("--data", help="what the samples imitate: shapes, scenes, cifar10, ... (default: what "
+                                       "--ckpt saw)")
     parser.add_argument("--data-dir", default="data", help="folder of the downloaded data sets (default: data)")
     parser.add_argument("--n", type=int, default=480, help="samples to draw from --ckpt (default 480)")
     parser.add_argument("--cfg-scale", type=float, help="guidance scale, 1 = none (default: that of sample.py)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: that of sample.py)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default)")
-    parser.add_argument("--classifier-steps", type=int, default=1000, help="training steps of the classifier (default 1000)")
+    parser.add_argument("--classifier-steps", type=int, default=1000,
+                        help="training steps of the classifier (default 1000)")
     parser.add_argument("--classifier", metavar="FILE", help="where it is kept (default: beside the samples)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here as well")
     return parser.parse_args(argv)
@@ -530,7 +537,7 @@ def _run(args):
 
 
 def main(argv=None):
-    """Command line. Returns the exit code: 0, or 2 after one line that says what to put right. Source: the file's top."""
+    """Command line. Returns the exit code: 0, or 2 after one line that says what to put right."""
     args = _parse_args(argv)
     try:
         scores = _run(args)

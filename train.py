@@ -1,16 +1,17 @@
 """Training: one loop for every model of this repository.
 
-    python train.py                                        # a class-conditional DiT on `shapes`: five minutes on a laptop
-    python train.py --recipe paper                         # the same model the way the DiT paper trains: AdamW, eps, linear schedule
-    python train.py --model DiT-S/2 --data cifar10         # the paper's smallest DiT on 32x32 photographs, on one GPU
+    python train.py                                    # a class-conditional DiT on `shapes`: five minutes on a laptop
+    python train.py --recipe paper                     # the same model as the DiT paper trains it: AdamW, eps, linear
+    python train.py --model DiT-S/2 --data cifar10     # the paper's smallest DiT on 32x32 photographs, on one GPU
     python train.py --data folder:my_pictures --out out/mine --steps 20000
-    python train.py --out out/mine --resume                # go on after Ctrl-C, SIGTERM, or a crash: bit for bit the same run
-    torchrun --nproc-per-node 2 train.py ...               # data-parallel: the same run on more devices
+    python train.py --out out/mine --resume            # after Ctrl-C, SIGTERM, or a crash: bit for bit the same run
+    torchrun --nproc-per-node 2 train.py ...           # data-parallel: the same run on more devices
 
-The idea.  A task says what a step is: `draw` takes every random number of the step at once, `loss` is then a pure function of
-tensors. `train` is the loop, and does not ask which task it runs. Because step s draws from a generator seeded by (seed, s), and
-batch s is a function of (seed, s), the state of a run is its tensors and the number s. Hence exact resume in a few lines, and the
-same result on one device or several: each draws the noise of the whole batch and keeps its own rows.
+The idea.  A task says what a step is: `draw` takes every random number of the step at once, `loss` is then a pure
+function of tensors. `train` is the loop, and does not ask which task it runs. Because step s draws from a generator
+seeded by (seed, s), and batch s is a function of (seed, s), the state of a run is its tensors and the number s. Hence
+exact resume in a few lines, and the same result on one device or several: each draws the noise of the whole batch and
+keeps its own rows.
 
 Contents: Config, checkpoints, Muon, the tasks (tiny autoencoder; diffusion with a DiT), the loop, the benchmark.
 In the output folder: ckpt.pt, config.json, log.csv, loss.png, samples/000500.png (EMA weights, always the same seeds).
@@ -40,7 +41,7 @@ from tqdm import tqdm
 import data as data_module
 from data import Batches, save_grid, to_float, to_uint8
 from diffusion import GaussianDiffusion, RectifiedFlow, randn
-from dit import DIT_CONFIGS, DiT, dit_config, infer_config
+from dit import DIT_CONFIGS, DiT, dit_config
 from vae import TinyAutoencoder
 
 
@@ -48,35 +49,42 @@ from vae import TinyAutoencoder
 # configuration: one dataclass; every field is a flag, its default stands here and nowhere else
 
 def flag(default, help, **choices):
+    """A dataclass field that becomes a flag: its default, its words in --help, and choices=[...] if values are few."""
     return dataclasses.field(default=default, metadata={"help": help, **choices})
 
 
 @dataclasses.dataclass
 class Config:
     """Everything that defines a run. The defaults are the five-minute run."""
-    model: str = flag("DiT-128x4/2", "DiT-S/2 ... DiT-XL/8 of the paper, DiT-WxD/p (width, depth, patch), or tiny-ae (an autoencoder)")
-    data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, emoji, folder:PATH (class sub-folders, captions, or flat), latents:PATH")
+    model: str = flag("DiT-128x4/2", "DiT-S/2 ... DiT-XL/8 of the paper, DiT-WxD/p (width, depth, patch), or tiny-ae "
+                                     "(an autoencoder)")
+    data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, emoji, folder:PATH (class sub-folders, "
+                               "captions, or flat), latents:PATH")
     data_dir: str = flag("data", "where official files are looked for, and downloaded to when asked for by name")
     image_size: int = flag(32, "side of the training pictures in pixels")
     hold_out: bool = flag(False, "shapes, scenes: keep six shape-colour pairs out of training, to test composition")
     skip_bad: bool = flag(False, "folder: drop unreadable images and count them, instead of stopping")
-    flip: str = flag("auto", "mirror pictures at random: on, off, auto (off where left and right mean something: captions, shapes, digits)",
-                     choices=["auto", "on", "off"])
+    flip: str = flag("auto", "mirror pictures at random: on, off, auto (off where left and right mean something: "
+                             "captions, shapes, digits)", choices=["auto", "on", "off"])
     recipe: str = flag("fast", "a set of defaults; any flag that you give wins", choices=["fast", "paper"])
-    first_stage: str = flag("auto", "what DiT runs on: tiny (latents of a small autoencoder, trained first), none (pixels), a tiny-ae "
-                                    "checkpoint, or auto (tiny for shapes and scenes, none otherwise)")
+    first_stage: str = flag("auto", "what DiT runs on: tiny (latents of a small autoencoder, trained first), none "
+                                    "(pixels), a tiny-ae checkpoint, or auto (tiny for shapes and scenes, none "
+                                    "otherwise)")
     latent_channels: int = flag(4, "channels of the tiny autoencoder's latents")
     latent_noise: float = flag(0.3, "noise that its decoder learns to undo, as a share of the latents' spread")
     factor: int = flag(4, "how much smaller its latents are, per side")
-    conditioning: str = flag("adaln_zero", "DiT block", choices=["adaln_zero", "adaln", "cross_attention", "in_context"])
+    conditioning: str = flag("adaln_zero", "DiT block",
+                             choices=["adaln_zero", "adaln", "cross_attention", "in_context"])
     class_dropout: float = flag(0.1, "share of labels hidden in training, for guidance")
-    schedule: str = flag("flow", "flow (straight lines, velocity) or a Gaussian schedule", choices=["flow", "linear", "cosine", "scaled_linear"])
+    schedule: str = flag("flow", "flow (straight lines, velocity) or a Gaussian schedule",
+                         choices=["flow", "linear", "cosine", "scaled_linear"])
     prediction: str = flag("eps", "Gaussian schedules: what the network predicts", choices=["eps", "v", "x0"])
     learn_sigma: bool = flag(False, "Gaussian schedules: also learn the variance")
     steps: int = flag(1000, "optimizer steps")
     batch_size: int = flag(64, "pictures per optimizer step, over all devices")
     accum: int = flag(1, "split each batch into so many micro-batches (less memory, same result)")
-    optimizer: str = flag("muon", "muon (on the matrices inside the blocks; AdamW on the rest) or adamw (on everything)", choices=["muon", "adamw"])
+    optimizer: str = flag("muon", "muon (on the matrices inside the blocks; AdamW on the rest) or adamw (on "
+                                  "everything)", choices=["muon", "adamw"])
     lr: float = flag(2e-3, "learning rate of AdamW")
     muon_lr: float = flag(0.02, "learning rate of Muon")
     weight_decay: float = flag(0.0, "decoupled weight decay")
@@ -94,14 +102,16 @@ class Config:
     log_every: int = flag(10, "steps between rows of log.csv")
     sample_every: int = flag(500, "steps between previews; 0 = only at the end")
     save_every: int = flag(500, "steps between checkpoints")
-    overfit_batch: bool = flag(False, "self-check: one batch with fixed noise again and again; its loss must fall below 5 %%")
+    overfit_batch: bool = flag(False, "self-check: one batch with fixed noise again and again; its loss must fall "
+                                      "below 5 %%")
     bench: int = flag(0, "time this many steps, print throughput against the machine's matrix-product peak, and stop")
 
 
 RECIPES = {  # what a recipe or a model changes among the defaults above
     "fast": {},
-    "paper": dict(schedule="linear", prediction="eps", learn_sigma=True, optimizer="adamw", lr=1e-4, lr_decay="constant", warmup=0,
-                  grad_clip=0.0, ema=0.9999),                                               # DiT §4; papers/dit.md §5
+    # DiT §4
+    "paper": dict(schedule="linear", prediction="eps", learn_sigma=True, optimizer="adamw", lr=1e-4,
+                  lr_decay="constant", warmup=0, grad_clip=0.0, ema=0.9999),
     "tiny-ae": dict(steps=500)}
 
 
@@ -121,21 +131,25 @@ class HelpFormat(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def parse(cls, argv, description, presets=lambda args: {}):
-    """Command line -> cls. Flags are its fields with dashes (underscores are understood); `presets(args)` may shift defaults.
+    """Command line -> cls. Flags are its fields with dashes (underscores will do); `presets(args)` may shift defaults.
 
     Exits with code 2 and one line for an unknown flag (naming the nearest) or a bad value.
     """
     def read(defaults):
         parser = Parser(description=description, formatter_class=HelpFormat, allow_abbrev=False)
         for f in dataclasses.fields(cls):
-            how = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else dict(type=type(f.default))
+            boolean = isinstance(f.default, bool)
+            how = dict(action=argparse.BooleanOptionalAction) if boolean else dict(type=type(f.default))
             if "choices" in f.metadata:
                 how["choices"] = f.metadata["choices"]
-            parser.add_argument("--" + f.name.replace("_", "-"), default=defaults.get(f.name, f.default), help=f.metadata["help"], **how)
-        args, unknown = parser.parse_known_args([re.sub(r"^(--[^=]*)", lambda m: m[1].replace("_", "-"), a) for a in argv])
+            parser.add_argument("--" + f.name.replace("_", "-"), default=defaults.get(f.name, f.default),
+                                help=f.metadata["help"], **how)
+        dashed = [re.sub(r"^(--[^=]*)", lambda m: m[1].replace("_", "-"), a) for a in argv]
+        args, unknown = parser.parse_known_args(dashed)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], list(parser._option_string_actions), 1)
-            raise UserError(f"unknown argument {unknown[0]!r}" + (f": did you mean {near[0]}?" if near else ": see --help"))
+            hint = f": did you mean {near[0]}?" if near else ": see --help"
+            raise UserError(f"unknown argument {unknown[0]!r}" + hint)
         return cls(**vars(args))
     return read(presets(read({})))
 
@@ -146,7 +160,8 @@ def resolve_device(name):
     if name == "auto":
         return next(k for k, there in have.items() if there)
     if not have[name]:
-        raise UserError(f"--device {name}: this machine or this build of torch has none; leave the flag out, or say --device cpu")
+        raise UserError(f"--device {name}: this machine or this build of torch has none; leave the flag out, or say "
+                        "--device cpu")
     return name
 
 
@@ -154,7 +169,7 @@ def resolve_device(name):
 # checkpoints: a plain dict of tensors and builtins, written whole or not at all, read without running any code in it
 
 def save_checkpoint(path, state):
-    """Write atomically: a crash, a kill or a full disk leaves the old file as it was. Raises UserError when it cannot."""
+    """Write atomically: a crash, a kill or a full disk leaves the old file as it was. Raises UserError if it cannot."""
     path = pathlib.Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -165,27 +180,33 @@ def save_checkpoint(path, state):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
         part.unlink(missing_ok=True)
-        raise UserError(f"could not write {path} ({str(error).splitlines()[0]}); the previous checkpoint, if any, is intact") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"could not write {path} ({reason}); the previous checkpoint, if any, is intact") from error
 
 
 def load_checkpoint(path):
-    """A checkpoint of ours, or an official file, as {"model": state_dict, ...}; prefixes of DDP and compile are stripped.
+    """A checkpoint of ours, or an official file, as {"model": state_dict, ...}; DDP and compile prefixes are stripped.
 
-    Official: a bare state_dict or {"ema" | "model" | "state_dict": ...}. Raises UserError for a missing, damaged or unsafe file.
+    Official: a bare state_dict or {"ema" | "model" | "state_dict": ...}. Raises UserError for a missing, damaged or
+    unsafe file.
     """
     if not pathlib.Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}" + (": train first (python train.py)" if "ckpt.pt" in str(path) else ""))
+        hint = ": train first (python train.py)" if "ckpt.pt" in str(path) else ""
+        raise UserError(f"no checkpoint at {path}" + hint)
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
             raise UserError(f"{path} is damaged (a checksum inside it does not match): copy or download it again")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds more than tensors and plain values, so it was not loaded (it could run code). If you trust its source: "
-                        "x = torch.load(path, weights_only=False); torch.save({'model': x['ema']}, new_path)") from error
+        raise UserError(f"{path} holds more than tensors and plain values, so it was not loaded (it could run code). "
+                        "If you trust its source: x = torch.load(path, "
+                        "weights_only=False); torch.save({'model': x['ema']}, new_path)") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is not a readable checkpoint (truncated, or another kind of file): {(str(error) or type(error).__name__).splitlines()[0][:120]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"{path} is not a readable checkpoint (truncated, or another kind of file): "
+                        f"{reason}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
     if "format" in state:
@@ -196,7 +217,7 @@ def load_checkpoint(path):
 
 
 def load_weights(model, weights, path):
-    """Copy a state_dict into model, or say what does not fit: the first five names with both shapes. Raises UserError."""
+    """Copy a state_dict into model. Raises UserError with the first five names that do not fit, and both shapes."""
     have = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     given = {k: tuple(v.shape) for k, v in weights.items()}
     wrong = [f"{k}: file {given.get(k, 'has none')}, model {have.get(k, 'has none')}"
@@ -207,11 +228,14 @@ def load_weights(model, weights, path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Muon: the update of every matrix is replaced by the nearest orthogonal one, so that all directions learn at the same pace
+# Muon: every matrix's update is replaced by the nearest orthogonal one, so that all directions learn at the same pace
 
 @torch.no_grad()
 def orthogonalise(G, steps=5):
-    """Push the singular values of matrices G (n, rows, cols) to about 1 without an SVD. Source: Jordan et al. 2024 (Newton-Schulz quintic)."""
+    """Push the singular values of matrices G (n, rows, cols) to about 1 without an SVD.
+
+    Source: Jordan et al. 2024 (Newton-Schulz quintic).
+    """
     X = G.bfloat16() if G.is_cuda else G        # bfloat16 is five times slower than float32 on a CPU
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = X.shape[-2] > X.shape[-1]
@@ -225,9 +249,9 @@ def orthogonalise(G, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalisation, for weights with two or more axes (all but the first are flattened).
 
-    torch.optim.Muon does one matrix at a time and in bfloat16, which costs a CPU more than the forward pass; here equal shapes
-    are stacked. Like torch's fused optimizers it skips the step when its `found_inf` (a 0-dim tensor on the device) is 1.
-    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; scale sqrt(max(1, rows/cols)).
+    torch.optim.Muon does one matrix at a time and in bfloat16, which costs a CPU more than the forward pass; here equal
+    shapes are stacked. Like torch's fused optimizers it skips the step when its `found_inf` (a 0-dim tensor on the
+    device) is 1. Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; scale sqrt(max(1, rows/cols)).
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -237,7 +261,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """One update of every parameter. Source: Jordan et al. 2024."""
-        keep = 1.0 - self.found_inf                                                         # 0 = leave everything as it is
+        keep = 1.0 - self.found_inf                                                         # 0 = change nothing
         for group in self.param_groups:
             stacks = {}
             for p in group["params"]:
@@ -245,7 +269,8 @@ class Muon(torch.optim.Optimizer):
             for shape, params in stacks.items():
                 grads = torch.stack([p.grad for p in params])                               # (n, *shape)
                 grads = torch.where(keep > 0, grads, 0.0)
-                momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))    # one tensor for the stack
+                state = self.state[params[0]]                                               # one tensor for the stack
+                momentum = state.setdefault("momentum", torch.zeros_like(grads))            # (n, *shape)
                 momentum.lerp_(grads, (1 - group["momentum"]) * keep)
                 update = orthogonalise(grads.lerp(momentum, group["momentum"]).flatten(2))  # (n, rows, cols), Nesterov
                 update = update.view_as(grads) * max(1, shape[0] / math.prod(shape[1:])) ** 0.5
@@ -254,7 +279,7 @@ class Muon(torch.optim.Optimizer):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# tasks: build(config, info) -> model, prepare, draw, loss, preview. `info` says what the data look like (see describe).
+# tasks: build(config, info) -> model, prepare, draw, loss, preview. `info` says what the data look like (see describe)
 
 class AutoencoderTask:
     """Train a TinyAutoencoder to give pictures back. Source: vae.py; LDM §3.1."""
@@ -263,7 +288,8 @@ class AutoencoderTask:
     def __init__(self, config, info):
         self.config, self.info = config, info
         if info["image_size"] % config.factor:
-            raise UserError(f"image size {info['image_size']} is not divisible by the autoencoder's factor {config.factor}")
+            raise UserError(f"image size {info['image_size']} is not divisible by the autoencoder's factor "
+                            f"{config.factor}")
         self.model = TinyAutoencoder(info["channels"], config.latent_channels, config.factor)
         side = info["image_size"] // config.factor
         self.latent_shape = (config.latent_channels, side, side)
@@ -275,21 +301,25 @@ class AutoencoderTask:
         """Multiply-accumulates of one forward of one picture. Source: torch.utils.flop_counter (2 flops each)."""
         meta = copy.deepcopy(self.model).to("meta")
         with FlopCounterMode(display=False) as counter, torch.device("meta"):
-            meta(torch.zeros(1, self.info["channels"], *[self.info["image_size"]] * 2), torch.zeros(1, *self.latent_shape))
+            picture = torch.zeros(1, self.info["channels"], *[self.info["image_size"]] * 2)
+            meta(picture, torch.zeros(1, *self.latent_shape))
         return counter.get_total_flops() // 2
 
     def draw(self, n, generator, device):
-        return {"noise": randn((n, *self.latent_shape), generator, device), "flip": torch.rand(n, generator=generator, device=device)}
+        return {"noise": randn((n, *self.latent_shape), generator, device),
+                "flip": torch.rand(n, generator=generator, device=device)}
 
     def loss(self, net, batch):
         recon, z = net(to_float(batch["x"]), batch["noise"], self.config.latent_noise)
         mse = (recon.float() - to_float(batch["x"])).square().mean()
+        psnr = 10 * torch.log10(4 / mse.detach())
         # the small pull keeps latents bounded; see vae.py
-        return mse + 1e-4 * z.float().square().mean(), {"mse": mse.detach(), "psnr": 10 * torch.log10(4 / mse.detach())}
+        return mse + 1e-4 * z.float().square().mean(), {"mse": mse.detach(), "psnr": psnr}
 
     def preview(self, model, dataset, device, path):
         x = to_float(dataset.images[:32]).to(device)
-        rows = torch.stack([x, model.decode(model.encode(x)).clamp(-1, 1)], 1).flatten(0, 1)    # picture, reconstruction, picture, ...
+        pairs = torch.stack([x, model.decode(model.encode(x)).clamp(-1, 1)], 1)         # (32, 2, C, H, W)
+        rows = pairs.flatten(0, 1)                                                      # (64, C, H, W)
         save_grid(rows.cpu(), path, nrow=16, scale=2)
 
     def state(self):
@@ -297,11 +327,13 @@ class AutoencoderTask:
 
 
 class DiffusionTask:
-    """Train and sample a class-conditional DiT, on pixels or on the latents of a frozen first stage. Source: DiT §3; LDM §3.
+    """Train and sample a class-conditional DiT, on pixels or on the latents of a frozen first stage.
 
-    sizes: constructor arguments of the DiT, instead of config.model's (for official files). Raises UserError for flags that clash.
+    sizes: constructor arguments of the DiT, instead of config.model's (for official files). Raises UserError for flags
+    that clash. Source: DiT §3; LDM §3.
     """
-    matrices = r"blocks\."        # Muon's share: the modulations too, which is what makes it fast here; not embedders and final layer
+    # Muon's share: the modulations too, which is what makes it fast here; not embedders and final layer
+    matrices = r"blocks\."
 
     def __init__(self, config, info, first_stage=None, sizes=None):
         self.config, self.info, self.first_stage = config, info, first_stage
@@ -321,15 +353,16 @@ class DiffusionTask:
     def official(cls, sizes):
         """The task of an official DiT file: linear schedule, eps, and the sizes that dit.infer_config read off it."""
         config = Config(schedule="linear", prediction="eps", learn_sigma=sizes["learn_sigma"], cfg_scale=4.0)
-        return cls(config, {"name": "", "class_names": [], "channels": sizes["in_channels"], "image_size": sizes["input_size"]}, None, sizes)
+        info = {"name": "", "class_names": [], "channels": sizes["in_channels"], "image_size": sizes["input_size"]}
+        return cls(config, info, None, sizes)
 
     @torch.no_grad()
     def prepare(self, dataset, device):
-        """Pictures -> what DiT is trained on: with a first stage, all latents at once, so that no step encodes anything."""
+        """Pictures -> what DiT is trained on: with a first stage, all latents at once, so no step encodes anything."""
         if self.first_stage is None:
             return dataset
         vae, x = self.first_stage.to(device), dataset.images
-        x = torch.cat([x, x.flip(-1)]) if dataset.flip else x       # a latent cannot be mirrored, so mirror before encoding
+        x = torch.cat([x, x.flip(-1)]) if dataset.flip else x      # a latent cannot be mirrored: mirror before encoding
         if bool((vae.std == 1).all()):
             vae.standardise(to_float(x[:2000]).to(device))
         z = torch.cat([vae.encode(to_float(c.to(device))) for c in x.split(1000)])          # (N, c, h, w)
@@ -364,7 +397,8 @@ class DiffusionTask:
         options = {"clip": self.first_stage is None and self.shape[0] in (1, 3), "device": y.device, **options}
         if "sampler" not in options:
             options["sampler"] = "ddpm" if self.config.learn_sigma else self.process.samplers[0]
-        for x, x0 in self.process.trajectory(model, (len(y), *self.shape), y, null, cfg_scale=cfg_scale, **options):
+        walk = self.process.trajectory(model, (len(y), *self.shape), y, null, cfg_scale=cfg_scale, **options)
+        for x, x0 in walk:
             if callback is not None:
                 callback(x0)
         return x
@@ -374,11 +408,19 @@ class DiffusionTask:
         return x if self.first_stage is None else self.first_stage.to(x.device).encode(x)
 
     def shrink_mask(self, mask):
-        """Mask (B, 1, H, W), 1 = paint here -> model space: a latent cell is painted if any of its pixels is. Source: LDM §4.5."""
-        return mask if mask is None or self.first_stage is None else torch.nn.functional.max_pool2d(mask, self.first_stage.factor)
+        """Mask (B, 1, H, W), 1 = paint here -> model space: a latent cell is painted if any of its pixels is.
+
+        Source: LDM §4.5.
+        """
+        if mask is None or self.first_stage is None:
+            return mask
+        return torch.nn.functional.max_pool2d(mask, self.first_stage.factor)                # (B, 1, h, w)
 
     def to_pictures(self, x):
-        """Model space -> uint8 pictures (B, C, H, W). Latents without a first stage show three channels in false colours. Source: LDM §3.1."""
+        """Model space -> uint8 pictures (B, C, H, W). Latents without a first stage: three channels in false colours.
+
+        Source: LDM §3.1.
+        """
         if self.first_stage is not None:
             return to_uint8(self.first_stage.to(x.device).decode(x))
         return to_uint8(x if x.shape[1] in (1, 3) else x[:, :3] / 3)
@@ -403,22 +445,31 @@ def build_autoencoder(config, info):
 
 
 def build_diffusion(config, info):
-    """Config -> DiffusionTask; config.first_stage is a checkpoint's path, "none", or "tiny" (untrained: --bench, --overfit-batch)."""
+    """Config -> DiffusionTask.
+
+    config.first_stage is a checkpoint's path, "none", or "tiny" (untrained: --bench, --overfit-batch).
+    """
     if config.first_stage == "tiny":
-        first_stage = TinyAutoencoder(info["channels"], config.latent_channels, config.factor).eval().requires_grad_(False)
+        first_stage = TinyAutoencoder(info["channels"], config.latent_channels, config.factor)
+        first_stage = first_stage.eval().requires_grad_(False)
     elif config.first_stage == "none":
         first_stage = None
     else:
         first_stage = load_first_stage(load_checkpoint(config.first_stage), config.first_stage)
         if first_stage is None:
-            raise UserError(f"{config.first_stage} holds no autoencoder: --first-stage wants the checkpoint of --model tiny-ae")
+            raise UserError(f"{config.first_stage} holds no autoencoder: --first-stage wants the checkpoint of "
+                            "--model tiny-ae")
     if first_stage is not None and info["image_size"] % first_stage.factor:
-        raise UserError(f"image size {info['image_size']} is not divisible by the first stage's factor {first_stage.factor}")
+        raise UserError(f"image size {info['image_size']} is not divisible by the first stage's factor "
+                        f"{first_stage.factor}")
     return DiffusionTask(config, info, first_stage)
 
 
 def load_first_stage(state, path):
-    """The frozen autoencoder in a tiny-ae checkpoint, or in a diffusion checkpoint that carries one; None if it carries none. Source: LDM §3.1."""
+    """The frozen autoencoder in a tiny-ae checkpoint, or in a diffusion checkpoint that carries one; else None.
+
+    Source: LDM §3.1.
+    """
     if state.get("task") == "tiny-ae":
         state = {"factor": state["config"]["factor"], "model": state["ema"]}
     elif "first_stage" in state:
@@ -431,7 +482,8 @@ def load_first_stage(state, path):
     return vae.eval().requires_grad_(False)
 
 
-TASKS = {"tiny-ae": build_autoencoder, "dit": build_diffusion}      # name -> how to build it; the loop never asks which one it runs
+# name -> how to build it; the loop never asks which one it runs
+TASKS = {"tiny-ae": build_autoencoder, "dit": build_diffusion}
 
 
 def task_name(model):
@@ -448,7 +500,8 @@ def task_name(model):
 
 def describe(dataset, image_size):
     """What a model needs to know of its data, as plain values that travel in the checkpoint."""
-    return {"name": dataset.name, "class_names": list(dataset.class_names), "channels": dataset.images.shape[1], "image_size": image_size}
+    return {"name": dataset.name, "class_names": list(dataset.class_names), "channels": dataset.images.shape[1],
+            "image_size": image_size}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -480,7 +533,10 @@ def make_optimizers(config, task):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, keep):
-    """ema += (1 - decay) * keep * (model - ema), in a few kernels; keep (0-dim tensor, 0 or 1) = was this step taken. Source: DiT §4."""
+    """ema += (1 - decay) * keep * (model - ema), in a few kernels; keep (0-dim tensor, 0 or 1): was this step taken.
+
+    Source: DiT §4.
+    """
     averaged, current = list(ema.parameters()), list(model.parameters())
     delta = torch._foreach_sub(current, averaged)
     torch._foreach_mul_(delta, (1 - decay) * keep)
@@ -490,9 +546,10 @@ def update_ema(ema, model, decay, keep):
 
 
 def update(config, model, ema, optimizers, step):
-    """Everything after backward: learning rate, clipping, the optimizers, the average -> (gradient norm, 1 if the step was taken else 0).
+    """Everything after backward: learning rate, clipping, the optimizers, the average.
 
-    A non-finite gradient skips the update on the device: nothing changes, and the host need not wait to hear of it.
+    Returns (gradient norm, 1 if the step was taken else 0). A non-finite gradient skips the update on the device:
+    nothing changes, and the host need not wait to hear of it.
     """
     scale = learning_rate(step, config)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf, foreach=True)
@@ -508,7 +565,7 @@ def update(config, model, ema, optimizers, step):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM set a flag, the loop saves at the next step boundary; a second signal ends the program at once."""
+    """Ctrl-C and SIGTERM set a flag, the loop saves at the next step boundary; a second signal ends it at once."""
 
     def __init__(self):
         self.signum = 0
@@ -551,7 +608,7 @@ class Log:
         self.config, self.bar, self.batch_size, self.first_step = config, bar, batch_size, step
         self.started = self.marked = time.perf_counter()
         self.marked_step, rows = step, []
-        if step:                                    # after a resume: keep the rows up to the checkpoint, drop what came after it
+        if step:                                    # after a resume: keep the rows up to the checkpoint, drop the rest
             with open(out / "log.csv", newline="") as f:
                 rows = [r for r in csv.reader(f) if r[0] == "step" or int(r[0]) <= step]
         self.file = open(out / "log.csv", "w", newline="")
@@ -565,12 +622,14 @@ class Log:
         if self.empty:
             self.writer.writerow(["step", *names, "lr", "images_per_s", "seconds"])
             self.empty = False
-        self.writer.writerow([step, *(f"{v:.9g}" for v in values), f"{lr:.6g}", f"{rate:.1f}", f"{now - self.started:.1f}"])
+        self.writer.writerow([step, *(f"{v:.9g}" for v in values), f"{lr:.6g}", f"{rate:.1f}",
+                              f"{now - self.started:.1f}"])
         self.file.flush()
         self.bar.set_postfix_str(f"loss {values[0]:.4f}, {rate:.0f} images/s", refresh=False)
-        if self.marked_step == self.first_step + self.config.log_every:      # the second interval: the first one warms up
-            left = (now - self.marked) / (step - self.marked_step) * (self.config.steps - step)
-            self.bar.write(f"about {left / 60:.1f} minutes to go on this machine ({self.config.steps - step} steps)", file=sys.stderr)
+        if self.marked_step == self.first_step + self.config.log_every:      # the second interval: the first warms up
+            to_go = self.config.steps - step
+            left = (now - self.marked) / (step - self.marked_step) * to_go
+            self.bar.write(f"about {left / 60:.1f} minutes to go on this machine ({to_go} steps)", file=sys.stderr)
         self.mark(step)
 
     def mark(self, step):
@@ -579,29 +638,32 @@ class Log:
 
 
 def compile_or_warn(net, step_loss):
-    """net.compile(), in place so that names in checkpoints stay clean; a platform that cannot is told once and runs eagerly.
+    """net.compile(), in place so that names in checkpoints stay clean; where that fails, one warning, and eager.
 
     step_loss: a callable that runs one forward.
     """
     net.compile()
     try:
         step_loss().backward()
-    except Exception as error:                      # no compiler, an unsupported platform: many kinds of error, one consequence
-        print(f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0][:100]}); going on without it", file=sys.stderr)
+    except Exception as error:                      # no compiler, an unsupported platform: many errors, one consequence
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        print(f"torch.compile failed ({reason}); going on without it", file=sys.stderr)
         net._compiled_call_impl = None
     net.zero_grad(set_to_none=True)
 
 
 def train(config, dataset, task):
-    """Run a task until config.steps -> path of its checkpoint. After Ctrl-C or SIGTERM: saves, exits with 128 + the signal.
+    """Run a task until config.steps -> path of its checkpoint. Ctrl-C or SIGTERM: saves, exits with 128 + the signal.
 
-    Raises UserError for a batch that cannot be split, a failed save, or ten non-finite steps in a row. Source: DiT §4 (recipe).
+    Raises UserError for a batch that cannot be split, a failed save, or ten non-finite steps in a row.
+    Source: DiT §4 (recipe).
     """
     # --- where: device, rank, precision
     device, out = config.device, pathlib.Path(config.out)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % (world * config.accum):
-        raise UserError(f"batch size {config.batch_size} does not split over {world} process(es) x {config.accum} micro-batch(es)")
+        raise UserError(f"batch size {config.batch_size} does not split over {world} process(es) x {config.accum} "
+                        "micro-batch(es)")
     autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()
 
     # --- what: data on the device, model (float32 master weights), its average, optimizers
@@ -622,8 +684,9 @@ def train(config, dataset, task):
 
     def save():
         save_checkpoint(out / "ckpt.pt", {
-            "format": 1, "task": task_name(config.model), "config": dataclasses.asdict(config), "info": task.info, "step": step,
-            "model": model.state_dict(), "ema": ema.state_dict(), "opt": [o.state_dict() for o in optimizers], **task.state()})
+            "format": 1, "task": task_name(config.model), "config": dataclasses.asdict(config), "info": task.info,
+            "step": step, "model": model.state_dict(), "ema": ema.state_dict(),
+            "opt": [o.state_dict() for o in optimizers], **task.state()})
 
     net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if config.compile == "on" or (config.compile == "auto" and device == "cuda"):
@@ -653,14 +716,16 @@ def train(config, dataset, task):
         if step % config.log_every == 0 or step == config.steps or (world == 1 and stop.signum):
             values = torch.stack([*sums.values(), norm, worst, torch.tensor(float(stop.signum), device=device)])
             if world > 1:
-                dist.all_reduce(values)             # the norm and the counter are the same everywhere; losses are averaged
+                dist.all_reduce(values)             # norm and counter are the same everywhere; losses are averaged
                 values /= world
             *values, skipped, signum = values.tolist()      # the one place where the host waits for the device
             if skipped >= 10:
-                raise UserError(f"loss or gradient not finite ten times in a row, up to step {step}. Weights were never updated with one, and "
-                                f"the last checkpoint is intact: lower --lr (and --muon-lr), or look at the data")
+                raise UserError(f"loss or gradient not finite ten times in a row, up to step {step}. Weights were "
+                                "never updated with one, and the last checkpoint is intact: lower --lr (and "
+                                "--muon-lr), or look at the data")
             if skipped:
-                bar.write(f"step {step}: loss or gradient not finite (loss {values[0]}), {int(skipped)} step(s) in a row skipped", file=sys.stderr)
+                bar.write(f"step {step}: loss or gradient not finite (loss {values[0]}), {int(skipped)} step(s) in a "
+                          "row skipped", file=sys.stderr)
                 worst = bad.clone()
             if rank == 0:
                 log.row(step, [*sums, "grad_norm"], values, learning_rate(step - 1, config) * config.lr)
@@ -668,7 +733,8 @@ def train(config, dataset, task):
         stopping = stop.signum if world == 1 or step % config.log_every == 0 or step == config.steps else 0
         if rank == 0 and (step % config.save_every == 0 or step == config.steps or stopping):
             save()
-        if rank == 0 and not stopping and (step == config.steps or (config.sample_every and step % config.sample_every == 0)):
+        preview_due = step == config.steps or (config.sample_every and step % config.sample_every == 0)
+        if rank == 0 and not stopping and preview_due:
             task.preview(ema, dataset, device, out / "samples" / f"{step:06d}.png")
             draw_loss(out)
             log.mark(step)
@@ -726,7 +792,8 @@ def overfit(config, dataset, task):
     losses = [run(step) for step in tqdm(range(config.steps), desc="overfit one batch")]
     first, last = losses[0].item(), losses[-1].item()
     verdict = last < 0.05 * first
-    print(f"{'ok' if verdict else 'NOT ok'}: loss {first:.4f} -> {last:.4f} ({last / first:.1%}) in {config.steps} steps on one batch")
+    print(f"{'ok' if verdict else 'NOT ok'}: loss {first:.4f} -> {last:.4f} ({last / first:.1%}) in {config.steps} "
+          "steps on one batch")
     return verdict
 
 
@@ -746,7 +813,10 @@ def gemm_peak(device, seconds=1.0):
 
 
 def bench(config, dataset, task):
-    """Time config.bench training steps and the GEMM peak, in turns; print one line. Flops are counted, forward and backward and optimizer."""
+    """Time config.bench training steps and the GEMM peak, in turns; print one line.
+
+    Flops are counted, forward and backward and optimizer.
+    """
     device = config.device
     one_step, model = step_maker(config, dataset, task)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -772,9 +842,10 @@ def bench(config, dataset, task):
         import resource                             # absent on Windows, and only this line needs it
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate = counter.get_total_flops() * done / seconds
-    print(f"{config.model} batch {config.batch_size} on {device}, {torch.get_num_threads()} thread(s): {1000 * seconds / done:.1f} ms/step, "
-          f"{config.batch_size * done / seconds:.1f} images/s, {rate / 1e12:.3f} TFLOP/s of a GEMM peak of {peak / 1e12:.3f} "
-          f"= {rate / peak:.0%}; peak memory {memory / 2 ** 30:.2f} GiB")
+    print(f"{config.model} batch {config.batch_size} on {device}, {torch.get_num_threads()} thread(s): "
+          f"{1000 * seconds / done:.1f} ms/step, {config.batch_size * done / seconds:.1f} images/s, "
+          f"{rate / 1e12:.3f} TFLOP/s of a GEMM peak of {peak / 1e12:.3f} = {rate / peak:.0%}; "
+          f"peak memory {memory / 2 ** 30:.2f} GiB")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -782,7 +853,8 @@ def bench(config, dataset, task):
 
 def default_out(args):
     """Output folder of a run that names none."""
-    return pathlib.Path(args.out or f"out/{args.model.replace('/', '-')}-{re.sub('[^A-Za-z0-9]+', '-', args.data).strip('-')}")
+    model, data = args.model.replace("/", "-"), re.sub("[^A-Za-z0-9]+", "-", args.data).strip("-")
+    return pathlib.Path(args.out or f"out/{model}-{data}")
 
 
 def presets(args):
@@ -811,17 +883,24 @@ def prepare_run(config):
     if config.first_stage == "auto":
         config.first_stage = "tiny" if task == "dit" and config.data in ("shapes", "scenes") else "none"
     if task == "dit" and config.first_stage in ("tiny", "none"):        # before minutes go into the first stage
-        size, patch = config.image_size // (config.factor if config.first_stage == "tiny" else 1), dit_config(config.model)["patch_size"]
+        size = config.image_size // (config.factor if config.first_stage == "tiny" else 1)
+        patch = dit_config(config.model)["patch_size"]
         if size % patch:
-            raise UserError(f"{config.model} needs a side divisible by its patch size {patch}, and --image-size {config.image_size} gives {size}")
+            raise UserError(f"{config.model} needs a side divisible by its patch size {patch}, and --image-size "
+                            f"{config.image_size} gives {size}")
     return config
 
 
 def train_first_stage(config, dataset):
-    """`--first-stage tiny`: train the autoencoder in OUT/first_stage, unless it is there already -> its checkpoint. Source: LDM §3.1."""
+    """`--first-stage tiny`: train the autoencoder in OUT/first_stage, unless it is there already -> its checkpoint.
+
+    Source: LDM §3.1.
+    """
     base = Config(**RECIPES["tiny-ae"])
-    keep = ("data", "data_dir", "image_size", "hold_out", "skip_bad", "latent_channels", "latent_noise", "factor", "seed", "device", "compile")
-    own = dataclasses.replace(base, model="tiny-ae", first_stage="none", out=f"{config.out}/first_stage", **{k: getattr(config, k) for k in keep})
+    keep = ("data", "data_dir", "image_size", "hold_out", "skip_bad", "latent_channels", "latent_noise", "factor",
+            "seed", "device", "compile")
+    own = dataclasses.replace(base, model="tiny-ae", first_stage="none", out=f"{config.out}/first_stage",
+                              **{k: getattr(config, k) for k in keep})
     path = pathlib.Path(own.out) / "ckpt.pt"
     own.resume = path.is_file()
     if own.resume and load_checkpoint(path).get("step") == own.steps:
@@ -846,8 +925,10 @@ def run(config, dataset):
     out = pathlib.Path(config.out)
     if main:
         count = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-        print(f"{config.model} on {config.data}: {len(dataset):,} pictures, {count / 1e6:.2f} M parameters, {task.macs() / 1e6:.1f} M MACs per picture, "
-              f"{config.steps} steps of {config.batch_size}, {config.device}" + ("" if config.bench or config.overfit_batch else f" -> {out}"))
+        where = "" if config.bench or config.overfit_batch else f" -> {out}"
+        print(f"{config.model} on {config.data}: {len(dataset):,} pictures, {count / 1e6:.2f} M parameters, "
+              f"{task.macs() / 1e6:.1f} M MACs per picture, {config.steps} steps of {config.batch_size}, "
+              f"{config.device}{where}")
     if config.bench:
         return bench(config, dataset, task)
     if config.overfit_batch:
@@ -869,8 +950,8 @@ def main(argv=None):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if config.device == "cuda":
             torch.set_float32_matmul_precision("high")
-        dataset = data_module.load(config.data, config.image_size, "train", config.data_dir, seed=config.seed, hold_out=config.hold_out,
-                                   skip_bad=config.skip_bad)
+        dataset = data_module.load(config.data, config.image_size, "train", config.data_dir, seed=config.seed,
+                                   hold_out=config.hold_out, skip_bad=config.skip_bad)
         if config.flip != "auto":
             dataset = dataclasses.replace(dataset, flip=config.flip == "on")
         if config.first_stage == "tiny" and not config.bench and not config.overfit_batch:

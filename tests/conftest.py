@@ -13,16 +13,21 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 def golden_case(name):
     """(description dict, arrays as tensors) of one golden case."""
     with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return json.loads((GOLDEN / f"{name}.json").read_text()), {k: torch.from_numpy(arrays[k].copy()) for k in arrays.files}
+        tensors = {k: torch.from_numpy(arrays[k].copy()) for k in arrays.files}
+    return json.loads((GOLDEN / f"{name}.json").read_text()), tensors
 
 
 def fill_by_recipe(model, computed=()):
-    """Give every tensor of a state_dict the values of the golden recipe (tests/golden/README.md); names in `computed` keep theirs."""
+    """Give every tensor of a state_dict the values of the golden recipe (tests/golden/README.md).
+
+    Names in `computed` keep theirs.
+    """
     state = model.state_dict()
     for name, tensor in state.items():
         if name in computed:
             continue
-        n = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF).standard_normal(tuple(tensor.shape)).astype("float32")
+        random = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
+        n = random.standard_normal(tuple(tensor.shape)).astype("float32")
         n = 0.1 * n + (1.0 if name.endswith("weight") else 0.0) if n.ndim <= 1 else n / np.sqrt(np.prod(n.shape[1:]))
         state[name] = torch.from_numpy(np.asarray(n, dtype="float32"))
     model.load_state_dict(state, strict=True)

@@ -102,7 +102,8 @@ def test_render_places_colours_and_layers():
 def test_edges_are_blended_and_rounded():
     """A square of half side 0.76 * 5 = 3.8 at 16 ends at 12.2: it covers 0.8 of column 12, and 0.8 * 202 = 161.6."""
     one = torch.ones(1, 1)
-    image = data.render_shapes(one.long(), torch.full((1, 1, 3), 202).byte(), 16 * one, 16 * one, 5 * one, torch.zeros(1, 3).byte())
+    image = data.render_shapes(one.long(), torch.full((1, 1, 3), 202).byte(), 16 * one, 16 * one, 5 * one,
+                               torch.zeros(1, 3).byte())
     assert image[0, 0, 16, 10:15].tolist() == [0, 0, 162, 202, 202]
 
 
@@ -199,7 +200,8 @@ def test_scenes_look_as_captioned(scenes):
 def test_objects_are_inside_and_disjoint(name, monkeypatch):
     """Each object is drawn again alone, on a canvas with a margin, from the arguments that render_shapes got."""
     calls = []
-    monkeypatch.setattr(data, "render_shapes", lambda *args: calls.append(args) or torch.zeros(len(args[0]), 3, 32, 32).byte())
+    blank = lambda *args: calls.append(args) or torch.zeros(len(args[0]), 3, 32, 32).byte()
+    monkeypatch.setattr(data, "render_shapes", blank)
     data.load(name, count=1500)
     shape, _, cx, cy, r, _, _ = calls[0]
     present = shape >= 0
@@ -244,12 +246,14 @@ def test_hold_out(name):
 
 def test_parse_caption():
     assert data.parse_caption("a small red circle on the left on black") == {
-        "objects": [{"shape": "circle", "color": "red", "size": "small", "place": "on the left"}], "background": "black"}
+        "objects": [{"shape": "circle", "color": "red", "size": "small", "place": "on the left"}],
+        "background": "black"}
     assert data.parse_caption("an orange ring right of a blue heart") == {
         "objects": [{"shape": "ring", "color": "orange"}, {"shape": "heart", "color": "blue"}], "relation": "right of"}
     assert data.parse_caption("a red circle") == {"objects": [{"shape": "circle", "color": "red"}]}
-    for bad in ("", "red circle", "a red", "a circle red", "a red circle near a blue square", "a pink circle", "a red circle ",
-                "a red circle on pink", "A red circle", "a red circle left of", "a red circle left of a small blue square"):
+    for bad in ("", "red circle", "a red", "a circle red", "a red circle near a blue square", "a pink circle",
+                "a red circle ", "a red circle on pink", "A red circle", "a red circle left of",
+                "a red circle left of a small blue square"):
         with pytest.raises(ValueError, match="not a caption"):
             data.parse_caption(bad)
 
@@ -290,7 +294,8 @@ def near(image, color, tolerance=1):
 @pytest.mark.parametrize("mode, color, want", [
     ("RGBA", (200, 100, 0, 255), (200, 100, 0)), ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
     ("RGBA", (0, 100, 200, 51), (204, 224, 244)), ("LA", (0, 0), (255, 255, 255)), ("LA", (100, 255), (100, 100, 100)),
-    ("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)), ("I;16", 25700, (100, 100, 100)), ("I;16", 65535, (255, 255, 255))])
+    ("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)), ("I;16", 25700, (100, 100, 100)),
+    ("I;16", 65535, (255, 255, 255))])
 def test_png_modes(tmp_path, mode, color, want):
     put(tmp_path / "a.png", color, mode=mode)
     assert near(load_one(tmp_path), want)
@@ -368,7 +373,7 @@ def damaged(folder):
 
 
 def test_damaged_images(tmp_path, capfd):
-    good, bad = damaged(tmp_path / "all")
+    _, bad = damaged(tmp_path / "all")
     for name in bad:
         folder = tmp_path / f"only {name}"
         put(folder / "good.png")
@@ -438,7 +443,8 @@ def test_captions_by_metadata(tmp_path):
     got = data.load(f"folder:{tmp_path}")
     assert got.captions == ["why", "ex"] and got.images[:, 0, 0, 0].tolist() == [2, 1] and not got.flip
     for line, message in (('{"file_name": "y.png"', "line 2: expected"), ('{"file_name": "y.png"}', "line 2: expected"),
-                          ('["y.png", "t"]', "line 2: expected"), ('{"file_name": "gone.png", "text": "t"}', "there is no file"),
+                          ('["y.png", "t"]', "line 2: expected"),
+                          ('{"file_name": "gone.png", "text": "t"}', "there is no file"),
                           ('{"file_name": "y.png", "text": null}', "must be a string")):
         file.write_text(json.dumps(rows[0]) + "\n" + line)
         with pytest.raises(ValueError, match=message):
@@ -474,7 +480,8 @@ def official(folder, monkeypatch, name="mnist", count=5, side=28, zipped=True):
     images, labels = random.integers(0, 256, (count, side, side), dtype=np.uint8), np.arange(count, dtype=np.uint8) % 10
     (folder / name).mkdir(parents=True, exist_ok=True)
     for part in ("train", "t10k"):
-        for stem, raw in ((f"{part}-images-idx3-ubyte", struct.pack(">4I", 0x803, count, side, side) + images.tobytes()),
+        pixels = struct.pack(">4I", 0x803, count, side, side) + images.tobytes()
+        for stem, raw in ((f"{part}-images-idx3-ubyte", pixels),
                           (f"{part}-labels-idx1-ubyte", struct.pack(">2I", 0x801, count) + labels.tobytes())):
             raw = gzip.compress(raw) if zipped else raw
             (folder / name / (stem + ".gz" * zipped)).write_bytes(raw)
@@ -493,7 +500,8 @@ def test_idx(tmp_path, monkeypatch, name, zipped):
         assert got.images.sum() == images.sum(dtype=np.int64)  # the border is black
     assert np.array_equal(data.load(name, 28, data_dir=tmp_path).images[:, 0], images)
     small = data.load(name, 16, data_dir=tmp_path)
-    assert small.images.shape == (5, 1, 16, 16) and abs(small.images.float().mean() - images.mean() * (28 / 32) ** 2) < 3
+    assert small.images.shape == (5, 1, 16, 16)
+    assert abs(small.images.float().mean() - images.mean() * (28 / 32) ** 2) < 3
     assert len(data.load(name, data_dir=tmp_path, count=2)) == 2
 
 
@@ -579,7 +587,8 @@ def test_download(tmp_path, monkeypatch):
     images, _ = official(tmp_path / "far", monkeypatch)
     monkeypatch.setattr(data, "MNIST_URL", (tmp_path / "far" / "mnist").as_uri() + "/")
     assert np.array_equal(data.load("mnist", 28, data_dir=tmp_path / "near").images[:, 0], images)
-    assert sorted(os.listdir(tmp_path / "near" / "mnist")) == ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]
+    assert sorted(os.listdir(tmp_path / "near" / "mnist")) == [
+        "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]
 
 
 # ---------------------------------------------------------------- emoji
@@ -635,7 +644,8 @@ def test_bad_latents(tmp_path):
     with pytest.raises(ValueError, match="no latents file"):
         data.load(f"latents:{path}")
     good = {"latents": torch.randn(2, 4, 8, 8), "labels": None, "captions": None, "class_names": []}
-    for change, message in (({"latents": torch.zeros(2, 4, 8, 8).byte()}, "float tensor"), ({"latents": torch.randn(2, 4)}, "float"),
+    for change, message in (({"latents": torch.zeros(2, 4, 8, 8).byte()}, "float tensor"),
+                            ({"latents": torch.randn(2, 4)}, "float"),
                             ({"latents": torch.zeros(0, 4, 8, 8)}, "N > 0"), ({"labels": torch.zeros(3)}, "must agree"),
                             ({"captions": ["one"]}, "must agree"), ({"latents": None}, "float tensor"),
                             ({"labels": torch.tensor([0, 2]), "class_names": ["a", "b"]}, "labels 0 to 2 but 2")):

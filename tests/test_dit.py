@@ -19,7 +19,8 @@ TINY = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=3, 
 def test_forward_guidance_and_gradients_match_official(case):
     d, g = golden_case(case)
     model = DiT(**d["config"])
-    assert [[k, list(v.shape)] for k, v in model.state_dict().items()] == d["params"]      # official names, order and shapes
+    own = [[k, list(v.shape)] for k, v in model.state_dict().items()]
+    assert own == d["params"]                                               # official names, order and shapes
     assert sum(p.numel() for p in model.parameters()) == d["num_params"]
     fill_by_recipe(model, d["computed"]).eval()
     x, t, y = g["in_x"].requires_grad_(), g["in_t"], g["in_y"]
@@ -48,7 +49,7 @@ def test_forward_guidance_and_gradients_match_official(case):
         for k, v in g.items():
             if k.startswith("out_cfg_"):
                 scale, channels = k.removeprefix("out_cfg_").split("_")
-                # official scale 1.0 still runs both halves; ours skips the second, which changes nothing in the guided one
+                # official scale 1.0 still runs both halves; ours skips the second: no change in the guided one
                 ours = guided(model, y[:half], null[:half], float(scale), cfg_channels=3 if channels == "3ch" else None)
                 assert_close(ours(x[:half], t[:half], 0.5), v[:half], **TOLERANCE, msg=lambda m: f"{k}: {m}")
                 if C == 4:
@@ -62,8 +63,9 @@ def build(name, **overrides):
 
 def macs(model, size):
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        model(torch.zeros(1, model.in_channels, size, size), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    return counter.get_total_flops() // 2                                                   # one multiply-accumulate = 2 flops
+        t, y = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        model(torch.zeros(1, model.in_channels, size, size), t, y)
+    return counter.get_total_flops() // 2                                   # one multiply-accumulate = 2 flops
 
 
 @pytest.mark.parametrize("name", DIT_CONFIGS)
@@ -76,7 +78,8 @@ def test_the_twelve_sizes_and_their_macs(name):
     assert macs(model, 32) == want["forward_macs"]
 
 
-@pytest.mark.parametrize("conditioning,params,gmacs", [                                     # papers/dit.md §4: DiT-XL/2, tables 1 and 4
+# DiT-XL/2, tables 1 and 4 of the paper
+@pytest.mark.parametrize("conditioning,params,gmacs", [
     ("in_context", 449_457_440, 119.35), ("cross_attention", 598_286_624, 137.60), ("adaln", 600_747_296, 118.55),
     ("adaln_zero", 675_129_632, 118.62)])
 def test_the_four_blocks_have_the_papers_sizes(conditioning, params, gmacs):
@@ -99,11 +102,11 @@ def test_starts_at_zero_and_learns_in_the_right_order(conditioning):
     torch.manual_seed(0)
     model = DiT(**TINY, conditioning=conditioning)
     x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 5, 500, 999]), torch.tensor([0, 1, 4, 5])
-    assert model(x, t, y).abs().max() == 0                                                  # the final layer starts at zero
+    assert model(x, t, y).abs().max() == 0                                  # the final layer starts at zero
     c, tokens = torch.randn(4, 32), torch.randn(4, 2, 32)
     h = torch.randn(4, 16, 32)
     identity = torch.equal(model.blocks[1](h, c, tokens), h)
-    assert identity == (conditioning == "adaln_zero")                                       # whatever the condition is
+    assert identity == (conditioning == "adaln_zero")                       # whatever the condition is
     opt, alive = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), []
     for _ in range(3):
         opt.zero_grad()
@@ -112,7 +115,10 @@ def test_starts_at_zero_and_learns_in_the_right_order(conditioning):
         opt.step()
     assert alive[0] == {"final_layer.linear.weight", "final_layer.linear.bias"}
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert alive[2] == trainable if conditioning.startswith("adaln") else alive[2] >= {n for n in trainable if "attn.qkv.weight" in n}
+    if conditioning.startswith("adaln"):
+        assert alive[2] == trainable
+    else:
+        assert alive[2] >= {n for n in trainable if "attn.qkv.weight" in n}
     if conditioning == "adaln_zero":
         assert not any("attn" in n or "mlp.fc" in n or "embedder.mlp" in n or "y_embedder" in n for n in alive[1])
         assert all(f"blocks.{i}.adaLN_modulation.1.weight" in alive[1] for i in range(3))
@@ -121,15 +127,17 @@ def test_starts_at_zero_and_learns_in_the_right_order(conditioning):
 def test_initial_spread_is_the_official_one():
     torch.manual_seed(0)
     model = DiT(**dit_config("DiT-S/2"))
-    for name, std in {"blocks.3.attn.qkv.weight": .0361, "blocks.3.attn.proj.weight": .0510, "blocks.3.mlp.fc1.weight": .0323,
-                      "blocks.3.mlp.fc2.weight": .0323, "x_embedder.proj.weight": .0701, "y_embedder.embedding_table.weight": .02,
+    for name, std in {"blocks.3.attn.qkv.weight": .0361, "blocks.3.attn.proj.weight": .0510,
+                      "blocks.3.mlp.fc1.weight": .0323, "blocks.3.mlp.fc2.weight": .0323,
+                      "x_embedder.proj.weight": .0701, "y_embedder.embedding_table.weight": .02,
                       "t_embedder.mlp.0.weight": .02, "t_embedder.mlp.2.weight": .02}.items():
         assert model.state_dict()[name].std().item() == pytest.approx(std, rel=0.03), name
 
 
 def test_positions_first_half_is_the_column():
     table = sincos_positions(16, 4)
-    assert_close(table[1, 0].item(), np.sin(1.0)) and assert_close(table[4, 8].item(), np.sin(1.0))    # token 1 = row 0, column 1
+    assert_close(table[1, 0].item(), np.sin(1.0))                           # token 1 = row 0, column 1
+    assert_close(table[4, 8].item(), np.sin(1.0))
     assert table[1, 8] == 0 and table[4, 0] == 0
     with pytest.raises(ValueError, match="multiple of 4"):
         sincos_positions(18, 4)
@@ -175,7 +183,8 @@ def test_overfits_one_batch(conditioning):
 
 def test_sizes_that_do_not_fit_are_named():
     for bad, words in ((dict(input_size=9), "9 is not divisible by patch size 2"), (dict(num_heads=3), "num_heads 3"),
-                       (dict(conditioning="film"), "choose one of"), (dict(num_classes=0, class_dropout_prob=0.0), "null class"),
+                       (dict(conditioning="film"), "choose one of"),
+                       (dict(num_classes=0, class_dropout_prob=0.0), "null class"),
                        (dict(hidden_size=30, num_heads=2), "multiple of 4")):
         with pytest.raises(ValueError, match=words):
             DiT(**{**TINY, **bad})

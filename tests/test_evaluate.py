@@ -83,9 +83,11 @@ def test_smears_are_not_legible():
     a, b = order, order.view(8, 60).roll(10, 1).reshape(-1)  # same color, next shape
     assert bool((labels[a] % 8 == labels[b] % 8).all() and (labels[a] // 8 != labels[b] // 8).all())
     low = F.interpolate(torch.randn(480, 3, 4, 4, generator=generator), 32, mode="bicubic").clamp(-1, 1)
-    on_black = F.interpolate(torch.randn(480, 3, 4, 4, generator=generator).abs() - 0.9, 32, mode="bicubic").clamp(-1, 1)
-    smears = {"wide blur": box_blur(x, 9), "two shapes": (x[a] + x[b]) / 2, "two shapes and colors": (x + x.flip(0)) / 2,
-              "blobs": low, "blobs on black": on_black, "noise": torch.rand(x.shape, generator=generator) * 2 - 1}
+    dots = torch.randn(480, 3, 4, 4, generator=generator).abs() - 0.9
+    on_black = F.interpolate(dots, 32, mode="bicubic").clamp(-1, 1)
+    smears = {"wide blur": box_blur(x, 9), "two shapes": (x[a] + x[b]) / 2,
+              "two shapes and colors": (x + x.flip(0)) / 2, "blobs": low, "blobs on black": on_black,
+              "noise": torch.rand(x.shape, generator=generator) * 2 - 1}
     for name, smear in smears.items():
         share = evaluate.read_shapes(smear)["legible"].double().mean()
         assert share <= 0.1, f"{name}: {share:.3f} legible"
@@ -104,7 +106,8 @@ def test_empty_pictures_hold_nothing():
 @pytest.mark.parametrize("size", [32, 64])
 def test_centre_and_radius_of_every_shape(size):
     for k, shape in enumerate(data.SHAPES + data.NEW_SHAPES):
-        read = evaluate.read_shapes(picture((shape, "cyan", 14.3, 17.6, 9.2), background="brown", size=size), num_shapes=8)
+        one = picture((shape, "cyan", 14.3, 17.6, 9.2), background="brown", size=size)
+        read = evaluate.read_shapes(one, num_shapes=8)
         assert read["shape"].tolist() == [[k, -1]] and read["count"].item() == 1 and read["legible"].item()
         torch.testing.assert_close(read["center"][0, 0], torch.tensor([14.3, 17.6]), atol=0.1, rtol=0)
         torch.testing.assert_close(read["radius"][0, 0], torch.tensor(9.2), atol=0.1, rtol=0)
@@ -164,7 +167,8 @@ def test_frechet_distance_closed_form():
     expected = ((m1 - m2).square().sum() + (v1.sqrt() - v2.sqrt()).square().sum()).item()
     a, b = white(50, d, 1) * v1.sqrt() + m1, white(80, d, 2) * v2.sqrt() + m2
     assert evaluate.frechet_distance(a, b) == pytest.approx(expected, abs=1e-10)
-    assert evaluate.frechet_distance(a @ turn, b @ turn) == pytest.approx(expected, abs=1e-10)  # commuting, not diagonal
+    # commuting, not diagonal
+    assert evaluate.frechet_distance(a @ turn, b @ turn) == pytest.approx(expected, abs=1e-10)
     assert evaluate.frechet_distance(a, a.flip(0)) == pytest.approx(0, abs=1e-10)
     one = evaluate.frechet_distance(a[:, :1], b[:, :1])
     assert one == pytest.approx(((m1 - m2)[0] ** 2 + (v1[0].sqrt() - v2[0].sqrt()) ** 2).item(), abs=1e-10)
@@ -202,7 +206,8 @@ def test_kernel_distance_brute_force():
 
 @pytest.mark.parametrize("distance", [evaluate.frechet_distance, evaluate.kernel_distance])
 def test_distances_refuse_other_shapes(distance):
-    for a, b in ((torch.zeros(4, 3), torch.zeros(4, 2)), (torch.zeros(1, 3), torch.zeros(4, 3)), (torch.zeros(4), torch.zeros(4))):
+    for a, b in ((torch.zeros(4, 3), torch.zeros(4, 2)), (torch.zeros(1, 3), torch.zeros(4, 3)),
+                 (torch.zeros(4), torch.zeros(4))):
         with pytest.raises(ValueError):
             distance(a, b)
 
@@ -211,7 +216,7 @@ def test_distances_refuse_other_shapes(distance):
 
 @pytest.fixture(scope="module")
 def stripes():
-    """600 gray pictures 16 x 16 of stripes, lying or standing, with noise: two classes that a colour mean cannot tell."""
+    """600 gray pictures 16 x 16 of stripes, lying or standing, with noise: two classes that no colour mean can tell."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(600) % 2
     wave = torch.sin(torch.arange(16) * 1.6 + 6.3 * torch.rand(600, 1, generator=generator))  # (N, 16)
@@ -300,7 +305,8 @@ def test_command_line_on_pictures(tmp_path, capsys, stripes):
     assert evaluate.main(call) == 0 and "training" not in capsys.readouterr().out
     assert json.load(open(run / "s.json")) == first
     assert evaluate.main(call + ["--classifier-steps", "3", "--classifier", str(cache)]) == 2  # not that classifier
-    assert evaluate.main(["--images", save(run / "many.npz", stripes.images[:200].expand(-1, 3, -1, -1)), *call[2:]]) == 2
+    colored = save(run / "many.npz", stripes.images[:200].expand(-1, 3, -1, -1))
+    assert evaluate.main(["--images", colored, *call[2:]]) == 2
     assert "too few" in capsys.readouterr().err
 
 
@@ -318,12 +324,13 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
     save(tmp_path / "fine.npz", x)
     (tmp_path / "bad.pt").write_text("not a checkpoint")
     calls = {name: (["--images", str(tmp_path / f"{name}.npz"), "--data", "shapes"], word) for name, word in (
-        ("missing", "no such file"), ("text", "npz"), ("other", "arr_0"), ("float", "uint8"), ("chw", "uint8"), ("wide", "square"),
-        ("pickle", "npz"), ("few", "labels"), ("words", "hello"), ("range", "labels"))}
+        ("missing", "no such file"), ("text", "npz"), ("other", "arr_0"), ("float", "uint8"), ("chw", "uint8"),
+        ("wide", "square"), ("pickle", "npz"), ("few", "labels"), ("words", "hello"), ("range", "labels"))}
     calls["no data"] = (["--images", str(tmp_path / "fine.npz")], "--data")
     calls["unknown data"] = (["--images", str(tmp_path / "fine.npz"), "--data", "cifar11"], "cifar10")
     calls["bad ckpt"] = (["--ckpt", str(tmp_path / "bad.pt")], "bad.pt")
-    calls["json nowhere"] = (["--images", str(tmp_path / "fine.npz"), "--data", "shapes", "--json", str(tmp_path / "no" / "x")], "no")
+    nowhere = ["--json", str(tmp_path / "no" / "x")]
+    calls["json nowhere"] = (["--images", str(tmp_path / "fine.npz"), "--data", "shapes", *nowhere], "no")
     calls["n"] = (["--ckpt", str(tmp_path / "bad.pt"), "--n", "0"], "--n")
     for name, (call, word) in calls.items():
         assert evaluate.main(call) == 2, name

@@ -1,4 +1,4 @@
-"""sample.py end to end: what is drawn depends on the seed and on nothing else; known pixels stay; official files open."""
+"""sample.py end to end: what is drawn depends on the seed alone; known pixels stay; official files open."""
 import numpy as np
 import pytest
 import torch
@@ -15,8 +15,9 @@ from test_train import pictures  # noqa: F401  (the fixture)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, pictures):  # noqa: F811
-    """Checkpoints of three tiny runs: latent flow, pixel Gaussian with learned sigma, unconditional; and the autoencoder."""
-    root, common = tmp_path_factory.mktemp("runs"), ["--data", f"folder:{pictures}", "--image-size", "8", "--batch-size", "8", "--sample-every", "0"]
+    """Checkpoints of tiny runs: latent flow, pixel Gaussian with learned sigma, unconditional; and the autoencoder."""
+    root = tmp_path_factory.mktemp("runs")
+    common = ["--data", f"folder:{pictures}", "--image-size", "8", "--batch-size", "8", "--sample-every", "0"]
     go = lambda name, *flags: train.main([*common, "--out", str(root / name), *flags])
     go("ae", "--model", "tiny-ae", "--factor", "2", "--latent-channels", "4", "--steps", "5")
     go("latent", "--model", "DiT-32x1/2", "--first-stage", str(root / "ae" / "ckpt.pt"), "--steps", "5")
@@ -25,7 +26,8 @@ def runs(tmp_path_factory, pictures):  # noqa: F811
     flat.mkdir()
     for i, file in enumerate(pictures.rglob("*.png")):
         (flat / f"{i}.png").write_bytes(file.read_bytes())
-    train.main([*common[2:], "--data", f"folder:{flat}", "--model", "DiT-32x1/2", "--out", str(root / "unconditional"), "--steps", "5"])
+    train.main([*common[2:], "--data", f"folder:{flat}", "--model", "DiT-32x1/2", "--out", str(root / "unconditional"),
+                "--steps", "5"])
     return root
 
 
@@ -65,7 +67,7 @@ def test_npz_is_what_the_adm_evaluator_reads(runs):
     with np.load(out.with_suffix(".npz")) as arrays:
         assert arrays["arr_0"].shape == (11, 8, 8, 3) and arrays["arr_0"].dtype == np.uint8
         assert arrays["labels"].tolist() == [i % 2 for i in range(11)]
-    images, labels, captions = sample.draw(runs / "pixel" / "ckpt.pt", n=11, steps=4, device="cpu")
+    images, _, captions = sample.draw(runs / "pixel" / "ckpt.pt", n=11, steps=4, device="cpu")
     assert images.shape == (11, 3, 8, 8) and captions is None
     with np.load(out.with_suffix(".npz")) as arrays:
         assert np.array_equal(arrays["arr_0"], images.permute(0, 2, 3, 1).numpy())
@@ -102,21 +104,24 @@ def test_guidance_one_is_the_conditional_run(runs):
         return model(x, t, cond)
     for scale, label, forwards in ((1.0, y, 3), (0.0, torch.full_like(y, 2), 3), (3.0, None, 6)):
         shown.clear()
-        got = task.sample(model_once, y, cfg_scale=scale, steps=3, generator=torch.Generator().manual_seed(0), sampler="ddim", clip=False)
+        gen = torch.Generator().manual_seed(0)
+        got = task.sample(model_once, y, cfg_scale=scale, steps=3, generator=gen, sampler="ddim", clip=False)
         assert set(shown) == {forwards}
         if label is not None:
-            want = task.process.sample(model, got.shape, label, sampler="ddim", steps=3, generator=torch.Generator().manual_seed(0))
+            gen = torch.Generator().manual_seed(0)
+            want = task.process.sample(model, got.shape, label, sampler="ddim", steps=3, generator=gen)
             torch.testing.assert_close(got, want)
 
 
 def test_an_official_file_is_built_from_its_tensors_alone(tmp_path, capsys):
-    """A bare state_dict with official names and an official width; the latents equal those of parts tested elsewhere."""
-    official = fill_by_recipe(DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=384, depth=2, num_heads=6, num_classes=20), ["pos_embed"])
+    """A bare state_dict with official names and an official width; its latents are those of parts tested elsewhere."""
+    sizes = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=384, depth=2, num_heads=6, num_classes=20)
+    official = fill_by_recipe(DiT(**sizes), ["pos_embed"])
     path = tmp_path / "DiT-S-2-shrunk.pt"
     torch.save(official.state_dict(), path)
-    assert infer_config(official.state_dict()) == dict(input_size=8, patch_size=2, in_channels=4, hidden_size=384, depth=2, num_heads=6, num_classes=20,
-                                                       learn_sigma=True)
-    sample.main(["--ckpt", str(path), "--class", "7,3", "--steps", "5", "--seed", "9", "--cfg-scale", "4", "--cfg-channels", "3", "--out", str(tmp_path / "x.png")])
+    assert infer_config(official.state_dict()) == dict(**sizes, learn_sigma=True)
+    sample.main(["--ckpt", str(path), "--class", "7,3", "--steps", "5", "--seed", "9", "--cfg-scale", "4",
+                 "--cfg-channels", "3", "--out", str(tmp_path / "x.png")])
     latents = torch.load(tmp_path / "x.pt", weights_only=True)["latents"]
     process, y, null = GaussianDiffusion(learn_sigma=True).respaced(5), torch.tensor([7, 3]), torch.tensor([20, 20])
     gens = [torch.Generator().manual_seed(s) for s in (9, 10)]
@@ -133,8 +138,9 @@ def test_an_official_file_is_built_from_its_tensors_alone(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--class", "2"], "classes 0 to 1"), (["--class", "-1"], "classes 0 to 1"), (["--class", "aple"], "did you mean 'apple'"),
-    (["--sampler", "plms"], "choose one of euler, heun"), (["--init", "nowhere.png"], "no picture at"), (["--mask", "m.png"], "--init"),
+    (["--class", "2"], "classes 0 to 1"), (["--class", "-1"], "classes 0 to 1"),
+    (["--class", "aple"], "did you mean 'apple'"), (["--sampler", "plms"], "choose one of euler, heun"),
+    (["--init", "nowhere.png"], "no picture at"), (["--mask", "m.png"], "--init"),
     (["--cfg-scal", "2"], "did you mean --cfg-scale"), (["--eta", "0.5"], "deterministic")])
 def test_wrong_wishes_are_one_line(runs, capsys, flags, words):
     with pytest.raises(SystemExit) as stopped:

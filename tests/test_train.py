@@ -1,4 +1,4 @@
-"""train.py: the loop resumes exactly, splits exactly, survives bad numbers and kills; checkpoints are safe; Muon is what it says."""
+"""train.py: the loop resumes and splits exactly, survives bad numbers and kills; checkpoints are safe; Muon is Muon."""
 import csv
 import dataclasses
 import math
@@ -20,8 +20,8 @@ from train import Config, Muon, UserError, learning_rate, load_checkpoint, ortho
 
 ROOT = pathlib.Path(__file__).parent.parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-TINY = ["--data", "folder:{pictures}", "--image-size", "8", "--model", "DiT-32x2/2", "--first-stage", "none", "--batch-size", "8",
-        "--log-every", "1", "--sample-every", "0", "--save-every", "7"]
+TINY = ["--data", "folder:{pictures}", "--image-size", "8", "--model", "DiT-32x2/2", "--first-stage", "none",
+        "--batch-size", "8", "--log-every", "1", "--sample-every", "0", "--save-every", "7"]
 
 
 @pytest.fixture(scope="session")
@@ -31,13 +31,15 @@ def pictures(tmp_path_factory):
     for name in ("apple", "pear"):
         (root / name).mkdir()
         for i in range(12):
-            data.save_grid(torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8, generator=gen), root / name / f"{i}.png", nrow=1, pad=0, scale=1)
+            picture = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8, generator=gen)
+            data.save_grid(picture, root / name / f"{i}.png", nrow=1, pad=0, scale=1)
     return root
 
 
 def cli(out, pictures, *flags, script="train.py", prefix=(sys.executable,), **kwargs):
     flags = [f.format(pictures=pictures) for f in TINY] + ["--out", str(out), *flags]
-    return subprocess.run([*prefix, str(ROOT / script), *flags], capture_output=True, text=True, env=ONE_THREAD, timeout=240, **kwargs)
+    return subprocess.run([*prefix, str(ROOT / script), *flags], capture_output=True, text=True, env=ONE_THREAD,
+                          timeout=240, **kwargs)
 
 
 def in_process(out, pictures, *flags):
@@ -97,12 +99,14 @@ def test_two_processes_equal_one(tmp_path, pictures):
     a, b = load_checkpoint(one / "ckpt.pt"), load_checkpoint(two / "ckpt.pt")
     for part in ("model", "ema"):
         assert_close(a[part], b[part], rtol=1e-5, atol=1e-5)
-    assert_close(torch.tensor([float(r["loss"]) for r in rows(one)]), torch.tensor([float(r["loss"]) for r in rows(two)]), rtol=1e-5, atol=1e-5)
-    assert_close(torch.tensor([float(r["grad_norm"]) for r in rows(one)]), torch.tensor([float(r["grad_norm"]) for r in rows(two)]), rtol=1e-4, atol=1e-5)
+    for name, rtol in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        column = lambda out: torch.tensor([float(r[name]) for r in rows(out)])
+        assert_close(column(one), column(two), rtol=rtol, atol=1e-5)
 
 
 def test_accumulation_changes_nothing(tmp_path, pictures):
-    a, b = in_process(tmp_path / "a", pictures, "--steps", "6"), in_process(tmp_path / "b", pictures, "--steps", "6", "--accum", "4")
+    a = in_process(tmp_path / "a", pictures, "--steps", "6")
+    b = in_process(tmp_path / "b", pictures, "--steps", "6", "--accum", "4")
     assert_close(a["model"], b["model"], rtol=1e-5, atol=1e-5)
 
 
@@ -113,12 +117,14 @@ def test_seeds_decide(tmp_path, pictures):
 
 
 def test_latents_of_a_first_stage_travel_in_the_checkpoint(tmp_path, pictures):
-    train.main(["--model", "tiny-ae", "--data", f"folder:{pictures}", "--image-size", "8", "--steps", "3", "--batch-size", "4", "--out", str(tmp_path / "ae")])
+    train.main(["--model", "tiny-ae", "--data", f"folder:{pictures}", "--image-size", "8", "--steps", "3",
+                "--batch-size", "4", "--out", str(tmp_path / "ae")])
     out = tmp_path / "dit"
-    state = in_process(out, pictures, "--steps", "3", "--first-stage", str(tmp_path / "ae" / "ckpt.pt"), "--model", "DiT-32x1/1")
+    state = in_process(out, pictures, "--steps", "3", "--first-stage", str(tmp_path / "ae" / "ckpt.pt"),
+                       "--model", "DiT-32x1/1")
     stage = train.load_first_stage(state, "x")
     x = data.to_float(data.load(f"folder:{pictures}", 8).images)
-    z = stage.encode(torch.cat([x, x.flip(-1)]))                            # pictures and, as flips are on, their mirror images
+    z = stage.encode(torch.cat([x, x.flip(-1)]))                    # pictures and, as flips are on, their mirror images
     assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
     assert_close(z.std((0, 2, 3)), torch.ones(4), atol=1e-5, rtol=0)
     assert state["model"]["x_embedder.proj.weight"].shape[1] == 4 and stage.decode(z).shape == (48, 3, 8, 8)
@@ -141,8 +147,10 @@ class Poison(train.DiffusionTask):
 
 
 def poisoned(tmp_path, pictures, at, steps, optimizer="muon"):
-    config = train.prepare_run(Config(model="DiT-32x1/4", data=f"folder:{pictures}", image_size=8, first_stage="none", steps=steps, batch_size=4, optimizer=optimizer,
-                                      device="cpu", out=str(tmp_path / f"p{steps}{optimizer}"), log_every=1, sample_every=0, save_every=5, lr_decay="constant"))
+    config = train.prepare_run(Config(
+        model="DiT-32x1/4", data=f"folder:{pictures}", image_size=8, first_stage="none", steps=steps, batch_size=4,
+        optimizer=optimizer, device="cpu", out=str(tmp_path / f"p{steps}{optimizer}"), log_every=1, sample_every=0,
+        save_every=5, lr_decay="constant"))
     dataset = data.load(config.data, 8)
     torch.manual_seed(0)
     task = Poison(config, train.describe(dataset, 8))
@@ -156,9 +164,9 @@ def test_a_non_finite_step_changes_nothing(tmp_path, pictures, capsys, optimizer
     _, before = poisoned(tmp_path, pictures, (), 7, optimizer)
     _, after = poisoned(tmp_path, pictures, (7,), 8, optimizer)             # the eighth step is poisoned
     a, b = load_checkpoint(before), load_checkpoint(after)
+    states = lambda opt: [{k: o["state"] if k == "state" else None for k in o} for o in opt]
     for part in ("model", "ema", "opt"):
-        strip = lambda x: [{k: ({i: {n: v for n, v in s.items()} for i, s in o["state"].items()} if k == "state" else None) for k in o} for o in x] \
-            if part == "opt" else x
+        strip = states if part == "opt" else lambda x: x
         assert_same(strip(a[part]), strip(b[part]), part)
     assert "step 8" in capsys.readouterr().err
 
@@ -174,7 +182,8 @@ def test_ten_non_finite_steps_in_a_row_stop_with_the_last_good_checkpoint(tmp_pa
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_at_the_next_step(tmp_path, pictures, signum):
     flags = [f.format(pictures=pictures) for f in TINY]
-    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / "run"), "--steps", "100000", "--save-every", "50000"],
+    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / "run"),
+                            "--steps", "100000", "--save-every", "50000"],
                            env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.csv"
     deadline = time.time() + 60
@@ -191,10 +200,12 @@ def test_signals_save_at_the_next_step(tmp_path, pictures, signum):
 @pytest.mark.slow
 def test_a_checkpoint_survives_kills_while_it_is_written(tmp_path):
     script = ("import sys; sys.path.insert(0, sys.argv[1]); import torch, train\n"
-              "for i in range(10**6): train.save_checkpoint(sys.argv[2], {'format': 1, 'i': i, 'x': torch.full((500_000,), float(i))}); print(i, flush=True)")
+              "for i in range(10**6): train.save_checkpoint(sys.argv[2], {'format': 1, 'i': i, "
+              "'x': torch.full((500_000,), float(i))}); print(i, flush=True)")
     path = tmp_path / "ckpt.pt"
     for wait in (0.0, 0.013, 0.029, 0.05, 0.083):
-        run = subprocess.Popen([sys.executable, "-c", script, str(ROOT), str(path)], stdout=subprocess.PIPE, env=ONE_THREAD)
+        run = subprocess.Popen([sys.executable, "-c", script, str(ROOT), str(path)], stdout=subprocess.PIPE,
+                               env=ONE_THREAD)
         for _ in range(3):
             run.stdout.readline()
         time.sleep(wait)
@@ -237,9 +248,9 @@ def test_damaged_and_malicious_files_are_refused(tmp_path, monkeypatch):
     save_checkpoint(good, {"format": 1, "x": torch.randn(10_000)})
     raw = good.read_bytes()
     flipped = bytearray(raw)
-    flipped[len(raw) // 2] ^= 1                                             # one bit inside the tensor: torch.load alone would not notice
-    for name, content, words in (("empty.pt", b"", "not a readable"), ("cut.pt", raw[:len(raw) // 2], "not a readable"), ("text.pt", b"hello", "not a readable"),
-                                 ("flipped.pt", bytes(flipped), "damaged")):
+    flipped[len(raw) // 2] ^= 1                                 # one bit inside the tensor: torch.load would not notice
+    for name, content, words in (("empty.pt", b"", "not a readable"), ("cut.pt", raw[:len(raw) // 2], "not a readable"),
+                                 ("text.pt", b"hello", "not a readable"), ("flipped.pt", bytes(flipped), "damaged")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=words):
             load_checkpoint(tmp_path / name)
@@ -279,16 +290,17 @@ def test_weights_that_do_not_fit_are_listed():
 def test_orthogonalise_against_svd():
     G = torch.randn(3, 20, 12, generator=torch.Generator().manual_seed(0))
     for M in (G, G.mT):
-        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        U, _, Vh = torch.linalg.svd(M, full_matrices=False)
         out = orthogonalise(M)
-        core = U.mT @ out @ Vh.mT                                           # the same singular vectors, values pushed to about 1
+        core = U.mT @ out @ Vh.mT                               # the same singular vectors, values pushed to about 1
         assert_close(core, torch.diag_embed(core.diagonal(dim1=1, dim2=2)), atol=1e-4, rtol=0)
         assert 0.6 < core.diagonal(dim1=1, dim2=2).min() and core.diagonal(dim1=1, dim2=2).max() < 1.3
 
 
 def test_muon_follows_torchs_own():
     gen = torch.Generator().manual_seed(0)
-    ours, theirs = ([torch.nn.Parameter(torch.randn(16, 8, generator=torch.Generator().manual_seed(i))) for i in range(2)] for _ in range(2))
+    ours, theirs = ([torch.nn.Parameter(torch.randn(16, 8, generator=torch.Generator().manual_seed(i)))
+                     for i in range(2)] for _ in range(2))
     a = Muon(ours, lr=0.02, momentum=0.95)
     b = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, adjust_lr_fn="original")
     for _ in range(5):
@@ -298,7 +310,7 @@ def test_muon_follows_torchs_own():
         a.step(), b.step()
     for i, (p, q) in enumerate(zip(ours, theirs)):
         start = torch.randn(16, 8, generator=torch.Generator().manual_seed(i))
-        assert ((p - start) - (q - start)).norm() < 0.02 * (q - start).norm()      # theirs rounds to bfloat16 on the way
+        assert ((p - start) - (q - start)).norm() < 0.02 * (q - start).norm()   # theirs rounds to bfloat16 on the way
 
 
 def test_ema_is_the_weighted_mean_with_warm_up(tmp_path, pictures):
@@ -319,8 +331,10 @@ def test_ema_is_the_weighted_mean_with_warm_up(tmp_path, pictures):
 
 def test_learning_rate():
     config = Config(steps=100, warmup=10)
-    assert learning_rate(0, config) == pytest.approx(0.1) and learning_rate(55, config) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.55)))
-    assert learning_rate(99, config) < 0.001 and learning_rate(99, dataclasses.replace(config, lr_decay="constant")) == 1
+    assert learning_rate(0, config) == pytest.approx(0.1)
+    assert learning_rate(55, config) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.55)))
+    assert learning_rate(99, config) < 0.001
+    assert learning_rate(99, dataclasses.replace(config, lr_decay="constant")) == 1
 
 
 def test_a_failing_compiler_is_one_warning(monkeypatch, capsys):
@@ -343,7 +357,9 @@ def test_overfit_and_bench_speak(tmp_path, pictures, capsys):
 
 
 def test_paper_recipe_is_the_papers():
-    config = train.prepare_run(train.parse(Config, ["--recipe", "paper", "--first-stage", "none", "--out", "nowhere"], "", train.presets))
-    assert (config.optimizer, config.lr, config.schedule, config.prediction, config.learn_sigma, config.ema, config.weight_decay, config.grad_clip,
-            config.lr_decay, config.warmup, config.class_dropout) == ("adamw", 1e-4, "linear", "eps", True, 0.9999, 0.0, 0.0, "constant", 0, 0.1)
+    flags = ["--recipe", "paper", "--first-stage", "none", "--out", "nowhere"]
+    c = train.prepare_run(train.parse(Config, flags, "", train.presets))
+    assert (c.optimizer, c.lr, c.schedule, c.prediction, c.learn_sigma) == ("adamw", 1e-4, "linear", "eps", True)
+    assert (c.ema, c.weight_decay, c.grad_clip, c.lr_decay) == (0.9999, 0.0, 0.0, "constant")
+    assert (c.warmup, c.class_dropout) == (0, 0.1)
     assert train.parse(Config, ["--recipe", "paper", "--lr", "3e-4"], "", train.presets).lr == 3e-4
