@@ -72,7 +72,7 @@ def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg
     """Classifier-free guidance: eps = eps_u + s * (eps_c - eps_u), as a callable f(xt, t, noise_level).
 
     cond, uncond: conditioning tensors (B, ...). s = 1 is the conditional run, s = 0 the unconditional one, each at the
-    cost of one forward. cfg_interval: guide only while the noise level (0 = clean, 1 = pure noise) lies inside.
+    cost of one forward. cfg_interval: guide only while the noise level (0 = clean, 1 = pure noise) lies inside it.
     cfg_channels: guide the first so many channels only (None = all of xt's); variance channels always stay those of the
     conditional half. Raises ValueError when guidance is asked for without `uncond`.
     Source: Ho & Salimans 2022 eq. 6; interval: Kynkaanniemi et al. 2024.
@@ -155,15 +155,17 @@ def respaced_steps(num_steps, respacing):
     """
     if respacing in ("", None):
         return list(range(num_steps))
-    if isinstance(respacing, str) and respacing.startswith("ddim"):
-        want = int(respacing[4:])
+    try:
+        ddim = int(respacing[4:]) if isinstance(respacing, str) and respacing.startswith("ddim") else None
+        counts = [respacing] if isinstance(respacing, int) else respacing
+        counts = [int(n) for n in counts.split(",")] if isinstance(counts, str) and ddim is None else list(counts)
+    except ValueError:
+        raise ValueError(f"cannot read {respacing!r} as steps: give a number, 10,15,20, or ddim25") from None
+    if ddim is not None:
         for stride in range(1, num_steps):
-            if len(range(0, num_steps, stride)) == want:
+            if len(range(0, num_steps, stride)) == ddim:
                 return list(range(0, num_steps, stride))
-        raise ValueError(f"no whole stride visits exactly {want} of {num_steps} steps: use respacing={want!r} without "
-                         "'ddim'")
-    counts = [respacing] if isinstance(respacing, int) else respacing
-    counts = [int(n) for n in counts.split(",")] if isinstance(counts, str) else list(counts)
+        raise ValueError(f"no whole stride visits exactly {ddim} of {num_steps} steps: ask for {ddim} without 'ddim'")
     kept, start = set(), 0
     for i, count in enumerate(counts):
         size = num_steps // len(counts) + (i < num_steps % len(counts))
@@ -537,6 +539,8 @@ class RectifiedFlow:
             raise ValueError("eta adds noise on the way; a flow is deterministic: leave it 0")
         if mask is not None and x_init is None:
             raise ValueError("inpainting needs x_init, the picture whose pixels are known, beside the mask")
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"a flow takes a positive number of steps, not {steps!r}")
         denoise = guided(model, cond, uncond, cfg_scale, cfg_interval, cfg_channels)
         at = lambda u: torch.full(shape[:1], 1000 * u, device=device)
         xt = start = randn(shape, generator, device) if noise is None else noise

@@ -261,6 +261,8 @@ class DiT(nn.Module):
     Raises ValueError for sizes that do not fit together. Source: DiT §3.
     """
 
+    matrices = r"blocks\."        # Muon's share in train.py: everything inside the blocks, the modulations too
+
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, conditioning="adaln_zero"):
         super().__init__()
@@ -310,10 +312,14 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.bias)
         self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[2], self.input_size // self.patch_size))
 
+    def null_condition(self, count, device="cpu"):
+        """The condition "no class" for guidance, (count,) int64. Source: Ho & Salimans 2022."""
+        return torch.full((count,), self.num_classes, device=device)
+
     def drop_labels(self, y, draws):
         """Replace y (B,) by the null class where draws (B,), uniform in [0, 1), fall below class_dropout_prob.
 
-        Source: Ho & Salimans alg. 1.
+        Source: Ho & Salimans 2022 alg. 1.
         """
         return torch.where(draws < self.class_dropout_prob, self.num_classes, y)
 

@@ -2,6 +2,7 @@
 
     python sample.py                                            # a labelled grid from the default run
     python sample.py --ckpt out/mine/ckpt.pt --class 3 --n 16 --cfg-scale 3
+    python sample.py --ckpt out/unet-tiny-scenes/ckpt.pt --prompt "a small red star on the left on navy"
     python sample.py --ckpt out/mine/ckpt.pt --class "red circle" --strip --gif     # how noise becomes a picture
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --strength 0.6        # image-to-image
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --mask mask.png       # inpainting: white is painted anew
@@ -22,25 +23,26 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import make_grid, save_gif, save_grid, to_float
+from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from diffusion import randn
-from dit import infer_config
-from train import (AutoencoderTask, Config, DiffusionTask, UserError, flag, load_checkpoint, load_first_stage,
-                   load_weights, parse, resolve_device)
+from dit import DiT, infer_config
+from train import (TASKS, Config, DiffusionTask, UserError, flag, load_checkpoint, load_first_stage, load_weights,
+                   parse, resolve_device)
 
 
 @dataclasses.dataclass
 class Options:
     """What to draw and how."""
     ckpt: str = flag("out/DiT-128x4-2-shapes/ckpt.pt", "checkpoint of train.py, or an official DiT file")
-    classes: str = flag("", "what to draw: class numbers or names, separated by commas; default: all in turn (up to "
-                            "48)")
-    n: int = flag(0, "how many pictures; default: one per class asked for")
+    classes: str = flag("", "--class: class numbers or names, separated by commas; default: all in turn (up to 48)")
+    prompt: str = flag("", "what to draw, for models trained on captions; several prompts are separated by |")
+    negative: str = flag("", "a prompt to steer away from, instead of from the empty one")
+    n: int = flag(0, "how many pictures; default: one of each that is asked for")
     cfg_scale: float = flag(-1.0, "guidance: 1 = none; default: the run's own, 4 for official files")
     cfg_interval: str = flag("0,1", "guide only while the noise level (0 clean .. 1 noise) is in this range")
     cfg_channels: int = flag(0, "guide only so many channels, 0 = all; 3 reproduces the official DiT code")
     sampler: str = flag("", "ddpm, ddim, dpm++ (Gaussian) or euler, heun (flow); default: what the run was trained for")
-    steps: str = flag("", 'denoising steps, or a respacing such as "ddim25" or "10,15,20"; default 50, 250 for ddpm')
+    steps: str = flag("", 'denoising steps, or a respacing ("ddim25", "10,15,20"); default 25 (euler), 250 (ddpm), else 50')
     eta: float = flag(0.0, "noise added back by ddim: 0 none, 1 as much as ddpm")
     seed: int = flag(0, "picture i is drawn from seed + i")
     batch_size: int = flag(64, "pictures drawn at once")
@@ -60,22 +62,25 @@ class Options:
 def load(path, device="cpu", weights="ema"):
     """Checkpoint -> (task, model in eval mode on the device).
 
-    The task knows process, sizes, class names and first stage. An official DiT file is recognised by its tensors; its
-    task draws latents. Raises UserError.
+    The task knows process, sizes, class names or vocabulary, and first stage. An official DiT file is recognised by its
+    tensors; its task draws latents. Raises UserError, also for a checkpoint that draws nothing.
     """
     state = load_checkpoint(path)
     if "format" not in state:
         try:
-            shape = infer_config(state["model"])
+            sizes = infer_config(state["model"])
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
-        task = DiffusionTask.official(shape)
+        # the released models: linear schedule, eps, guidance of 4 in the authors' demo
+        config = Config(schedule="linear", prediction="eps", learn_sigma=sizes["learn_sigma"], cfg_scale=4.0)
+        info = {"name": "", "class_names": [], "channels": sizes["in_channels"], "image_size": sizes["input_size"]}
+        task = DiffusionTask(config, info, DiT(**sizes))
+    elif state["task"] == "tiny-ae":
+        raise UserError(f"{path} is an autoencoder: it does not draw by itself; give a diffusion model's checkpoint")
     else:
         known = {f.name for f in dataclasses.fields(Config)}
         config = Config(**{k: v for k, v in state["config"].items() if k in known})
-        build = AutoencoderTask if state["task"] == "tiny-ae" else DiffusionTask
-        extra = {} if state["task"] == "tiny-ae" else {"first_stage": load_first_stage(state, path)}
-        task = build(config, state["info"], **extra)
+        task = TASKS[state["task"]](config, state["info"], load_first_stage(state, path))
     load_weights(task.model, state[weights], path)
     task.model.to(device).eval().requires_grad_(False)
     return task, task.model
@@ -86,28 +91,42 @@ def seeds(first, count, device):
     return [torch.Generator(device).manual_seed(first + i) for i in range(count)]
 
 
-def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_size=64, **options):
-    """n pictures from a checkpoint, classes in turn, for evaluate.py.
+def draw_all(task, model, y, seed=0, batch_size=64, per_picture=(), keep_states=False, **options):
+    """Draw for all conditions y (N,) or (N, L), batch by batch -> (latents or pixels (N, C, H, W), list of states).
 
-    Returns (uint8 (N, C, H, W), labels (N,) or None, captions None). cfg_scale, steps: None = the run's own.
-    Raises UserError for a checkpoint that draws nothing. Source: DiT §4 (evaluation).
+    per_picture: {option: (N, ...) tensor or None}, cut like y; keep_states: also every step's x0 guess as pictures,
+    one (N, C, H, W) per step. Other options as in DiffusionTask.sample. Source: DiT §4.
+    """
+    drawn, states = [], []
+    for first in tqdm(range(0, len(y), batch_size), desc="drawing", disable=None, unit="batch"):
+        rows = slice(first, first + batch_size)
+        film, own = [], {k: v[rows] for k, v in dict(per_picture).items() if v is not None}
+        watch = (lambda x0: film.append(task.to_pictures(x0).cpu())) if keep_states else None
+        drawn.append(task.sample(model, y[rows], generator=seeds(seed + first, len(y[rows]), y.device), callback=watch,
+                                 **own, **options))
+        states.append(film)
+    return torch.cat(drawn), [torch.cat(step) for step in zip(*states)]
+
+
+def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_size=64, **options):
+    """n pictures from a checkpoint, for evaluate.py: classes in turn, or captions that were held out of training.
+
+    Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None). cfg_scale, steps: None = the run's own.
+    Raises UserError. Source: DiT §4 (evaluation).
     """
     device = resolve_device(device)
     task, model = load(path, device)
-    if not hasattr(task, "sample"):
-        raise UserError(f"{path} is an autoencoder: it reconstructs, it does not draw; give a diffusion checkpoint")
-    names = task.info["class_names"]
-    y = torch.arange(n, device=device) % max(1, len(names))
-    if cfg_scale is not None:
-        options["cfg_scale"] = cfg_scale
-    if steps is not None:
-        options["steps"] = steps
-    images = []
-    for first in tqdm(range(0, n, batch_size), desc="drawing", disable=None, unit="batch"):
-        part = y[first:first + batch_size]
-        generator = seeds(seed + first, len(part), device)
-        images.append(task.to_pictures(task.sample(model, part, generator=generator, **options)).cpu())
-    return torch.cat(images), y.cpu() if names else None, None
+    names, captions, labels = task.info["class_names"], None, None
+    if task.tokenizer is not None:
+        c = task.config
+        held_out = data.load(c.data, c.image_size, "test", c.data_dir, count=n, seed=c.seed, skip_bad=c.skip_bad)
+        captions = held_out.captions
+        y = task.tokenizer(captions).to(device)                                 # (N, L)
+    else:
+        y = torch.arange(n, device=device) % max(1, task.model.num_classes)     # (N,)
+        labels = y.cpu() if names else None
+    x, _ = draw_all(task, model, y, seed, batch_size, cfg_scale=cfg_scale, steps=steps, **options)
+    return torch.cat([task.to_pictures(part).cpu() for part in x.split(batch_size)]), labels, captions
 
 
 def choose_classes(text, names, num_classes):
@@ -127,87 +146,90 @@ def choose_classes(text, names, num_classes):
     return chosen
 
 
-def read_picture(path, info, device, count):
+def conditions(o, task):
+    """What is to be drawn -> (y (N,) or (N, L), N names or None). Raises UserError for unknown words and classes."""
+    if task.tokenizer is not None:
+        if o.classes:
+            raise UserError("this checkpoint was trained on captions: say --prompt instead of --class")
+        prompts = [p.strip() for p in o.prompt.split("|")] if o.prompt else task.info["examples"]
+    elif o.prompt or o.negative:
+        raise UserError("this checkpoint was trained on classes: say --class instead of --prompt")
+    else:
+        names, num_classes = task.info["class_names"], task.model.num_classes
+        some = range(min(48 if names else 8, max(1, num_classes)))
+        prompts = choose_classes(o.classes, names, num_classes) or list(some)
+    count = o.n or o.npz or (8 * len(prompts[:4]) if o.interpolate else len(prompts))
+    asked = [prompts[(i // 8 if o.interpolate else i) % len(prompts)] for i in range(count)]     # a walk stays with one
+    if task.tokenizer is not None:
+        return task.tokenizer(asked), asked
+    return torch.tensor(asked), [names[i] for i in asked] if names else None
+
+
+def read_picture(path, info, count):
     """A picture file as (count, C, H, W) float in [-1, 1] at the model's size. Raises UserError naming the file."""
     if not pathlib.Path(path).is_file():
         raise UserError(f"no picture at {path}")
     picture = to_float(data.read_image(path, info["image_size"]))[None]                     # (1, 3, H, W)
     picture = picture.mean(1, keepdim=True) if info["channels"] == 1 else picture
-    return picture.expand(count, -1, -1, -1).to(device)
+    return picture.expand(count, -1, -1, -1)
 
 
 def run(o):
     """Options -> files; prints where they are. Raises UserError."""
     device = resolve_device(o.device)
     task, model = load(o.ckpt, device, o.weights)
-    if not hasattr(task, "sample"):
-        raise UserError(f"{o.ckpt} is an autoencoder: it does not draw by itself; give the checkpoint of a diffusion "
-                        "model")
-    names, num_classes = task.info["class_names"], task.model.num_classes
-    chosen = choose_classes(o.classes, names, num_classes) or list(range(min(48 if names else 8, max(1, num_classes))))
+    y, names = conditions(o, task)
     out = pathlib.Path(o.out) if o.out else pathlib.Path(o.ckpt).with_name("samples.png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    low, _, high = o.cfg_interval.partition(",")
-    options = {"cfg_scale": o.cfg_scale if o.cfg_scale >= 0 else task.config.cfg_scale,
-               "cfg_interval": (float(low), float(high)), "cfg_channels": o.cfg_channels or None, "eta": o.eta}
-    if o.sampler:
-        options["sampler"] = o.sampler
-    ancestral = o.sampler == "ddpm" or (not o.sampler and task.config.learn_sigma)
-    options["steps"] = int(o.steps) if o.steps.isdigit() else o.steps or (250 if ancestral else 50)
-
-    if o.npz:
-        images, labels, _ = draw(o.ckpt, o.npz, seed=o.seed, device=device, batch_size=o.batch_size, **options)
-        path = out.with_suffix(".npz")
-        extra = {} if labels is None else {"labels": labels.numpy()}
-        np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **extra)                   # (N, H, W, C)
-        print(f"{len(images)} pictures in {path}")
-        return
-
-    count = o.n or (8 * len(chosen[:4]) if o.interpolate else len(chosen))
-    turn = [i // 8 if o.interpolate else i for i in range(count)]               # a row of the walk is of one class
-    y = torch.tensor([chosen[k % len(chosen)] for k in turn], device=device)    # (count,)
-    noise = interpolated_noise(count, task.shape, o.seed, device) if o.interpolate else None
+    try:
+        low, high = map(float, o.cfg_interval.split(","))
+    except ValueError:
+        raise UserError(f"--cfg-interval {o.cfg_interval}: give two numbers, low,high, between 0 and 1") from None
     if o.mask and not o.init:
         raise UserError("--mask needs --init: the picture whose black-masked part is to be kept")
-    x_init, mask, original = None, None, None
-    if o.init:
-        original = read_picture(o.init, task.info, device, count)
-        x_init = task.encode(original)
-        options["strength"] = 1.0 if o.mask else o.strength
-    if o.mask:
-        mask = (read_picture(o.mask, task.info, device, count).mean(1, keepdim=True) > 0).float()   # (count, 1, H, W)
+    options = {"cfg_scale": None if o.cfg_scale < 0 else o.cfg_scale, "cfg_interval": (low, high), "eta": o.eta,
+               "cfg_channels": o.cfg_channels or None, "sampler": o.sampler or None,
+               "steps": int(o.steps) if o.steps.isdigit() else o.steps or None}
 
-    images, latents, frames = [], [], []
-    for first in tqdm(range(0, count, o.batch_size), desc="drawing", disable=None, unit="batch"):
-        part, states = slice(first, first + o.batch_size), []
-        take = lambda t: None if t is None else t[part]
-        x = task.sample(model, y[part], callback=states.append if o.strip or o.gif else None, noise=take(noise),
-                        x_init=take(x_init), mask=take(task.shrink_mask(mask)),
-                        generator=seeds(o.seed + first, len(y[part]), device), **options)
-        latents.append(x.cpu())
-        images.append(task.to_pictures(x).cpu())
-        frames.append([task.to_pictures(s).cpu() for s in states])
-    images = torch.cat(images)
+    own, original, mask = {}, None, None                                        # what each picture has of its own
+    if o.interpolate:
+        own["noise"] = interpolated_noise(len(y), task.shape, o.seed, device)
+    if o.negative:
+        own["null"] = task.tokenizer([o.negative] * len(y)).to(device)
+    if o.init:
+        original = read_picture(o.init, task.info, len(y)).to(device)
+        own["x_init"], options["strength"] = task.encode(original), 1.0 if o.mask else o.strength
+    if o.mask:
+        mask = (read_picture(o.mask, task.info, len(y)).mean(1, keepdim=True) > 0).float().to(device)     # (N, 1, H, W)
+        own["mask"] = task.shrink_mask(mask)
+    x, film = draw_all(task, model, y.to(device), o.seed, o.batch_size, own, o.strip or o.gif, **options)
+    images = torch.cat([task.to_pictures(part).cpu() for part in x.split(o.batch_size)])        # (N, C, H, W) uint8
     if mask is not None:        # decoding a latent changes even what was kept: known pixels are put back as given
-        kept = data.to_uint8(original.cpu())
-        images = torch.where(mask.cpu() > 0.5, images, kept)
-    save_grid(images, out, nrow=8, captions=[names[i] for i in y.tolist()] if names else None)
-    print(f"{count} pictures in {out}")
+        images = torch.where(mask.cpu() > 0.5, images, to_uint8(original.cpu()))
+    write(o, out, task, images, x, y, names, film)
+
+
+def write(o, out, task, images, x, y, names, film):
+    """The files that were asked for: npz, or grid, strip, film, and latents that nothing here can decode."""
+    if o.npz:
+        labels = {"labels": y.numpy()} if y.dim() == 1 and names else {}
+        np.savez(out.with_suffix(".npz"), arr_0=images.permute(0, 2, 3, 1).numpy(), **labels)   # (N, H, W, C)
+        print(f"{len(images)} pictures in {out.with_suffix('.npz')}")
+        return
+    save_grid(images, out, nrow=8, captions=names)
+    print(f"{len(images)} pictures in {out}")
     if task.first_stage is None and task.shape[0] not in (1, 3):
-        data.save_latents(out.with_suffix(".pt"), torch.cat(latents), y.cpu())
+        data.save_latents(out.with_suffix(".pt"), x.cpu(), y)
         print(f"these are latents in false colours; the latents themselves are in {out.with_suffix('.pt')}")
-    if o.strip or o.gif:
-        film = [torch.cat(states) for states in zip(*frames)]                   # per step: (count, C, H, W)
-        if o.strip:
-            moments = [film[round(k * (len(film) - 1) / 9)] for k in range(10)]
-            rows = torch.stack(moments, 1)[:8].flatten(0, 1)                    # first eight pictures, ten columns
-            path = out.with_name(out.stem + "-strip.png")
-            save_grid(rows, path, nrow=10, scale=2)
-            print(f"strip in {path}")
-        if o.gif:
-            path = out.with_suffix(".gif")
-            save_gif([make_grid(x, nrow=8, scale=2) for x in film] + [make_grid(film[-1], nrow=8, scale=2)] * 10, path)
-            print(f"film in {path}")
+    if o.strip:
+        moments = [film[round(k * (len(film) - 1) / 9)] for k in range(10)]
+        path = out.with_name(out.stem + "-strip.png")
+        save_grid(torch.stack(moments, 1)[:8].flatten(0, 1), path, nrow=10, scale=2)    # first eight, ten moments each
+        print(f"strip in {path}")
+    if o.gif:
+        frames = [make_grid(x, nrow=8, scale=2) for x in [*film, *[film[-1]] * 10]]     # the end stays for a while
+        save_gif(frames, out.with_suffix(".gif"))
+        print(f"film in {out.with_suffix('.gif')}")
 
 
 def interpolated_noise(count, shape, seed, device):

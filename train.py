@@ -35,6 +35,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -42,6 +43,8 @@ import data as data_module
 from data import Batches, save_grid, to_float, to_uint8
 from diffusion import GaussianDiffusion, RectifiedFlow, randn
 from dit import DIT_CONFIGS, DiT, dit_config
+from text import TextEncoder, WordTokenizer
+from unet import UNET_CONFIGS, UNet
 from vae import TinyAutoencoder
 
 
@@ -70,12 +73,13 @@ class Config:
     first_stage: str = flag("auto", "what DiT runs on: tiny (latents of a small autoencoder, trained first), none "
                                     "(pixels), a tiny-ae checkpoint, or auto (tiny for shapes and scenes, none "
                                     "otherwise)")
+    first_stage_steps: int = flag(500, "optimizer steps of --first-stage tiny")
     latent_channels: int = flag(4, "channels of the tiny autoencoder's latents")
     latent_noise: float = flag(0.3, "noise that its decoder learns to undo, as a share of the latents' spread")
     factor: int = flag(4, "how much smaller its latents are, per side")
     conditioning: str = flag("adaln_zero", "DiT block",
                              choices=["adaln_zero", "adaln", "cross_attention", "in_context"])
-    class_dropout: float = flag(0.1, "share of labels hidden in training, for guidance")
+    class_dropout: float = flag(0.1, "share of labels or captions hidden in training, for guidance")
     schedule: str = flag("flow", "flow (straight lines, velocity) or a Gaussian schedule",
                          choices=["flow", "linear", "cosine", "scaled_linear"])
     prediction: str = flag("eps", "Gaussian schedules: what the network predicts", choices=["eps", "v", "x0"])
@@ -112,7 +116,9 @@ RECIPES = {  # what a recipe or a model changes among the defaults above
     # DiT §4
     "paper": dict(schedule="linear", prediction="eps", learn_sigma=True, optimizer="adamw", lr=1e-4,
                   lr_decay="constant", warmup=0, grad_clip=0.0, ema=0.9999),
-    "tiny-ae": dict(steps=500)}
+    "tiny-ae": dict(steps=500),
+    "unet-tiny": dict(steps=2500, latent_channels=6, latent_noise=0.2, first_stage_steps=800, cfg_scale=3.0)}
+RECIPES["unet-small"] = RECIPES["unet-tiny"]
 
 
 class UserError(ValueError):
@@ -283,8 +289,6 @@ class Muon(torch.optim.Optimizer):
 
 class AutoencoderTask:
     """Train a TinyAutoencoder to give pictures back. Source: vae.py; LDM §3.1."""
-    matrices = r"(en|de)coder\.\d+\.conv"       # Muon's share: the convolutions inside the residual blocks
-
     def __init__(self, config, info):
         self.config, self.info = config, info
         if info["image_size"] % config.factor:
@@ -326,39 +330,53 @@ class AutoencoderTask:
         return {}
 
 
-class DiffusionTask:
-    """Train and sample a class-conditional DiT, on pixels or on the latents of a frozen first stage.
+class TextToImage(nn.Module):
+    """A text encoder and a U-Net, trained together: model(x (B, C, H, W), t (B,), ids (B, L)) -> like x.
 
-    sizes: constructor arguments of the DiT, instead of config.model's (for official files). Raises UserError for flags
-    that clash. Source: DiT §3; LDM §3.
+    null_ids: the empty caption's ids (L,), which stands in for a share class_dropout_prob of captions, so that guidance
+    has something to compare with. Source: LDM §3.3.
     """
-    # Muon's share: the modulations too, which is what makes it fast here; not embedders and final layer
-    matrices = r"blocks\."
+    matrices = rf"unet\.{UNet.matrices}|text\.text_model\.encoder\.layers\."         # Muon's share
 
-    def __init__(self, config, info, first_stage=None, sizes=None):
-        self.config, self.info, self.first_stage = config, info, first_stage
+    def __init__(self, unet, text, null_ids, class_dropout_prob):
+        super().__init__()
+        self.unet, self.text, self.class_dropout_prob = unet, text, class_dropout_prob
+        self.register_buffer("null_ids", null_ids, persistent=False)
+
+    def forward(self, x, t, ids):
+        return self.unet(x, t, self.text(ids))
+
+    def null_condition(self, count, device="cpu"):
+        """The empty caption, (count, L)."""
+        return self.null_ids.to(device).expand(count, -1)
+
+    def drop_labels(self, ids, draws):
+        """Replace captions ids (B, L) by the empty one where draws (B,), uniform in [0, 1), are small."""
+        return torch.where((draws < self.class_dropout_prob)[:, None], self.null_ids, ids)
+
+
+class DiffusionTask:
+    """Train and sample a diffusion model, on pixels or on the latents of a frozen first stage.
+
+    model: model(x, t, y) with y classes (B,) or, with a tokenizer, caption ids (B, L). It also answers
+    null_condition(count, device) and drop_labels(y, draws). Raises UserError for flags that clash.
+    Source: DiT §3; LDM §3.
+    """
+
+    def __init__(self, config, info, model, first_stage=None, tokenizer=None):
+        self.config, self.info, self.model = config, info, model
+        self.first_stage, self.tokenizer = first_stage, tokenizer
         if config.schedule == "flow" and config.learn_sigma:
             raise UserError("--learn-sigma belongs to a Gaussian schedule: add --schedule linear or cosine")
         self.process = RectifiedFlow() if config.schedule == "flow" else GaussianDiffusion(
             schedule=config.schedule, prediction=config.prediction, learn_sigma=config.learn_sigma)
-        size, channels = info["image_size"], info["channels"]
-        if first_stage is not None:
-            size, channels = size // first_stage.factor, first_stage.latent_channels
-        self.shape = (channels, size, size)
-        self.model = DiT(**sizes or dict(
-            input_size=size, in_channels=channels, num_classes=len(info["class_names"]), learn_sigma=config.learn_sigma,
-            class_dropout_prob=config.class_dropout, conditioning=config.conditioning, **dit_config(config.model)))
-
-    @classmethod
-    def official(cls, sizes):
-        """The task of an official DiT file: linear schedule, eps, and the sizes that dit.infer_config read off it."""
-        config = Config(schedule="linear", prediction="eps", learn_sigma=sizes["learn_sigma"], cfg_scale=4.0)
-        info = {"name": "", "class_names": [], "channels": sizes["in_channels"], "image_size": sizes["input_size"]}
-        return cls(config, info, None, sizes)
+        self.shape = model_shape(info, first_stage)
 
     @torch.no_grad()
     def prepare(self, dataset, device):
         """Pictures -> what DiT is trained on: with a first stage, all latents at once, so no step encodes anything."""
+        if self.tokenizer is not None:
+            dataset = dataclasses.replace(dataset, labels=self.tokenizer(dataset.captions))     # (N, L)
         if self.first_stage is None:
             return dataset
         vae, x = self.first_stage.to(device), dataset.images
@@ -366,14 +384,14 @@ class DiffusionTask:
         if bool((vae.std == 1).all()):
             vae.standardise(to_float(x[:2000]).to(device))
         z = torch.cat([vae.encode(to_float(c.to(device))) for c in x.split(1000)])          # (N, c, h, w)
-        labels = dataset.labels.repeat(2) if dataset.flip else dataset.labels
+        labels = torch.cat([dataset.labels] * 2) if dataset.flip else dataset.labels
         return dataclasses.replace(dataset, images=z, labels=labels, flip=False)
 
     def macs(self):
         """Multiply-accumulates of one forward of one picture. Source: torch.utils.flop_counter (2 flops each)."""
         meta = copy.deepcopy(self.model).to("meta")
         with FlopCounterMode(display=False) as counter, torch.device("meta"):
-            meta(torch.zeros(1, *self.shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+            meta(torch.zeros(1, *self.shape), torch.zeros(1), self.model.null_condition(1).to("meta"))
         return counter.get_total_flops() // 2
 
     def draw(self, n, generator, device):
@@ -386,18 +404,21 @@ class DiffusionTask:
         return self.process.loss(net, x0, y, batch["t"], batch["eps"])
 
     @torch.no_grad()
-    def sample(self, model, y, cfg_scale=2.0, callback=None, **options):
-        """Draw one example per label y (B,) -> (B, C, H, W) in model space; options as in diffusion's sample.
+    def sample(self, model, y, null=None, cfg_scale=None, steps=None, sampler=None, callback=None, **options):
+        """Draw one example per condition y (B,) or (B, L) -> (B, C, H, W) in model space; see to_pictures.
 
-        callback(x0 guess) is called after every step. to_pictures turns the result into pictures. Source: DiT §3.1.
+        null: what guidance steers away from, like y (default: nothing asked for); cfg_scale, steps, sampler: default to
+        the run's guidance, and ddpm in 250 steps for a learned variance, else ddim in 50, or euler in 25 for a flow;
+        callback(x0 guess) is called after every step; options as in diffusion's sample. Source: DiT §3.1.
         """
-        null = torch.full_like(y, self.model.num_classes)
-        if self.model.num_classes == 0 or self.model.class_dropout_prob == 0:
+        cfg_scale = self.config.cfg_scale if cfg_scale is None else cfg_scale
+        if self.model.class_dropout_prob == 0 or getattr(self.model, "num_classes", 1) == 0:
             cfg_scale = 1.0                                          # nothing to guide by
+        null = self.model.null_condition(len(y), y.device) if null is None else null
+        sampler = sampler or ("ddpm" if self.config.learn_sigma else self.process.samplers[0])
         options = {"clip": self.first_stage is None and self.shape[0] in (1, 3), "device": y.device, **options}
-        if "sampler" not in options:
-            options["sampler"] = "ddpm" if self.config.learn_sigma else self.process.samplers[0]
-        walk = self.process.trajectory(model, (len(y), *self.shape), y, null, cfg_scale=cfg_scale, **options)
+        walk = self.process.trajectory(model, (len(y), *self.shape), y, null, sampler=sampler, cfg_scale=cfg_scale,
+                                       steps=steps or {"ddpm": 250, "euler": 25}.get(sampler, 50), **options)
         for x, x0 in walk:
             if callback is not None:
                 callback(x0)
@@ -425,13 +446,21 @@ class DiffusionTask:
             return to_uint8(self.first_stage.to(x.device).decode(x))
         return to_uint8(x if x.shape[1] in (1, 3) else x[:, :3] / 3)
 
-    def preview(self, model, dataset, device, path):
+    def examples(self):
+        """What to draw when nothing is asked for: (conditions, their names or None), at most 48."""
+        if self.tokenizer is not None:
+            return self.tokenizer(self.info["examples"]), self.info["examples"]
         names = self.info["class_names"]
-        count = min(48, max(1, len(names)) * max(1, 40 // max(1, len(names))))
-        y = torch.arange(count, device=device) % max(1, len(names))
-        seeds = [torch.Generator(device).manual_seed(i) for i in range(count)]
-        images = self.to_pictures(self.sample(model, y, cfg_scale=self.config.cfg_scale, steps=25, generator=seeds))
-        save_grid(images.cpu(), path, nrow=8, captions=[names[i] for i in y.tolist()] if names else None)
+        each = max(1, 40 // max(1, len(names)))                     # a few of each class, when there are few
+        y = torch.arange(min(48, max(1, len(names)) * each)) % max(1, len(names))
+        return y, [names[i] for i in y.tolist()] if names else None
+
+    def preview(self, model, dataset, device, path):
+        y, names = self.examples()
+        seeds = [torch.Generator(device).manual_seed(i) for i in range(len(y))]
+        sampler = "ddim" if self.config.learn_sigma else None       # 250 ancestral steps would outlast the training
+        images = self.to_pictures(self.sample(model, y.to(device), generator=seeds, steps=25, sampler=sampler))
+        save_grid(images.cpu(), path, nrow=8, captions=names)
 
     def state(self):
         if self.first_stage is None:
@@ -439,30 +468,55 @@ class DiffusionTask:
         return {"first_stage": {"factor": self.first_stage.factor, "model": self.first_stage.state_dict()}}
 
 
-def build_autoencoder(config, info):
-    """Config -> AutoencoderTask."""
+def model_shape(info, first_stage):
+    """(C, H, W) of what the diffusion model sees: pixels, or the first stage's latents. Raises UserError."""
+    size, channels = info["image_size"], info["channels"]
+    if first_stage is None:
+        return channels, size, size
+    if size % first_stage.factor:
+        raise UserError(f"image size {size} is not divisible by the first stage's factor {first_stage.factor}")
+    return first_stage.latent_channels, size // first_stage.factor, size // first_stage.factor
+
+
+def build_autoencoder(config, info, first_stage=None):
+    """Config -> AutoencoderTask. Source: LDM §3.1."""
     return AutoencoderTask(config, info)
 
 
-def build_diffusion(config, info):
-    """Config -> DiffusionTask.
+def build_dit(config, info, first_stage=None):
+    """Config -> DiffusionTask with a class-conditional DiT. Source: DiT §3."""
+    channels, size, _ = model_shape(info, first_stage)
+    model = DiT(input_size=size, in_channels=channels, num_classes=len(info["class_names"]),
+                learn_sigma=config.learn_sigma, class_dropout_prob=config.class_dropout,
+                conditioning=config.conditioning, **dit_config(config.model))
+    return DiffusionTask(config, info, model, first_stage)
 
-    config.first_stage is a checkpoint's path, "none", or "tiny" (untrained: --bench, --overfit-batch).
+
+def build_unet(config, info, first_stage=None):
+    """Config -> DiffusionTask with a text-conditional U-Net and its text encoder. Source: LDM §3.3."""
+    if config.learn_sigma:
+        raise UserError("--learn-sigma (and so --recipe paper) is DiT's; the U-Net predicts eps, v or a velocity alone")
+    channels, _, _ = model_shape(info, first_stage)
+    tokenizer, sizes = WordTokenizer.from_state(info["vocabulary"]), UNET_CONFIGS[config.model]
+    unet = UNet(**{**sizes, "in_channels": channels, "out_channels": channels})
+    text = TextEncoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=unet.context_dim)
+    model = TextToImage(unet, text, tokenizer([""])[0], config.class_dropout)
+    return DiffusionTask(config, info, model, first_stage, tokenizer)
+
+
+def build_first_stage(config, info):
+    """config.first_stage -> frozen autoencoder or None.
+
+    It is a checkpoint's path, "none", or "tiny" (untrained, for --bench and --overfit-batch). Raises UserError.
     """
+    if config.first_stage == "none" or config.model == "tiny-ae":
+        return None
     if config.first_stage == "tiny":
-        first_stage = TinyAutoencoder(info["channels"], config.latent_channels, config.factor)
-        first_stage = first_stage.eval().requires_grad_(False)
-    elif config.first_stage == "none":
-        first_stage = None
-    else:
-        first_stage = load_first_stage(load_checkpoint(config.first_stage), config.first_stage)
-        if first_stage is None:
-            raise UserError(f"{config.first_stage} holds no autoencoder: --first-stage wants the checkpoint of "
-                            "--model tiny-ae")
-    if first_stage is not None and info["image_size"] % first_stage.factor:
-        raise UserError(f"image size {info['image_size']} is not divisible by the first stage's factor "
-                        f"{first_stage.factor}")
-    return DiffusionTask(config, info, first_stage)
+        return TinyAutoencoder(info["channels"], config.latent_channels, config.factor).eval().requires_grad_(False)
+    first_stage = load_first_stage(load_checkpoint(config.first_stage), config.first_stage)
+    if first_stage is None:
+        raise UserError(f"{config.first_stage} holds no autoencoder: --first-stage wants that of --model tiny-ae")
+    return first_stage
 
 
 def load_first_stage(state, path):
@@ -483,25 +537,35 @@ def load_first_stage(state, path):
 
 
 # name -> how to build it; the loop never asks which one it runs
-TASKS = {"tiny-ae": build_autoencoder, "dit": build_diffusion}
+TASKS = {"tiny-ae": build_autoencoder, "dit": build_dit, "unet": build_unet}
 
 
 def task_name(model):
     """Which task trains a model of this name. Raises UserError with the nearest legal names."""
-    if model in TASKS and model != "dit":
+    if model == "tiny-ae":
         return model
+    if model in UNET_CONFIGS:
+        return "unet"
     try:
         dit_config(model)
     except ValueError as error:
-        near = difflib.get_close_matches(model, ["tiny-ae", "DiT-128x4/2", *DIT_CONFIGS], 1)
-        raise UserError(str(error) + (f". Did you mean {near[0]}?" if near else "")) from error
+        known = ["tiny-ae", "DiT-128x4/2", *DIT_CONFIGS, *UNET_CONFIGS]
+        near = difflib.get_close_matches(model, known, 1)
+        hint = f". Did you mean {near[0]}?" if near else ""
+        raise UserError(f"{error}; or {', '.join(UNET_CONFIGS)}, tiny-ae{hint}") from error
     return "dit"
 
 
-def describe(dataset, image_size):
-    """What a model needs to know of its data, as plain values that travel in the checkpoint."""
-    return {"name": dataset.name, "class_names": list(dataset.class_names), "channels": dataset.images.shape[1],
-            "image_size": image_size}
+def describe(dataset, config):
+    """What a model needs to know of its data, as plain values that travel in the checkpoint. Raises UserError."""
+    info = {"name": dataset.name, "class_names": list(dataset.class_names), "channels": dataset.images.shape[1],
+            "image_size": config.image_size}
+    if task_name(config.model) == "unet":
+        if dataset.captions is None:
+            raise UserError(f"{config.model} wants captions, and {config.data} has none: try --data scenes, or a "
+                            "folder with metadata.jsonl")
+        info |= {"vocabulary": WordTokenizer.from_captions(dataset.captions).state(), "examples": dataset.captions[:24]}
+    return info
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -518,7 +582,7 @@ def learning_rate(step, config):
 def make_optimizers(config, task):
     """AdamW on everything that requires grad, or Muon on the task's block matrices and AdamW on the rest -> list."""
     named = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if config.optimizer == "muon" and p.dim() >= 2 and re.match(task.matrices, n)]
+    matrices = [p for n, p in named if config.optimizer == "muon" and p.dim() >= 2 and re.match(task.model.matrices, n)]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
     fused = rest[0].device.type in ("cuda", "cpu")
@@ -608,7 +672,7 @@ class Log:
         self.config, self.bar, self.batch_size, self.first_step = config, bar, batch_size, step
         self.started = self.marked = time.perf_counter()
         self.marked_step, rows = step, []
-        if step:                                    # after a resume: keep the rows up to the checkpoint, drop the rest
+        if step and (out / "log.csv").is_file():    # after a resume: keep the rows up to the checkpoint, drop the rest
             with open(out / "log.csv", newline="") as f:
                 rows = [r for r in csv.reader(f) if r[0] == "step" or int(r[0]) <= step]
         self.file = open(out / "log.csv", "w", newline="")
@@ -840,7 +904,7 @@ def bench(config, dataset, task):
         memory = torch.cuda.max_memory_allocated()
     else:
         import resource                             # absent on Windows, and only this line needs it
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     rate = counter.get_total_flops() * done / seconds
     print(f"{config.model} batch {config.batch_size} on {device}, {torch.get_num_threads()} thread(s): "
           f"{1000 * seconds / done:.1f} ms/step, {config.batch_size * done / seconds:.1f} images/s, "
@@ -878,10 +942,10 @@ def prepare_run(config):
             raise UserError(f"--resume: there is no checkpoint in {out}; leave the flag out to start")
         if not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not empty: add --resume to go on with it, or choose another --out")
-    if config.first_stage == "auto" and config.init and task == "dit":
+    if config.first_stage == "auto" and config.init and task != "tiny-ae":
         config.first_stage = config.init if load_first_stage(load_checkpoint(config.init), config.init) else "none"
     if config.first_stage == "auto":
-        config.first_stage = "tiny" if task == "dit" and config.data in ("shapes", "scenes") else "none"
+        config.first_stage = "tiny" if task == "unet" or config.data in ("shapes", "scenes") else "none"
     if task == "dit" and config.first_stage in ("tiny", "none"):        # before minutes go into the first stage
         size = config.image_size // (config.factor if config.first_stage == "tiny" else 1)
         patch = dit_config(config.model)["patch_size"]
@@ -896,7 +960,7 @@ def train_first_stage(config, dataset):
 
     Source: LDM §3.1.
     """
-    base = Config(**RECIPES["tiny-ae"])
+    base = Config(steps=config.first_stage_steps)
     keep = ("data", "data_dir", "image_size", "hold_out", "skip_bad", "latent_channels", "latent_noise", "factor",
             "seed", "device", "compile")
     own = dataclasses.replace(base, model="tiny-ae", first_stage="none", out=f"{config.out}/first_stage",
@@ -918,8 +982,10 @@ def write_config(config):
 def run(config, dataset):
     """Build the task, say what it is and what it costs, and train it (or time it, or check it) -> checkpoint path."""
     torch.manual_seed(config.seed)
-    info, main = describe(dataset, config.image_size), int(os.environ.get("RANK", 0)) == 0
-    task = TASKS[task_name(config.model)](config, info)
+    info, main = describe(dataset, config), int(os.environ.get("RANK", 0)) == 0
+    task = TASKS[task_name(config.model)](config, info, build_first_stage(config, info))
+    if config.resume and not (pathlib.Path(config.out) / "ckpt.pt").is_file():
+        config.resume = False                       # it was stopped in its first stage: this part starts anew
     if config.init:
         load_weights(task.model, load_checkpoint(config.init)["ema"], config.init)
     out = pathlib.Path(config.out)

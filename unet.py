@@ -38,8 +38,8 @@ Differences from the official code (CompVis/latent-diffusion; state_dict names, 
 3. attention_resolutions are checked: they are down-sampling factors; pixel sizes by mistake would silently mean no
    attention.
 4. Taps instead of adapter code inside the blocks.
-Worth knowing: there are always 32 groups, so a width of 32 makes groups of one channel, and the norm that follows
-removes the constant that t adds there. ResBlocks of that width do not know t; prefer 64 and more.
+5. norm_groups, 32 as published, may be smaller. A width of 32 in 32 groups makes groups of one channel, and the norm
+   that follows removes the very constant by which t speaks: such ResBlocks do not know t. The tiny ones here use 8.
 """
 import torch
 import torch.nn as nn
@@ -253,7 +253,7 @@ class UNet(nn.Module):
     num_res_blocks: ResBlocks per level on the way down (one more on the way up);
     attention_resolutions: down-sampling factors (1, 2, 4, ...) of the levels with transformers (also in the middle);
     num_heads: attention heads at every width, or -1 and num_head_channels: channels per head at every width;
-    transformer_depth: blocks per transformer; context_dim: width D_ctx of a text state.
+    transformer_depth: blocks per transformer; context_dim: width D_ctx of a text state; norm_groups: of each GroupNorm.
     Raises ValueError for sizes that do not fit together. Source: LDM §3.3, table 15 (appendix E).
     """
 
@@ -261,7 +261,7 @@ class UNet(nn.Module):
 
     def __init__(self, in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=2,
                  attention_resolutions=(1, 2, 4), num_heads=8, num_head_channels=-1, transformer_depth=1,
-                 context_dim=768):
+                 context_dim=768, norm_groups=GROUPS):
         super().__init__()
         check_sizes(model_channels, channel_mult, attention_resolutions, num_heads, num_head_channels)
         self.in_channels, self.out_channels, self.context_dim = in_channels, out_channels, context_dim
@@ -295,6 +295,9 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*stage))
                 ch = width
         self.out = nn.Sequential(nn.GroupNorm(GROUPS, ch), nn.SiLU(), nn.Conv2d(ch, out_channels, 3, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = norm_groups     # no tensor depends on it, so names and official files stay the same
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -346,8 +349,8 @@ UNET_CONFIGS = {
                   attention_resolutions=(1, 2, 4), num_heads=8, context_dim=768),
     # for 8x8 latents on a laptop, in_channels and out_channels follow the latents: widths 64, 96; 2.8 M parameters
     "unet-tiny": dict(model_channels=64, channel_mult=(1, 1.5), num_res_blocks=1, attention_resolutions=(1, 2),
-                      num_heads=4, context_dim=64),
+                      num_heads=4, context_dim=64, norm_groups=8),
     # the same with widths 64, 128; 4.2 M parameters
     "unet-small": dict(model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
-                       num_heads=4, context_dim=64),
+                       num_heads=4, context_dim=64, norm_groups=8),
 }

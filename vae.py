@@ -44,6 +44,8 @@ class TinyAutoencoder(nn.Module):
     factor. Source: LDM §3.1.
     """
 
+    matrices = r"(en|de)coder\.\d+\.conv"       # Muon's share in train.py: the convolutions of the residual blocks
+
     def __init__(self, in_channels=3, latent_channels=8, factor=4, width=64):
         super().__init__()
         self.latent_channels, self.factor = latent_channels, factor
@@ -93,7 +95,7 @@ class TinyAutoencoder(nn.Module):
 # AutoencoderKL: the first stage of Stable Diffusion and of the published DiT, under its official names
 
 class KLResnetBlock(nn.Module):
-    """Twice GroupNorm, SiLU, conv; plus the input: (B, C_in, H, W) -> (B, C_out, H, W). Source: LDM, Encoder/Decoder."""
+    """Twice GroupNorm, SiLU, conv; plus the input: (B, C_in, H, W) -> (B, C_out, H, W). Source: LDM, ResnetBlock."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
@@ -222,7 +224,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
 
     def moments(self, x):
-        """Pictures (B, 3, H, W) -> mean and log-variance of latents, 2x (B, z, H/f, W/f), unscaled. Source: LDM §3.1."""
+        """Pictures (B, 3, H, W) -> mean, log-variance of latents, 2x (B, z, H/f, W/f), unscaled. Source: LDM §3.1."""
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"a picture of {x.shape[-2]}x{x.shape[-1]} is not divisible by the autoencoder's factor "
                              f"{self.factor}")

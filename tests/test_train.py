@@ -153,7 +153,8 @@ def poisoned(tmp_path, pictures, at, steps, optimizer="muon"):
         save_every=5, lr_decay="constant"))
     dataset = data.load(config.data, 8)
     torch.manual_seed(0)
-    task = Poison(config, train.describe(dataset, 8))
+    info = train.describe(dataset, config)
+    task = Poison(config, info, train.build_dit(config, info).model)
     task.at = at
     train.write_config(config)
     return config, train.train(config, dataset, task)
