@@ -42,7 +42,7 @@ class Options:
     cfg_interval: str = flag("0,1", "guide only while the noise level (0 clean .. 1 noise) is in this range")
     cfg_channels: int = flag(0, "guide only so many channels, 0 = all; 3 reproduces the official DiT code")
     sampler: str = flag("", "ddpm, ddim, dpm++ (Gaussian) or euler, heun (flow); default: what the run was trained for")
-    steps: str = flag("", 'denoising steps, or a respacing ("ddim25", "10,15,20"); default 25 (euler), 250 (ddpm), else 50')
+    steps: str = flag("", 'steps, or a respacing ("ddim25", "10,15,20"); default 25 (euler), 250 (ddpm), else 50')
     eta: float = flag(0.0, "noise added back by ddim: 0 none, 1 as much as ddpm")
     seed: int = flag(0, "picture i is drawn from seed + i")
     batch_size: int = flag(64, "pictures drawn at once")

@@ -385,6 +385,11 @@ def test_wrong_names_are_named():
     for bad in (dict(schedule="exp"), dict(prediction="mu"), dict(variance="learned"), dict(steps=10)):
         with pytest.raises(ValueError):
             GaussianDiffusion(**bad)
+    for steps in ("ddim25", 0, 2.5):
+        with pytest.raises(ValueError, match="positive number of steps"):
+            RectifiedFlow().sample(exact_velocity, (2, 1), steps=steps)
+    with pytest.raises(ValueError, match="cannot read 'many'"):
+        respaced_steps(1000, "many")
     with pytest.raises(ValueError, match="deterministic"):
         RectifiedFlow().sample(exact_velocity, (2, 1), eta=0.5)
     with pytest.raises(ValueError, match="objective"):
