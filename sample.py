@@ -8,13 +8,15 @@
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --mask mask.png       # inpainting: white is painted anew
     python sample.py --ckpt out/mine/ckpt.pt --interpolate      # a walk between noises, row by row
     python sample.py --ckpt out/mine/ckpt.pt --npz 50000        # for the standard ADM evaluator
-    python sample.py --ckpt DiT-XL-2-256x256.pt --class 207     # official weights: latents of ImageNet classes
+    python sample.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "an astronaut riding a horse"  # official weights
+    python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse-840000-ema-pruned.safetensors --class 207
 
 Picture i has a seed of its own (--seed + i), so it is the same picture whatever the batch size.
 Contents: load (checkpoint -> task and averaged weights), draw (n pictures, for evaluate.py), the command line.
 """
 import dataclasses
 import difflib
+import math
 import pathlib
 import sys
 
@@ -26,8 +28,10 @@ import data
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from diffusion import randn
 from dit import DiT, infer_config
-from train import (TASKS, Config, DiffusionTask, UserError, flag, load_checkpoint, load_first_stage, load_weights,
-                   parse, resolve_device)
+from text import CLIPTokenizer
+from train import (TASKS, Config, DiffusionTask, TextToImage, UserError, flag, load_checkpoint, load_first_stage,
+                   load_weights, parse, resolve_device)
+from weights import build, read_diffusers, read_weights, split_compvis
 
 
 @dataclasses.dataclass
@@ -45,9 +49,14 @@ class Options:
     steps: str = flag("", 'steps, or a respacing ("ddim25", "10,15,20"); default 25 (euler), 250 (ddpm), else 50')
     eta: float = flag(0.0, "noise added back by ddim: 0 none, 1 as much as ddpm")
     seed: int = flag(0, "picture i is drawn from seed + i")
-    batch_size: int = flag(64, "pictures drawn at once")
+    batch_size: int = flag(0, "pictures drawn at once; default: as many as make 65,536 numbers, at most 64")
     weights: str = flag("ema", "averaged or raw weights", choices=["ema", "model"])
     device: str = flag("auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
+    vae: str = flag("", "official files: the autoencoder, for a DiT file, or instead of the one inside")
+    bpe: str = flag("data/bpe_simple_vocab_16e6.txt.gz", "Stable Diffusion: CLIP's published list of merges")
+    image_size: int = flag(512, "Stable Diffusion: side of the picture in pixels")
+    dtype: str = flag("auto", "official files: float32, float16 or bfloat16; auto = float16 on cuda, else float32",
+                      choices=["auto", "float32", "float16", "bfloat16"])
     out: str = flag("", "file for the grid; default samples.png beside the checkpoint")
     strip: bool = flag(False, "also NAME-strip.png: ten moments of the denoising, one row per picture")
     gif: bool = flag(False, "also NAME.gif: the denoising as a film")
@@ -59,31 +68,63 @@ class Options:
     strength: float = flag(0.6, "image-to-image: how much noise to start from, in (0, 1]")
 
 
-def load(path, device="cpu", weights="ema"):
+def load(path, device="cpu", weights="ema", o=None):
     """Checkpoint -> (task, model in eval mode on the device).
 
-    The task knows process, sizes, class names or vocabulary, and first stage. An official DiT file is recognised by its
-    tensors; its task draws latents. Raises UserError, also for a checkpoint that draws nothing.
+    The task knows process, sizes, class names or vocabulary, and first stage. Official files are recognised by their
+    tensors; `o` are the Options that they need. Raises UserError, also for a checkpoint that draws nothing.
     """
+    if pathlib.Path(path).is_dir() or pathlib.Path(path).suffix == ".safetensors":
+        return load_official(path, None, device, o or Options())
     state = load_checkpoint(path)
     if "format" not in state:
-        try:
-            sizes = infer_config(state["model"])
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
-        # the released models: linear schedule, eps, guidance of 4 in the authors' demo
-        config = Config(schedule="linear", prediction="eps", learn_sigma=sizes["learn_sigma"], cfg_scale=4.0)
-        info = {"name": "", "class_names": [], "channels": sizes["in_channels"], "image_size": sizes["input_size"]}
-        task = DiffusionTask(config, info, DiT(**sizes))
-    elif state["task"] == "tiny-ae":
+        return load_official(path, state["model"], device, o or Options())
+    if state["task"] == "tiny-ae":
         raise UserError(f"{path} is an autoencoder: it does not draw by itself; give a diffusion model's checkpoint")
-    else:
-        known = {f.name for f in dataclasses.fields(Config)}
-        config = Config(**{k: v for k, v in state["config"].items() if k in known})
-        task = TASKS[state["task"]](config, state["info"], load_first_stage(state, path))
+    known = {f.name for f in dataclasses.fields(Config)}
+    config = Config(**{k: v for k, v in state["config"].items() if k in known})
+    task = TASKS[state["task"]](config, state["info"], load_first_stage(state, path))
     load_weights(task.model, state[weights], path)
     task.model.to(device).eval().requires_grad_(False)
     return task, task.model
+
+
+def load_official(path, state, device, o):
+    """An official DiT or Stable Diffusion v1 file, or a diffusers folder -> (task, model). Raises ValueError.
+
+    state: its tensors, if they were read already. Source: the releases of DiT and of Stable Diffusion v1.
+    """
+    dtype = getattr(torch, o.dtype if o.dtype != "auto" else "float16" if device == "cuda" else "float32")
+    is_folder = lambda where: pathlib.Path(where).is_dir()
+    read_parts = lambda where: read_diffusers(where) if is_folder(where) else split_compvis(read_weights(where))
+    if state is None and not is_folder(path):
+        state = read_weights(path)
+    is_dit = state is not None and "x_embedder.proj.weight" in state
+    parts = {} if is_dit else split_compvis(state) if state is not None else read_diffusers(path)
+    if o.vae:
+        parts["vae"] = read_parts(o.vae)["vae"]
+    models = {k: m.to(device).eval().requires_grad_(False) for k, m in build(parts, dtype).items()}
+    vae = models.get("vae")
+    if "unet" in parts:                             # Stable Diffusion: scaled linear schedule, eps, CLIP's words
+        missing = [name for name in ("vae", "text") if name not in models]
+        if missing:
+            raise UserError(f"{path} has a U-Net but no {' and no '.join(missing)}: give the full file, or --vae")
+        tokenizer = CLIPTokenizer(o.bpe)
+        model = TextToImage(models["unet"], models["text"], tokenizer([""])[0], 0.1).to(device).eval()
+        config = Config(model="SD-v1", schedule="scaled_linear", prediction="eps", cfg_scale=7.5)
+        info = {"name": "", "class_names": [], "channels": 3, "image_size": o.image_size,
+                "examples": ["an astronaut riding a horse"]}
+        return DiffusionTask(config, info, model, vae, tokenizer), model
+    if not is_dit:
+        raise UserError(f"{path} holds {' and '.join(parts)} only: there is no model in it that draws")
+    sizes = infer_config(state)                     # DiT: linear schedule, learned variance, guidance 4 in the demo
+    model = DiT(**sizes)
+    load_weights(model, state, path)
+    model.to(device).eval().requires_grad_(False)
+    config = Config(schedule="linear", prediction="eps", learn_sigma=sizes["learn_sigma"], cfg_scale=4.0)
+    info = {"name": "", "class_names": [], "channels": sizes["in_channels"],
+            "image_size": sizes["input_size"] * (vae.factor if vae else 1)}
+    return DiffusionTask(config, info, model, vae), model
 
 
 def seeds(first, count, device):
@@ -91,24 +132,26 @@ def seeds(first, count, device):
     return [torch.Generator(device).manual_seed(first + i) for i in range(count)]
 
 
-def draw_all(task, model, y, seed=0, batch_size=64, per_picture=(), keep_states=False, **options):
-    """Draw for all conditions y (N,) or (N, L), batch by batch -> (latents or pixels (N, C, H, W), list of states).
+def draw_all(task, model, y, seed=0, batch_size=0, per_picture=(), keep_states=False, **options):
+    """Draw for all conditions y (N,) or (N, L), batch by batch -> (model space (N, C, H, W), pictures, states).
 
     per_picture: {option: (N, ...) tensor or None}, cut like y; keep_states: also every step's x0 guess as pictures,
     one (N, C, H, W) per step. Other options as in DiffusionTask.sample. Source: DiT §4.
     """
-    drawn, states = [], []
+    drawn, pictures, states = [], [], []
+    batch_size = batch_size or max(1, min(64, 2 ** 16 // math.prod(task.shape)))
     for first in tqdm(range(0, len(y), batch_size), desc="drawing", disable=None, unit="batch"):
         rows = slice(first, first + batch_size)
         film, own = [], {k: v[rows] for k, v in dict(per_picture).items() if v is not None}
         watch = (lambda x0: film.append(task.to_pictures(x0).cpu())) if keep_states else None
         drawn.append(task.sample(model, y[rows], generator=seeds(seed + first, len(y[rows]), y.device), callback=watch,
                                  **own, **options))
+        pictures.append(task.to_pictures(drawn[-1]).cpu())
         states.append(film)
-    return torch.cat(drawn), [torch.cat(step) for step in zip(*states)]
+    return torch.cat(drawn), torch.cat(pictures), [torch.cat(step) for step in zip(*states)]
 
 
-def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_size=64, **options):
+def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_size=0, **options):
     """n pictures from a checkpoint, for evaluate.py: classes in turn, or captions that were held out of training.
 
     Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None). cfg_scale, steps: None = the run's own.
@@ -125,8 +168,8 @@ def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_s
     else:
         y = torch.arange(n, device=device) % max(1, task.model.num_classes)     # (N,)
         labels = y.cpu() if names else None
-    x, _ = draw_all(task, model, y, seed, batch_size, cfg_scale=cfg_scale, steps=steps, **options)
-    return torch.cat([task.to_pictures(part).cpu() for part in x.split(batch_size)]), labels, captions
+    _, images, _ = draw_all(task, model, y, seed, batch_size, cfg_scale=cfg_scale, steps=steps, **options)
+    return images, labels, captions
 
 
 def choose_classes(text, names, num_classes):
@@ -177,7 +220,7 @@ def read_picture(path, info, count):
 def run(o):
     """Options -> files; prints where they are. Raises UserError."""
     device = resolve_device(o.device)
-    task, model = load(o.ckpt, device, o.weights)
+    task, model = load(o.ckpt, device, o.weights, o)
     y, names = conditions(o, task)
     out = pathlib.Path(o.out) if o.out else pathlib.Path(o.ckpt).with_name("samples.png")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -202,8 +245,7 @@ def run(o):
     if o.mask:
         mask = (read_picture(o.mask, task.info, len(y)).mean(1, keepdim=True) > 0).float().to(device)     # (N, 1, H, W)
         own["mask"] = task.shrink_mask(mask)
-    x, film = draw_all(task, model, y.to(device), o.seed, o.batch_size, own, o.strip or o.gif, **options)
-    images = torch.cat([task.to_pictures(part).cpu() for part in x.split(o.batch_size)])        # (N, C, H, W) uint8
+    x, images, film = draw_all(task, model, y.to(device), o.seed, o.batch_size, own, o.strip or o.gif, **options)
     if mask is not None:        # decoding a latent changes even what was kept: known pixels are put back as given
         images = torch.where(mask.cpu() > 0.5, images, to_uint8(original.cpu()))
     write(o, out, task, images, x, y, names, film)

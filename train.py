@@ -331,7 +331,7 @@ class AutoencoderTask:
 
 
 class TextToImage(nn.Module):
-    """A text encoder and a U-Net, trained together: model(x (B, C, H, W), t (B,), ids (B, L)) -> like x.
+    """A text encoder and a U-Net: model(x (B, C, H, W), t (B,), ids (B, L) or encoded text (B, L, D_ctx)) -> like x.
 
     null_ids: the empty caption's ids (L,), which stands in for a share class_dropout_prob of captions, so that guidance
     has something to compare with. Source: LDM §3.3.
@@ -343,8 +343,9 @@ class TextToImage(nn.Module):
         self.unet, self.text, self.class_dropout_prob = unet, text, class_dropout_prob
         self.register_buffer("null_ids", null_ids, persistent=False)
 
-    def forward(self, x, t, ids):
-        return self.unet(x, t, self.text(ids))
+    def forward(self, x, t, y):
+        context = y if y.is_floating_point() else self.text(y)                          # (B, L, D_ctx)
+        return self.unet(x.to(context.dtype), t, context)                               # (B, C, H, W)
 
     def null_condition(self, count, device="cpu"):
         """The empty caption, (count, L)."""
@@ -415,6 +416,8 @@ class DiffusionTask:
         if self.model.class_dropout_prob == 0 or getattr(self.model, "num_classes", 1) == 0:
             cfg_scale = 1.0                                          # nothing to guide by
         null = self.model.null_condition(len(y), y.device) if null is None else null
+        if self.tokenizer is not None:                               # encode the words once, not at every step
+            y, null = self.model.text(y), self.model.text(null)      # (B, L, D_ctx)
         sampler = sampler or ("ddpm" if self.config.learn_sigma else self.process.samplers[0])
         options = {"clip": self.first_stage is None and self.shape[0] in (1, 3), "device": y.device, **options}
         walk = self.process.trajectory(model, (len(y), *self.shape), y, null, sampler=sampler, cfg_scale=cfg_scale,
@@ -424,9 +427,13 @@ class DiffusionTask:
                 callback(x0)
         return x
 
+    @torch.no_grad()
     def encode(self, x):
         """Pictures (B, C, H, W) in [-1, 1] -> model space. Source: LDM §3.1."""
-        return x if self.first_stage is None else self.first_stage.to(x.device).encode(x)
+        if self.first_stage is None:
+            return x
+        vae = self.first_stage.to(x.device)
+        return vae.encode(x.to(next(vae.parameters()).dtype)).float()
 
     def shrink_mask(self, mask):
         """Mask (B, 1, H, W), 1 = paint here -> model space: a latent cell is painted if any of its pixels is.
@@ -437,13 +444,15 @@ class DiffusionTask:
             return mask
         return torch.nn.functional.max_pool2d(mask, self.first_stage.factor)                # (B, 1, h, w)
 
+    @torch.no_grad()
     def to_pictures(self, x):
         """Model space -> uint8 pictures (B, C, H, W). Latents without a first stage: three channels in false colours.
 
         Source: LDM §3.1.
         """
         if self.first_stage is not None:
-            return to_uint8(self.first_stage.to(x.device).decode(x))
+            vae = self.first_stage.to(x.device)
+            return to_uint8(vae.decode(x.to(next(vae.parameters()).dtype)).float())
         return to_uint8(x if x.shape[1] in (1, 3) else x[:, :3] / 3)
 
     def examples(self):

@@ -26,7 +26,7 @@ TRICKY = ["low lower lowest", "aaaa aaaaa aa a", "Banana ananas!!! ?!", "café \
 @pytest.fixture(scope="module")
 def public():
     name = "bpe_simple_vocab_16e6.txt.gz"
-    places = [os.environ.get("CLIP_BPE", ""), HERE.parent / "data" / name, HERE.parent.parent / "shared" / "data" / name]
+    places = [os.environ.get("CLIP_BPE", ""), HERE.parent / "data" / name]
     for place in map(pathlib.Path, filter(None, places)):
         if place.is_file():
             return CLIPTokenizer(place), place
