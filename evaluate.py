@@ -261,6 +261,21 @@ def prompt_accuracy(images, captions, num_shapes=6):
     return {axis: (sum(hit) / len(hit), len(hit)) for axis, hit in hits.items()}
 
 
+def prompt_groups(captions):
+    """Rows of captions (N) that belong together: {"one object": [...], "two objects": [...], "held-out pair": [...]}.
+
+    The last holds those with a shape-colour pair of data.HELD_OUT, which `--hold-out` keeps out of training: composition.
+    Groups without a caption are left out. Raises ValueError for a caption outside the grammar.
+    """
+    groups = {"one object": [], "two objects": [], "held-out pair": []}
+    for row, caption in enumerate(captions):
+        objects = data.parse_caption(caption)["objects"]
+        groups["one object" if len(objects) == 1 else "two objects"].append(row)
+        if any((thing["shape"], thing["color"]) in data.HELD_OUT for thing in objects):
+            groups["held-out pair"].append(row)
+    return {name: rows for name, rows in groups.items() if rows}
+
+
 def _judge(read, asked):
     """One reading against one parsed caption: dict axis -> bool, for the axes that the caption mentions."""
     wanted, relation = asked["objects"], asked.get("relation")
@@ -442,6 +457,9 @@ def _score_drawn(name, images, labels, captions):
         rates = {key: (value, len(images)) for key, value in scores.items() if key != "residual"}
     elif captions is not None:
         rates = prompt_accuracy(images, captions)
+        for group, rows in prompt_groups(captions).items():
+            part = prompt_accuracy(images[rows], [captions[i] for i in rows])
+            rates |= {f"{group}: {axis}": part[axis] for axis in ("shape", "color", "relation", "all") if axis in part}
     else:  # nothing was asked for: is anything drawn?
         rates = {"legible": (read_shapes(images)["legible"].double().mean().item(), len(images))}
     return {"rates": rates, "residual": read_shapes(images)["residual"].median().item()}

@@ -30,7 +30,7 @@ from diffusion import randn
 from dit import DiT, infer_config
 from text import CLIPTokenizer
 from train import (TASKS, Config, DiffusionTask, TextToImage, UserError, flag, load_checkpoint, load_first_stage,
-                   load_weights, parse, resolve_device)
+                   load_weights, parse, resolve_device, save_checkpoint)
 from weights import build, read_diffusers, read_weights, split_compvis
 
 
@@ -58,6 +58,8 @@ class Options:
     dtype: str = flag("auto", "official files: float32, float16 or bfloat16; auto = float16 on cuda, else float32",
                       choices=["auto", "float32", "float16", "bfloat16"])
     out: str = flag("", "file for the grid; default samples.png beside the checkpoint")
+    export: str = flag("", "write a small checkpoint here (averaged weights in half precision) instead of drawing")
+    note: str = flag("", "--export: a line that travels in the file, for instance how it was trained")
     strip: bool = flag(False, "also NAME-strip.png: ten moments of the denoising, one row per picture")
     gif: bool = flag(False, "also NAME.gif: the denoising as a film")
     npz: int = flag(0, "write so many pictures, classes in turn, as uint8 NHWC arr_0 (and labels) to NAME.npz, and no "
@@ -84,6 +86,8 @@ def load(path, device="cpu", weights="ema", o=None):
     known = {f.name for f in dataclasses.fields(Config)}
     config = Config(**{k: v for k, v in state["config"].items() if k in known})
     task = TASKS[state["task"]](config, state["info"], load_first_stage(state, path))
+    if weights not in state:
+        raise UserError(f"{path} was exported with its averaged weights alone: leave out --weights")
     load_weights(task.model, state[weights], path)
     task.model.to(device).eval().requires_grad_(False)
     return task, task.model
@@ -125,6 +129,21 @@ def load_official(path, state, device, o):
     info = {"name": "", "class_names": [], "channels": sizes["in_channels"],
             "image_size": sizes["input_size"] * (vae.factor if vae else 1)}
     return DiffusionTask(config, info, model, vae), model
+
+
+def export(path, out, note):
+    """A checkpoint of ours -> one for sampling and --init alone: averaged weights in half precision, and a note.
+
+    A fraction of the size: no raw weights, no optimizer. Raises UserError for an official file.
+    """
+    state = load_checkpoint(path)
+    if "format" not in state:
+        raise UserError(f"{path} is not a checkpoint of train.py; there is nothing to export")
+    half = lambda weights: {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    small = {k: state[k] for k in ("format", "task", "config", "info", "step")} | {"ema": half(state["ema"]), "note": note}
+    if "first_stage" in state:
+        small["first_stage"] = {**state["first_stage"], "model": half(state["first_stage"]["model"])}
+    save_checkpoint(out, small)
 
 
 def seeds(first, count, device):
@@ -219,6 +238,10 @@ def read_picture(path, info, count):
 
 def run(o):
     """Options -> files; prints where they are. Raises UserError."""
+    if o.export:
+        export(o.ckpt, o.export, o.note)
+        print(f"exported to {o.export}")
+        return
     device = resolve_device(o.device)
     task, model = load(o.ckpt, device, o.weights, o)
     y, names = conditions(o, task)

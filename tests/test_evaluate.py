@@ -340,3 +340,16 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             evaluate.main(call)
         assert stop.value.code == 2
+
+
+def test_prompt_groups_partition_the_captions():
+    captions = ["a small red circle on the left on black", "a red circle left of a blue square on gray"]
+    shape, color = data.HELD_OUT[0]
+    captions.append(f"a large {color} {shape} on the right on navy")
+    groups = evaluate.prompt_groups(captions)
+    assert groups["two objects"] == [1] and groups["one object"] == [0, 2] and 2 in groups["held-out pair"]
+    scenes = data.load("scenes", split="test", count=200)
+    scores = evaluate._score_drawn("scenes", scenes.images, None, scenes.captions)["rates"]
+    one, two = scores["one object: all"], scores["two objects: all"]
+    assert one[1] + two[1] == 200 and min(one[0], two[0]) > 0.99
+    assert one[0] * one[1] + two[0] * two[1] == pytest.approx(scores["all"][0] * 200)

@@ -1,4 +1,5 @@
-"""Official files end to end: shrunk, but of full structure; the pixels equal an independent composition of tested parts."""
+"""Official files end to end: shrunk, but of full structure; the pixels equal an independent composition of tested
+parts."""
 import pathlib
 
 import pytest
@@ -24,12 +25,14 @@ def parts():
     unet = fill_by_recipe(UNet(4, 4, 32, (1, 2), 1, (1, 2), num_heads=8, context_dim=64))
     vae = fill_by_recipe(AutoencoderKL(32, (1, 2), 1))
     text = fill_by_recipe(TextEncoder(CLIPTokenizer(MERGES).vocab_size, 77, hidden_size=64, depth=2, num_heads=1))
-    return {"model.diffusion_model.": unet.eval(), "first_stage_model.": vae.eval(), "cond_stage_model.transformer.": text.eval()}
+    return {"model.diffusion_model.": unet.eval(), "first_stage_model.": vae.eval(),
+            "cond_stage_model.transformer.": text.eval()}
 
 
 def compvis(parts):
     state = {prefix + k: v for prefix, part in parts.items() for k, v in part.state_dict().items()}
-    return state | {"betas": torch.zeros(1000), "model_ema.decay": torch.zeros(()), "first_stage_model.loss.logvar": torch.zeros(())}
+    return state | {"betas": torch.zeros(1000), "model_ema.decay": torch.zeros(()),
+                    "first_stage_model.loss.logvar": torch.zeros(())}
 
 
 def ddim(model, cond, null, scale, seeds, shape, steps=4):
@@ -59,8 +62,9 @@ def test_stable_diffusion_from_one_file(parts, tmp_path, monkeypatch, kind, nega
         torch.save({"state_dict": compvis(parts)}, path)
     drawn = []
     monkeypatch.setattr(sample, "save_grid", lambda images, path, captions=None, **k: drawn.append((images, captions)))
-    sample.main(["--ckpt", str(path), "--prompt", PROMPT, "--negative", negative, "--n", "2", "--steps", "4", "--seed", "5",
-                 "--cfg-scale", "3", "--image-size", "16", "--bpe", str(MERGES), "--device", "cpu", "--out", str(tmp_path / "x.png")])
+    sample.main(["--ckpt", str(path), "--prompt", PROMPT, "--negative", negative, "--n", "2", "--steps", "4",
+                 "--seed", "5", "--cfg-scale", "3", "--image-size", "16", "--bpe", str(MERGES), "--device", "cpu",
+                 "--out", str(tmp_path / "x.png")])
     unet, vae, text = parts.values()
     tokens = CLIPTokenizer(MERGES)
     cond, null = text(tokens([PROMPT] * 2)), text(tokens([negative] * 2))
@@ -72,15 +76,15 @@ def test_stable_diffusion_from_one_file(parts, tmp_path, monkeypatch, kind, nega
 
 @torch.no_grad()
 def test_dit_with_its_autoencoder(parts, tmp_path, monkeypatch):
-    dit = fill_by_recipe(DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=384, depth=1, num_heads=6, num_classes=12,
-                             learn_sigma=True), ["pos_embed"]).eval()
+    dit = fill_by_recipe(DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=384, depth=1, num_heads=6,
+                             num_classes=12, learn_sigma=True), ["pos_embed"]).eval()
     torch.save(dit.state_dict(), tmp_path / "DiT-shrunk.pt")
     vae = parts["first_stage_model."]
     write_safetensors(tmp_path / "vae.safetensors", vae.state_dict())
     drawn = []
     monkeypatch.setattr(sample, "save_grid", lambda images, path, captions=None, **k: drawn.append(images))
-    sample.main(["--ckpt", str(tmp_path / "DiT-shrunk.pt"), "--vae", str(tmp_path / "vae.safetensors"), "--class", "7", "--sampler",
-                 "ddim", "--steps", "4", "--seed", "3", "--device", "cpu", "--out", str(tmp_path / "x.png")])
+    sample.main(["--ckpt", str(tmp_path / "DiT-shrunk.pt"), "--vae", str(tmp_path / "vae.safetensors"), "--class", "7",
+                 "--sampler", "ddim", "--steps", "4", "--seed", "3", "--device", "cpu", "--out", str(tmp_path / "x.png")])
     from diffusion import GaussianDiffusion
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     process = GaussianDiffusion().respaced(4)
@@ -106,5 +110,6 @@ def test_a_file_without_a_part_says_which(parts, tmp_path, capsys, drop, words):
 def test_the_merges_file_is_asked_for(parts, tmp_path, capsys):
     write_safetensors(tmp_path / "all.safetensors", compvis(parts))
     with pytest.raises(SystemExit) as stopped:
-        sample.main(["--ckpt", str(tmp_path / "all.safetensors"), "--bpe", str(tmp_path / "none.gz"), "--out", str(tmp_path / "x.png")])
+        sample.main(["--ckpt", str(tmp_path / "all.safetensors"), "--bpe", str(tmp_path / "none.gz"),
+                     "--out", str(tmp_path / "x.png")])
     assert stopped.value.code == 2 and "bpe_simple_vocab_16e6" in capsys.readouterr().err

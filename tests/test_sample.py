@@ -153,3 +153,19 @@ def test_an_autoencoder_does_not_draw(runs, capsys):
     with pytest.raises(SystemExit):
         draw(runs, "ae")
     assert "does not draw" in capsys.readouterr().err
+
+
+def test_exported_checkpoints_are_small_and_draw_nearly_the_same(runs, tmp_path, capsys):
+    whole, small = runs / "latent" / "ckpt.pt", tmp_path / "small.pt"
+    sample.main(["--ckpt", str(whole), "--export", str(small), "--note", "five steps"])
+    assert small.stat().st_size < 0.5 * whole.stat().st_size
+    assert torch.load(small, weights_only=True)["note"] == "five steps"
+    a, b = (sample.draw(path, n=4, steps=3, device="cpu")[0].int() for path in (whole, small))
+    assert (a - b).abs().max() <= 2                                      # half precision, in grey levels
+    train.main(["--data", f"folder:{runs / 'flat'}", "--image-size", "8", "--model", "DiT-32x1/2", "--steps", "1",
+                "--batch-size", "4", "--init", str(runs / "unconditional" / "ckpt.pt"), "--out", str(tmp_path / "more")])
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", str(small), "--weights", "model"])
+    assert "--weights" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", str(tmp_path / "nothing")])

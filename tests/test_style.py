@@ -8,9 +8,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 # a file may import only from floors below its own
-FLOORS = {"diffusion": 0, "data": 0, "text": 0, "vae": 1, "dit": 1, "unet": 1, "weights": 2, "train": 3, "sample": 4, "evaluate": 4}
+FLOORS = {"diffusion": 0, "data": 0, "text": 0, "vae": 1, "dit": 1, "unet": 1, "weights": 2, "train": 3, "sample": 4,
+          "evaluate": 4}
 PACKAGES = {"torch", "numpy", "tqdm", "matplotlib", "pytest", "PIL", "fontTools"}
-PAPER_FILES = ("diffusion", "dit", "vae", "unet", "text", "weights")                # every public function there names its paper
+# every public function there names its paper
+PAPER_FILES = ("diffusion", "dit", "vae", "unet", "text", "weights")
 NO_PAPER = ("diffusion.randn",)                            # except these: no paper fits
 # the contract's methods, told once in the file's docstring
 CONTRACT = ("forward", "draw", "loss", "prepare", "preview", "state", "error", "catch", "restore", "row")
@@ -77,3 +79,8 @@ def test_habits(name):
                 r"\bTODO\b|\bFIXME\b"):
         assert not re.search(bad, text), f"{name}.py contains {bad}"
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.stem)
+def test_lines_of_the_tests_fit_too(path):
+    assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 120

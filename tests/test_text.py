@@ -20,7 +20,8 @@ from text import TEXT_CONFIGS, CLIPTokenizer, TextEncoder, WordTokenizer
 HERE = pathlib.Path(__file__).parent
 TINY_MERGES = HERE / "tiny_merges.txt"
 CASES = json.loads((GOLDEN / "clip_tokens.json").read_text())["cases"]
-TRICKY = ["low lower lowest", "aaaa aaaaa aa a", "Banana ananas!!! ?!", "café \n DÉJÀ &amp;amp; 10", "don't we're it's", "½x² Ⅷ 一二 _a_", "한국 😀", ""]
+TRICKY = ["low lower lowest", "aaaa aaaaa aa a", "Banana ananas!!! ?!", "café \n DÉJÀ &amp;amp; 10",
+          "don't we're it's", "½x² Ⅷ 一二 _a_", "한국 😀", ""]
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +31,23 @@ def public():
     for place in map(pathlib.Path, filter(None, places)):
         if place.is_file():
             return CLIPTokenizer(place), place
-    pytest.skip(f"CLIP's published {name} is not here (environment variable CLIP_BPE, or data/): it is too large for the repository")
+    pytest.skip(f"CLIP's published {name} is not here (environment variable CLIP_BPE, or data/): "
+                "it is too large for the repository")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # byte-pair encoding
 
 def brute_force_ids(caption, path):
-    """BPE another way: pieces cut character by character by Unicode category, every merge of the file applied once, in its order."""
+    """BPE another way: pieces cut character by character by Unicode category, every merge of the file applied once,
+    in its order."""
     raw = pathlib.Path(path).read_bytes()
     lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()[1:48895]
     printable = "".join(map(chr, range(256)))
     printable = [c for c in printable if unicodedata.category(c) not in ("Cc", "Zs", "Cf")]
     hidden = [chr(b) for b in range(256) if chr(b) not in printable]
-    letter = {c.encode("latin-1"): c for c in printable} | {c.encode("latin-1"): chr(256 + i) for i, c in enumerate(hidden)}
+    letter = {c.encode("latin-1"): c for c in printable}
+    letter |= {c.encode("latin-1"): chr(256 + i) for i, c in enumerate(hidden)}
     order = printable + [letter[c.encode("latin-1")] for c in hidden]
     vocab = order + [c + "</w>" for c in order] + [line.replace(" ", "") for line in lines]
     ids = {token: i for i, token in enumerate(vocab)}
@@ -82,7 +86,8 @@ def test_bpe_equals_brute_force_on_a_tiny_list_of_merges():
         assert tokenizer.encode(caption) == brute_force_ids(caption, TINY_MERGES), caption
     assert any(len(tokenizer.encode(c)) < len(c.replace(" ", "")) for c in captions)        # merges did happen
     assert (tokenizer.vocab_size, tokenizer.start, tokenizer.end) == (512 + 48 + 2, 560, 561)
-    assert tokenizer.encode("aaaaa") == [tokenizer.ids["aa"], tokenizer.ids["aaa</w>"]]     # pairs are taken from the left
+    # pairs are taken from the left
+    assert tokenizer.encode("aaaaa") == [tokenizer.ids["aa"], tokenizer.ids["aaa</w>"]]
 
 
 def test_bpe_equals_brute_force_on_the_public_list(public):
@@ -115,7 +120,8 @@ def test_clip_tokens_can_be_added():
     tokenizer = CLIPTokenizer(TINY_MERGES)
     plain = tokenizer.encode("a red square")
     first, second = tokenizer.add_token("<new1>"), tokenizer.add_token("V*")
-    assert (first, second, tokenizer.vocab_size) == (562, 563, 562)                         # beyond the table, which has not grown
+    # beyond the table, which has not grown
+    assert (first, second, tokenizer.vocab_size) == (562, 563, 562)
     assert tokenizer.encode("a <NEW1> red V* square") == [plain[0], first, plain[1], second, *plain[2:]]
     assert tokenizer.decode([plain[0], first, *plain[1:]]) == "a <new1> red square"
     for bad in ("<new1>", "two words", ""):
@@ -132,7 +138,8 @@ def test_files_that_are_no_merges_are_refused(tmp_path):
         with pytest.raises(ValueError, match="no list of BPE merges"):
             CLIPTokenizer(tmp_path / "bad")
     (tmp_path / "good.gz").write_bytes(whole)
-    assert CLIPTokenizer(tmp_path / "good.gz").encode("a low square") == CLIPTokenizer(TINY_MERGES).encode("a low square")
+    good, plain = CLIPTokenizer(tmp_path / "good.gz"), CLIPTokenizer(TINY_MERGES)
+    assert good.encode("a low square") == plain.encode("a low square")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,7 +154,8 @@ def test_words_ids_and_rows():
     assert ids.dtype == torch.int64 and ids.tolist() == [[1, 3, 9, 2] + [0] * 10, [1, 2] + [0] * 12]
     assert [tokenizer.add_token(name) for name in ("<new1>", "V*", "heart")] == [11, 12, 13]
     assert tokenizer.encode("a <new1> ring, a v* heart") == [3, 11, 9, 3, 12, 13] and tokenizer.vocab_size == 14
-    assert WordTokenizer.WORD.findall("5*3 a*b under_score it's <x") == ["5", "3", "a", "b", "under", "score", "it", "s", "x"]
+    words = WordTokenizer.WORD.findall("5*3 a*b under_score it's <x")
+    assert words == ["5", "3", "a", "b", "under", "score", "it", "s", "x"]
 
 
 def test_vocabulary_travels_in_a_checkpoint(tmp_path):
@@ -189,8 +197,10 @@ def lively(vocab_size=20, length=10):
 def test_states_match_official():
     d, g = golden_case("clip_text_tiny")
     c = d["config"]
-    model = TextEncoder(c["vocab_size"], c["max_position_embeddings"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"])
-    assert [[k, list(v.shape)] for k, v in model.state_dict().items()] == d["params"]       # official names, order and shapes
+    model = TextEncoder(c["vocab_size"], c["max_position_embeddings"], c["hidden_size"], c["num_hidden_layers"],
+                        c["num_attention_heads"])
+    # official names, order and shapes
+    assert [[k, list(v.shape)] for k, v in model.state_dict().items()] == d["params"]
     fill_by_recipe(model).eval()
     stages, ids = {}, g["in_ids"]
     model.text_model.encoder.layers[0].register_forward_hook(lambda m, i, o: stages.update(hidden_0=i[0], hidden_1=o))
@@ -216,7 +226,8 @@ def test_a_state_sees_only_what_came_before():
     moved = (model(changed) - out).abs().amax(dim=(0, 2))
     assert moved[:6].max() == 0 and moved[6:].min() > 1e-4
     assert_close(model(ids[:, :6]), out[:, :6], rtol=1e-5, atol=1e-6)
-    assert_close(model(ids[1:]), out[1:], rtol=1e-5, atol=1e-6)                             # nor does it see its neighbours in the batch
+    # nor does it see its neighbours in the batch
+    assert_close(model(ids[1:]), out[1:], rtol=1e-5, atol=1e-6)
     swapped = ids.clone()
     swapped[:, [2, 3]] = torch.tensor([4, 5])
     other = ids.clone()
@@ -228,20 +239,25 @@ def test_a_modifier_is_a_parameter_of_its_own():
     model, ids = lively(), torch.tensor([[1, 5, 7, 5, 2], [1, 7, 2, 0, 0]])
     table = model.text_model.embeddings.token_embedding.weight
     v_star = nn.Parameter(table[5].detach().clone())
-    assert torch.equal(model(ids, {5: v_star}), model(ids))                                 # the same row, the same states
+    # the same row, the same states
+    assert torch.equal(model(ids, {5: v_star}), model(ids))
     model(ids, {5: v_star}).square().sum(dim=2)[0, -1].backward()
     assert v_star.grad.abs().max() > 0 and table.grad[5].abs().max() == 0 and table.grad[7].abs().max() > 0
-    beyond = torch.where(ids == 5, 23, ids)                                                 # an id past the table, as CLIPTokenizer hands out
+    # an id past the table, as CLIPTokenizer hands out
+    beyond = torch.where(ids == 5, 23, ids)
     assert torch.equal(model(beyond, {23: v_star}), model(ids))
     moved = (model(ids, {5: v_star + 1, 9: v_star}) - model(ids)).abs().amax(dim=2)
-    assert moved[0, 0] == 0 and moved[0, 1:].min() > 0 and moved[1].max() == 0              # only captions that hold V*, from V* on
+    # only captions that hold V*, from V* on
+    assert moved[0, 0] == 0 and moved[0, 1:].min() > 0 and moved[1].max() == 0
 
 
 def test_a_fresh_state_is_its_own_word_and_place():
     torch.manual_seed(0)
     model, ids = TextEncoder(20, 10), torch.randint(20, (64, 10))
-    assert torch.equal(model(ids), model.text_model.final_layer_norm(model.embed(ids)))     # every layer starts as the identity
-    table, places = model.text_model.embeddings.token_embedding.weight, model.text_model.embeddings.position_embedding.weight
+    # every layer starts as the identity
+    assert torch.equal(model(ids), model.text_model.final_layer_norm(model.embed(ids)))
+    embeddings = model.text_model.embeddings
+    table, places = embeddings.token_embedding.weight, embeddings.position_embedding.weight
     assert table.std().item() == pytest.approx(0.02, rel=0.1) and places.std().item() == pytest.approx(0.02, rel=0.1)
 
 
@@ -252,16 +268,20 @@ def test_sizes_that_do_not_fit_are_named():
         lively()(torch.zeros(1, 11, dtype=torch.int64))
 
 
-COLORS, SHAPES = ("red", "green", "blue", "yellow", "orange", "purple", "cyan", "white"), ("circle", "square", "triangle", "star", "cross", "ring")
-SLOTS = (("", "small", "large"), COLORS, SHAPES, ("left of", "right of", "above", "below"), ("", "small", "large"), COLORS, SHAPES)
+COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "cyan", "white")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES, RELATIONS = ("", "small", "large"), ("left of", "right of", "above", "below")
+SLOTS = (SIZES, COLORS, SHAPES, RELATIONS, SIZES, COLORS, SHAPES)
 
 
 def test_word_order_and_slots_can_be_read_off_the_end_token():
-    """Two objects, optional size words (so places shift): all seven slots of combinations never trained on, from one linear layer."""
+    """Two objects, optional size words (so places shift): all seven slots of combinations never trained on,
+    from one linear layer."""
     draw, order = random.Random(0), torch.Generator().manual_seed(0)
     labels = torch.tensor([[draw.randrange(len(slot)) for slot in SLOTS] for _ in range(4000)])
     captions = ["a {} {} {} {} a {} {} {}".format(*(slot[i] for slot, i in zip(SLOTS, row))) for row in labels.tolist()]
-    held_out = (labels * torch.tensor([0, 1, 1, 1, 0, 2, 3])).sum(1) % 5 == 0               # a fifth of (colour, shape, relation, colour, shape)
+    # a fifth of (colour, shape, relation, colour, shape)
+    held_out = (labels * torch.tensor([0, 1, 1, 1, 0, 2, 3])).sum(1) % 5 == 0
     tokenizer = WordTokenizer.from_captions(captions)
     ids = tokenizer(captions)
     torch.manual_seed(0)

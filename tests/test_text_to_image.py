@@ -1,4 +1,5 @@
-"""The U-Net and its text encoder in the one loop: captions go in, the vocabulary travels, prompts come out as pictures."""
+"""The U-Net and its text encoder in the one loop: captions go in, the vocabulary travels, prompts come out as
+pictures."""
 import pytest
 import torch
 
@@ -22,8 +23,8 @@ def run(tmp_path_factory):
         (root / "scenes" / f"{i:02d}.txt").write_text(caption)
     common = ["--data", f"folder:{root / 'scenes'}"]
     train.main([*common, *FLAGS, "--model", "tiny-ae", "--steps", "2", "--out", str(root / "ae")])
-    train.main([*common, *FLAGS, "--first-stage", str(root / "ae" / "ckpt.pt"), "--steps", "4", "--lr-decay", "constant",
-                "--out", str(root / "run")])
+    train.main([*common, *FLAGS, "--first-stage", str(root / "ae" / "ckpt.pt"), "--steps", "4",
+                "--lr-decay", "constant", "--out", str(root / "run")])
     return root
 
 
