@@ -264,8 +264,8 @@ def prompt_accuracy(images, captions, num_shapes=6):
 def prompt_groups(captions):
     """Rows of captions (N) that belong together: {"one object": [...], "two objects": [...], "held-out pair": [...]}.
 
-    The last holds those with a shape-colour pair of data.HELD_OUT, which `--hold-out` keeps out of training: composition.
-    Groups without a caption are left out. Raises ValueError for a caption outside the grammar.
+    The last holds those with a shape-colour pair of data.HELD_OUT, which `--hold-out` keeps out of training, to test
+    composition. Groups without a caption are left out. Raises ValueError for a caption outside the grammar.
     """
     groups = {"one object": [], "two objects": [], "held-out pair": []}
     for row, caption in enumerate(captions):
@@ -531,10 +531,11 @@ def _run(args):
     if args.n < 1 or args.classifier_steps < 1:
         raise ValueError("--n and --classifier-steps must be at least 1")
     name = args.data
-    import sample  # these two here, because whoever only reads shapes needs no model
+    import sample  # these three here, because whoever only reads shapes needs no model
     import train
+    import weights
     if args.ckpt and not name:
-        name = train.load_checkpoint(path).get("config", {}).get("data")
+        name = weights.load_checkpoint(path).get("config", {}).get("data")
     device = train.resolve_device(args.device)
     if not name:
         raise ValueError("say with --data what the samples imitate, for example --data shapes")

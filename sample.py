@@ -28,10 +28,11 @@ import data
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from diffusion import randn
 from dit import DiT, infer_config
+from tasks import TASKS, DiffusionTask, TextToImage, load_first_stage
 from text import CLIPTokenizer
-from train import (TASKS, Config, DiffusionTask, TextToImage, UserError, flag, load_checkpoint, load_first_stage,
-                   load_weights, parse, resolve_device, save_checkpoint)
-from weights import build, read_diffusers, read_weights, split_compvis
+from train import Config, flag, parse, resolve_device
+from weights import (build, load_checkpoint, load_weights, read_diffusers, read_weights, save_checkpoint,
+                     split_compvis)
 
 
 @dataclasses.dataclass
@@ -74,7 +75,7 @@ def load(path, device="cpu", weights="ema", o=None):
     """Checkpoint -> (task, model in eval mode on the device).
 
     The task knows process, sizes, class names or vocabulary, and first stage. Official files are recognised by their
-    tensors; `o` are the Options that they need. Raises UserError, also for a checkpoint that draws nothing.
+    tensors; `o` are the Options that they need. Raises ValueError, also for a checkpoint that draws nothing.
     """
     if pathlib.Path(path).is_dir() or pathlib.Path(path).suffix == ".safetensors":
         return load_official(path, None, device, o or Options())
@@ -82,12 +83,12 @@ def load(path, device="cpu", weights="ema", o=None):
     if "format" not in state:
         return load_official(path, state["model"], device, o or Options())
     if state["task"] == "tiny-ae":
-        raise UserError(f"{path} is an autoencoder: it does not draw by itself; give a diffusion model's checkpoint")
+        raise ValueError(f"{path} is an autoencoder: it does not draw by itself; give a diffusion model's checkpoint")
     known = {f.name for f in dataclasses.fields(Config)}
     config = Config(**{k: v for k, v in state["config"].items() if k in known})
     task = TASKS[state["task"]](config, state["info"], load_first_stage(state, path))
     if weights not in state:
-        raise UserError(f"{path} was exported with its averaged weights alone: leave out --weights")
+        raise ValueError(f"{path} was exported with its averaged weights alone: leave out --weights")
     load_weights(task.model, state[weights], path)
     task.model.to(device).eval().requires_grad_(False)
     return task, task.model
@@ -112,7 +113,7 @@ def load_official(path, state, device, o):
     if "unet" in parts:                             # Stable Diffusion: scaled linear schedule, eps, CLIP's words
         missing = [name for name in ("vae", "text") if name not in models]
         if missing:
-            raise UserError(f"{path} has a U-Net but no {' and no '.join(missing)}: give the full file, or --vae")
+            raise ValueError(f"{path} has a U-Net but no {' and no '.join(missing)}: give the full file, or --vae")
         tokenizer = CLIPTokenizer(o.bpe)
         model = TextToImage(models["unet"], models["text"], tokenizer([""])[0], 0.1).to(device).eval()
         config = Config(model="SD-v1", schedule="scaled_linear", prediction="eps", cfg_scale=7.5)
@@ -120,7 +121,7 @@ def load_official(path, state, device, o):
                 "examples": ["an astronaut riding a horse"]}
         return DiffusionTask(config, info, model, vae, tokenizer), model
     if not is_dit:
-        raise UserError(f"{path} holds {' and '.join(parts)} only: there is no model in it that draws")
+        raise ValueError(f"{path} holds {' and '.join(parts)} only: there is no model in it that draws")
     sizes = infer_config(state)                     # DiT: linear schedule, learned variance, guidance 4 in the demo
     model = DiT(**sizes)
     load_weights(model, state, path)
@@ -134,13 +135,14 @@ def load_official(path, state, device, o):
 def export(path, out, note):
     """A checkpoint of ours -> one for sampling and --init alone: averaged weights in half precision, and a note.
 
-    A fraction of the size: no raw weights, no optimizer. Raises UserError for an official file.
+    A fraction of the size: no raw weights, no optimizer. Raises ValueError for an official file.
     """
     state = load_checkpoint(path)
     if "format" not in state:
-        raise UserError(f"{path} is not a checkpoint of train.py; there is nothing to export")
+        raise ValueError(f"{path} is not a checkpoint of train.py; there is nothing to export")
     half = lambda weights: {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    small = {k: state[k] for k in ("format", "task", "config", "info", "step")} | {"ema": half(state["ema"]), "note": note}
+    small = {k: state[k] for k in ("format", "task", "config", "info", "step")}
+    small |= {"ema": half(state["ema"]), "note": note}
     if "first_stage" in state:
         small["first_stage"] = {**state["first_stage"], "model": half(state["first_stage"]["model"])}
     save_checkpoint(out, small)
@@ -174,7 +176,7 @@ def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_s
     """n pictures from a checkpoint, for evaluate.py: classes in turn, or captions that were held out of training.
 
     Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None). cfg_scale, steps: None = the run's own.
-    Raises UserError. Source: DiT §4 (evaluation).
+    Raises ValueError. Source: DiT §4 (evaluation).
     """
     device = resolve_device(device)
     task, model = load(path, device)
@@ -192,30 +194,30 @@ def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_s
 
 
 def choose_classes(text, names, num_classes):
-    """"3,red circle" -> [3, 0]; raises UserError for a number out of range or an unknown name (nearest suggested)."""
+    """"3,red circle" -> [3, 0]; raises ValueError for a number out of range or an unknown name (nearest suggested)."""
     chosen = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         if item.lstrip("-").isdigit():
             if not 0 <= int(item) < num_classes:
-                raise UserError(f"class {item} is out of range: this checkpoint knows classes 0 to {num_classes - 1}")
+                raise ValueError(f"class {item} is out of range: this checkpoint knows classes 0 to {num_classes - 1}")
             chosen.append(int(item))
         elif item in names:
             chosen.append(names.index(item))
         else:
             near = difflib.get_close_matches(item, names, 1)
             hint = f": did you mean {near[0]!r}?" if near else f": this checkpoint knows {', '.join(names[:8])} ..."
-            raise UserError(f"unknown class {item!r}" + hint)
+            raise ValueError(f"unknown class {item!r}" + hint)
     return chosen
 
 
 def conditions(o, task):
-    """What is to be drawn -> (y (N,) or (N, L), N names or None). Raises UserError for unknown words and classes."""
+    """What is to be drawn -> (y (N,) or (N, L), N names or None). Raises ValueError for unknown words and classes."""
     if task.tokenizer is not None:
         if o.classes:
-            raise UserError("this checkpoint was trained on captions: say --prompt instead of --class")
+            raise ValueError("this checkpoint was trained on captions: say --prompt instead of --class")
         prompts = [p.strip() for p in o.prompt.split("|")] if o.prompt else task.info["examples"]
     elif o.prompt or o.negative:
-        raise UserError("this checkpoint was trained on classes: say --class instead of --prompt")
+        raise ValueError("this checkpoint was trained on classes: say --class instead of --prompt")
     else:
         names, num_classes = task.info["class_names"], task.model.num_classes
         some = range(min(48 if names else 8, max(1, num_classes)))
@@ -228,16 +230,16 @@ def conditions(o, task):
 
 
 def read_picture(path, info, count):
-    """A picture file as (count, C, H, W) float in [-1, 1] at the model's size. Raises UserError naming the file."""
+    """A picture file as (count, C, H, W) float in [-1, 1] at the model's size. Raises ValueError naming the file."""
     if not pathlib.Path(path).is_file():
-        raise UserError(f"no picture at {path}")
+        raise ValueError(f"no picture at {path}")
     picture = to_float(data.read_image(path, info["image_size"]))[None]                     # (1, 3, H, W)
     picture = picture.mean(1, keepdim=True) if info["channels"] == 1 else picture
     return picture.expand(count, -1, -1, -1)
 
 
 def run(o):
-    """Options -> files; prints where they are. Raises UserError."""
+    """Options -> files; prints where they are. Raises ValueError."""
     if o.export:
         export(o.ckpt, o.export, o.note)
         print(f"exported to {o.export}")
@@ -250,9 +252,9 @@ def run(o):
     try:
         low, high = map(float, o.cfg_interval.split(","))
     except ValueError:
-        raise UserError(f"--cfg-interval {o.cfg_interval}: give two numbers, low,high, between 0 and 1") from None
+        raise ValueError(f"--cfg-interval {o.cfg_interval}: give two numbers, low,high, between 0 and 1") from None
     if o.mask and not o.init:
-        raise UserError("--mask needs --init: the picture whose black-masked part is to be kept")
+        raise ValueError("--mask needs --init: the picture whose black-masked part is to be kept")
     options = {"cfg_scale": None if o.cfg_scale < 0 else o.cfg_scale, "cfg_interval": (low, high), "eta": o.eta,
                "cfg_channels": o.cfg_channels or None, "sampler": o.sampler or None,
                "steps": int(o.steps) if o.steps.isdigit() else o.steps or None}

@@ -7,13 +7,13 @@
     python train.py --out out/mine --resume            # after Ctrl-C, SIGTERM, or a crash: bit for bit the same run
     torchrun --nproc-per-node 2 train.py ...           # data-parallel: the same run on more devices
 
-The idea.  A task says what a step is: `draw` takes every random number of the step at once, `loss` is then a pure
-function of tensors. `train` is the loop, and does not ask which task it runs. Because step s draws from a generator
-seeded by (seed, s), and batch s is a function of (seed, s), the state of a run is its tensors and the number s. Hence
-exact resume in a few lines, and the same result on one device or several: each draws the noise of the whole batch and
-keeps its own rows.
+The idea.  A task (tasks.py) says what a step is: `draw` takes every random number of the step at once, `loss` is then
+a pure function of tensors. `train` is the loop, and does not ask which task it runs. Because step s draws from a
+generator seeded by (seed, s), and batch s is a function of (seed, s), the state of a run is its tensors and the number
+s. Hence exact resume in a few lines, and the same result on one device or several: each draws the noise of the whole
+batch and keeps its own rows.
 
-Contents: Config, checkpoints, Muon, the tasks (tiny autoencoder; diffusion with a DiT), the loop, the benchmark.
+Contents: Config, Muon, the loop, the self-check and the benchmark, the command line.
 In the output folder: ckpt.pt, config.json, log.csv, loss.png, samples/000500.png (EMA weights, always the same seeds).
 """
 import argparse
@@ -25,27 +25,22 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import re
 import signal
 import sys
 import time
-import zipfile
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data as data_module
-from data import Batches, save_grid, to_float, to_uint8
-from diffusion import GaussianDiffusion, RectifiedFlow, randn
-from dit import DIT_CONFIGS, DiT, dit_config
-from text import TextEncoder, WordTokenizer
-from unet import UNET_CONFIGS, UNet
-from vae import TinyAutoencoder
+from data import Batches
+from dit import dit_config
+from tasks import TASKS, build_first_stage, describe, load_first_stage, task_name
+from weights import load_checkpoint, load_weights, save_checkpoint
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,15 +116,11 @@ RECIPES = {  # what a recipe or a model changes among the defaults above
 RECIPES["unet-small"] = RECIPES["unet-tiny"]
 
 
-class UserError(ValueError):
-    """Something that the person at the keyboard can mend: shown as one line, exit code 2."""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, whose complaints are one line like all others."""
 
     def error(self, message):
-        raise UserError(f"{message} (see --help)")
+        raise ValueError(f"{message} (see --help)")
 
 
 class HelpFormat(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -155,82 +146,20 @@ def parse(cls, argv, description, presets=lambda args: {}):
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], list(parser._option_string_actions), 1)
             hint = f": did you mean {near[0]}?" if near else ": see --help"
-            raise UserError(f"unknown argument {unknown[0]!r}" + hint)
+            raise ValueError(f"unknown argument {unknown[0]!r}" + hint)
         return cls(**vars(args))
     return read(presets(read({})))
 
 
 def resolve_device(name):
-    """auto -> cuda, mps or cpu; anything asked for by name must be there. Raises UserError otherwise."""
+    """auto -> cuda, mps or cpu; anything asked for by name must be there. Raises ValueError otherwise."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(k for k, there in have.items() if there)
     if not have[name]:
-        raise UserError(f"--device {name}: this machine or this build of torch has none; leave the flag out, or say "
+        raise ValueError(f"--device {name}: this machine or this build of torch has none; leave the flag out, or say "
                         "--device cpu")
     return name
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# checkpoints: a plain dict of tensors and builtins, written whole or not at all, read without running any code in it
-
-def save_checkpoint(path, state):
-    """Write atomically: a crash, a kill or a full disk leaves the old file as it was. Raises UserError if it cannot."""
-    path = pathlib.Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
-        part.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"could not write {path} ({reason}); the previous checkpoint, if any, is intact") from error
-
-
-def load_checkpoint(path):
-    """A checkpoint of ours, or an official file, as {"model": state_dict, ...}; DDP and compile prefixes are stripped.
-
-    Official: a bare state_dict or {"ema" | "model" | "state_dict": ...}. Raises UserError for a missing, damaged or
-    unsafe file.
-    """
-    if not pathlib.Path(path).is_file():
-        hint = ": train first (python train.py)" if "ckpt.pt" in str(path) else ""
-        raise UserError(f"no checkpoint at {path}" + hint)
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
-            raise UserError(f"{path} is damaged (a checksum inside it does not match): copy or download it again")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds more than tensors and plain values, so it was not loaded (it could run code). "
-                        "If you trust its source: x = torch.load(path, "
-                        "weights_only=False); torch.save({'model': x['ema']}, new_path)") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path} is not a readable checkpoint (truncated, or another kind of file): "
-                        f"{reason}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
-    if "format" in state:
-        return state
-    weights = next((state[k] for k in ("ema", "model", "state_dict") if isinstance(state.get(k), dict)), state)
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items() if torch.is_tensor(v)}
-    return {"model": weights, "ema": weights}
-
-
-def load_weights(model, weights, path):
-    """Copy a state_dict into model. Raises UserError with the first five names that do not fit, and both shapes."""
-    have = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    given = {k: tuple(v.shape) for k, v in weights.items()}
-    wrong = [f"{k}: file {given.get(k, 'has none')}, model {have.get(k, 'has none')}"
-             for k in sorted(have.keys() | given.keys()) if have.get(k) != given.get(k)]
-    if wrong:
-        raise UserError(f"{path} does not fit this model, {len(wrong)} tensors differ: " + "; ".join(wrong[:5]))
-    model.load_state_dict(weights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -282,299 +211,6 @@ class Muon(torch.optim.Optimizer):
                 update = update.view_as(grads) * max(1, shape[0] / math.prod(shape[1:])) ** 0.5
                 for p, u in zip(params, update):
                     p.sub_((u + group["weight_decay"] * p) * (group["lr"] * keep))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tasks: build(config, info) -> model, prepare, draw, loss, preview. `info` says what the data look like (see describe)
-
-class AutoencoderTask:
-    """Train a TinyAutoencoder to give pictures back. Source: vae.py; LDM §3.1."""
-    def __init__(self, config, info):
-        self.config, self.info = config, info
-        if info["image_size"] % config.factor:
-            raise UserError(f"image size {info['image_size']} is not divisible by the autoencoder's factor "
-                            f"{config.factor}")
-        self.model = TinyAutoencoder(info["channels"], config.latent_channels, config.factor)
-        side = info["image_size"] // config.factor
-        self.latent_shape = (config.latent_channels, side, side)
-
-    def prepare(self, dataset, device):
-        return dataset
-
-    def macs(self):
-        """Multiply-accumulates of one forward of one picture. Source: torch.utils.flop_counter (2 flops each)."""
-        meta = copy.deepcopy(self.model).to("meta")
-        with FlopCounterMode(display=False) as counter, torch.device("meta"):
-            picture = torch.zeros(1, self.info["channels"], *[self.info["image_size"]] * 2)
-            meta(picture, torch.zeros(1, *self.latent_shape))
-        return counter.get_total_flops() // 2
-
-    def draw(self, n, generator, device):
-        return {"noise": randn((n, *self.latent_shape), generator, device),
-                "flip": torch.rand(n, generator=generator, device=device)}
-
-    def loss(self, net, batch):
-        recon, z = net(to_float(batch["x"]), batch["noise"], self.config.latent_noise)
-        mse = (recon.float() - to_float(batch["x"])).square().mean()
-        psnr = 10 * torch.log10(4 / mse.detach())
-        # the small pull keeps latents bounded; see vae.py
-        return mse + 1e-4 * z.float().square().mean(), {"mse": mse.detach(), "psnr": psnr}
-
-    def preview(self, model, dataset, device, path):
-        x = to_float(dataset.images[:32]).to(device)
-        pairs = torch.stack([x, model.decode(model.encode(x)).clamp(-1, 1)], 1)         # (32, 2, C, H, W)
-        rows = pairs.flatten(0, 1)                                                      # (64, C, H, W)
-        save_grid(rows.cpu(), path, nrow=16, scale=2)
-
-    def state(self):
-        return {}
-
-
-class TextToImage(nn.Module):
-    """A text encoder and a U-Net: model(x (B, C, H, W), t (B,), ids (B, L) or encoded text (B, L, D_ctx)) -> like x.
-
-    null_ids: the empty caption's ids (L,), which stands in for a share class_dropout_prob of captions, so that guidance
-    has something to compare with. Source: LDM §3.3.
-    """
-    matrices = rf"unet\.{UNet.matrices}|text\.text_model\.encoder\.layers\."         # Muon's share
-
-    def __init__(self, unet, text, null_ids, class_dropout_prob):
-        super().__init__()
-        self.unet, self.text, self.class_dropout_prob = unet, text, class_dropout_prob
-        self.register_buffer("null_ids", null_ids, persistent=False)
-
-    def forward(self, x, t, y):
-        context = y if y.is_floating_point() else self.text(y)                          # (B, L, D_ctx)
-        return self.unet(x.to(context.dtype), t, context)                               # (B, C, H, W)
-
-    def null_condition(self, count, device="cpu"):
-        """The empty caption, (count, L)."""
-        return self.null_ids.to(device).expand(count, -1)
-
-    def drop_labels(self, ids, draws):
-        """Replace captions ids (B, L) by the empty one where draws (B,), uniform in [0, 1), are small."""
-        return torch.where((draws < self.class_dropout_prob)[:, None], self.null_ids, ids)
-
-
-class DiffusionTask:
-    """Train and sample a diffusion model, on pixels or on the latents of a frozen first stage.
-
-    model: model(x, t, y) with y classes (B,) or, with a tokenizer, caption ids (B, L). It also answers
-    null_condition(count, device) and drop_labels(y, draws). Raises UserError for flags that clash.
-    Source: DiT §3; LDM §3.
-    """
-
-    def __init__(self, config, info, model, first_stage=None, tokenizer=None):
-        self.config, self.info, self.model = config, info, model
-        self.first_stage, self.tokenizer = first_stage, tokenizer
-        if config.schedule == "flow" and config.learn_sigma:
-            raise UserError("--learn-sigma belongs to a Gaussian schedule: add --schedule linear or cosine")
-        self.process = RectifiedFlow() if config.schedule == "flow" else GaussianDiffusion(
-            schedule=config.schedule, prediction=config.prediction, learn_sigma=config.learn_sigma)
-        self.shape = model_shape(info, first_stage)
-
-    @torch.no_grad()
-    def prepare(self, dataset, device):
-        """Pictures -> what DiT is trained on: with a first stage, all latents at once, so no step encodes anything."""
-        if self.tokenizer is not None:
-            dataset = dataclasses.replace(dataset, labels=self.tokenizer(dataset.captions))     # (N, L)
-        if self.first_stage is None:
-            return dataset
-        vae, x = self.first_stage.to(device), dataset.images
-        x = torch.cat([x, x.flip(-1)]) if dataset.flip else x      # a latent cannot be mirrored: mirror before encoding
-        if bool((vae.std == 1).all()):
-            vae.standardise(to_float(x[:2000]).to(device))
-        z = torch.cat([vae.encode(to_float(c.to(device))) for c in x.split(1000)])          # (N, c, h, w)
-        labels = torch.cat([dataset.labels] * 2) if dataset.flip else dataset.labels
-        return dataclasses.replace(dataset, images=z, labels=labels, flip=False)
-
-    def macs(self):
-        """Multiply-accumulates of one forward of one picture. Source: torch.utils.flop_counter (2 flops each)."""
-        meta = copy.deepcopy(self.model).to("meta")
-        with FlopCounterMode(display=False) as counter, torch.device("meta"):
-            meta(torch.zeros(1, *self.shape), torch.zeros(1), self.model.null_condition(1).to("meta"))
-        return counter.get_total_flops() // 2
-
-    def draw(self, n, generator, device):
-        uniform = lambda: torch.rand(n, generator=generator, device=device)
-        return {"drop": uniform(), "flip": uniform(), **self.process.draw((n, *self.shape), generator, device)}
-
-    def loss(self, net, batch):
-        x0 = batch["x"] if batch["x"].is_floating_point() else to_float(batch["x"])
-        y = self.model.drop_labels(batch["y"], batch["drop"])
-        return self.process.loss(net, x0, y, batch["t"], batch["eps"])
-
-    @torch.no_grad()
-    def sample(self, model, y, null=None, cfg_scale=None, steps=None, sampler=None, callback=None, **options):
-        """Draw one example per condition y (B,) or (B, L) -> (B, C, H, W) in model space; see to_pictures.
-
-        null: what guidance steers away from, like y (default: nothing asked for); cfg_scale, steps, sampler: default to
-        the run's guidance, and ddpm in 250 steps for a learned variance, else ddim in 50, or euler in 25 for a flow;
-        callback(x0 guess) is called after every step; options as in diffusion's sample. Source: DiT §3.1.
-        """
-        cfg_scale = self.config.cfg_scale if cfg_scale is None else cfg_scale
-        if self.model.class_dropout_prob == 0 or getattr(self.model, "num_classes", 1) == 0:
-            cfg_scale = 1.0                                          # nothing to guide by
-        null = self.model.null_condition(len(y), y.device) if null is None else null
-        if self.tokenizer is not None:                               # encode the words once, not at every step
-            y, null = self.model.text(y), self.model.text(null)      # (B, L, D_ctx)
-        sampler = sampler or ("ddpm" if self.config.learn_sigma else self.process.samplers[0])
-        options = {"clip": self.first_stage is None and self.shape[0] in (1, 3), "device": y.device, **options}
-        walk = self.process.trajectory(model, (len(y), *self.shape), y, null, sampler=sampler, cfg_scale=cfg_scale,
-                                       steps=steps or {"ddpm": 250, "euler": 25}.get(sampler, 50), **options)
-        for x, x0 in walk:
-            if callback is not None:
-                callback(x0)
-        return x
-
-    @torch.no_grad()
-    def encode(self, x):
-        """Pictures (B, C, H, W) in [-1, 1] -> model space. Source: LDM §3.1."""
-        if self.first_stage is None:
-            return x
-        vae = self.first_stage.to(x.device)
-        return vae.encode(x.to(next(vae.parameters()).dtype)).float()
-
-    def shrink_mask(self, mask):
-        """Mask (B, 1, H, W), 1 = paint here -> model space: a latent cell is painted if any of its pixels is.
-
-        Source: LDM §4.5.
-        """
-        if mask is None or self.first_stage is None:
-            return mask
-        return torch.nn.functional.max_pool2d(mask, self.first_stage.factor)                # (B, 1, h, w)
-
-    @torch.no_grad()
-    def to_pictures(self, x):
-        """Model space -> uint8 pictures (B, C, H, W). Latents without a first stage: three channels in false colours.
-
-        Source: LDM §3.1.
-        """
-        if self.first_stage is not None:
-            vae = self.first_stage.to(x.device)
-            return to_uint8(vae.decode(x.to(next(vae.parameters()).dtype)).float())
-        return to_uint8(x if x.shape[1] in (1, 3) else x[:, :3] / 3)
-
-    def examples(self):
-        """What to draw when nothing is asked for: (conditions, their names or None), at most 48."""
-        if self.tokenizer is not None:
-            return self.tokenizer(self.info["examples"]), self.info["examples"]
-        names = self.info["class_names"]
-        each = max(1, 40 // max(1, len(names)))                     # a few of each class, when there are few
-        y = torch.arange(min(48, max(1, len(names)) * each)) % max(1, len(names))
-        return y, [names[i] for i in y.tolist()] if names else None
-
-    def preview(self, model, dataset, device, path):
-        y, names = self.examples()
-        seeds = [torch.Generator(device).manual_seed(i) for i in range(len(y))]
-        sampler = "ddim" if self.config.learn_sigma else None       # 250 ancestral steps would outlast the training
-        images = self.to_pictures(self.sample(model, y.to(device), generator=seeds, steps=25, sampler=sampler))
-        save_grid(images.cpu(), path, nrow=8, captions=names)
-
-    def state(self):
-        if self.first_stage is None:
-            return {}
-        return {"first_stage": {"factor": self.first_stage.factor, "model": self.first_stage.state_dict()}}
-
-
-def model_shape(info, first_stage):
-    """(C, H, W) of what the diffusion model sees: pixels, or the first stage's latents. Raises UserError."""
-    size, channels = info["image_size"], info["channels"]
-    if first_stage is None:
-        return channels, size, size
-    if size % first_stage.factor:
-        raise UserError(f"image size {size} is not divisible by the first stage's factor {first_stage.factor}")
-    return first_stage.latent_channels, size // first_stage.factor, size // first_stage.factor
-
-
-def build_autoencoder(config, info, first_stage=None):
-    """Config -> AutoencoderTask. Source: LDM §3.1."""
-    return AutoencoderTask(config, info)
-
-
-def build_dit(config, info, first_stage=None):
-    """Config -> DiffusionTask with a class-conditional DiT. Source: DiT §3."""
-    channels, size, _ = model_shape(info, first_stage)
-    model = DiT(input_size=size, in_channels=channels, num_classes=len(info["class_names"]),
-                learn_sigma=config.learn_sigma, class_dropout_prob=config.class_dropout,
-                conditioning=config.conditioning, **dit_config(config.model))
-    return DiffusionTask(config, info, model, first_stage)
-
-
-def build_unet(config, info, first_stage=None):
-    """Config -> DiffusionTask with a text-conditional U-Net and its text encoder. Source: LDM §3.3."""
-    if config.learn_sigma:
-        raise UserError("--learn-sigma (and so --recipe paper) is DiT's; the U-Net predicts eps, v or a velocity alone")
-    channels, _, _ = model_shape(info, first_stage)
-    tokenizer, sizes = WordTokenizer.from_state(info["vocabulary"]), UNET_CONFIGS[config.model]
-    unet = UNet(**{**sizes, "in_channels": channels, "out_channels": channels})
-    text = TextEncoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=unet.context_dim)
-    model = TextToImage(unet, text, tokenizer([""])[0], config.class_dropout)
-    return DiffusionTask(config, info, model, first_stage, tokenizer)
-
-
-def build_first_stage(config, info):
-    """config.first_stage -> frozen autoencoder or None.
-
-    It is a checkpoint's path, "none", or "tiny" (untrained, for --bench and --overfit-batch). Raises UserError.
-    """
-    if config.first_stage == "none" or config.model == "tiny-ae":
-        return None
-    if config.first_stage == "tiny":
-        return TinyAutoencoder(info["channels"], config.latent_channels, config.factor).eval().requires_grad_(False)
-    first_stage = load_first_stage(load_checkpoint(config.first_stage), config.first_stage)
-    if first_stage is None:
-        raise UserError(f"{config.first_stage} holds no autoencoder: --first-stage wants that of --model tiny-ae")
-    return first_stage
-
-
-def load_first_stage(state, path):
-    """The frozen autoencoder in a tiny-ae checkpoint, or in a diffusion checkpoint that carries one; else None.
-
-    Source: LDM §3.1.
-    """
-    if state.get("task") == "tiny-ae":
-        state = {"factor": state["config"]["factor"], "model": state["ema"]}
-    elif "first_stage" in state:
-        state = state["first_stage"]
-    else:
-        return None
-    cell, latent = state["model"]["encoder.1.weight"].shape[1], state["model"]["mean"].shape[0]
-    vae = TinyAutoencoder(cell // state["factor"] ** 2, latent, state["factor"])
-    load_weights(vae, state["model"], path)
-    return vae.eval().requires_grad_(False)
-
-
-# name -> how to build it; the loop never asks which one it runs
-TASKS = {"tiny-ae": build_autoencoder, "dit": build_dit, "unet": build_unet}
-
-
-def task_name(model):
-    """Which task trains a model of this name. Raises UserError with the nearest legal names."""
-    if model == "tiny-ae":
-        return model
-    if model in UNET_CONFIGS:
-        return "unet"
-    try:
-        dit_config(model)
-    except ValueError as error:
-        known = ["tiny-ae", "DiT-128x4/2", *DIT_CONFIGS, *UNET_CONFIGS]
-        near = difflib.get_close_matches(model, known, 1)
-        hint = f". Did you mean {near[0]}?" if near else ""
-        raise UserError(f"{error}; or {', '.join(UNET_CONFIGS)}, tiny-ae{hint}") from error
-    return "dit"
-
-
-def describe(dataset, config):
-    """What a model needs to know of its data, as plain values that travel in the checkpoint. Raises UserError."""
-    info = {"name": dataset.name, "class_names": list(dataset.class_names), "channels": dataset.images.shape[1],
-            "image_size": config.image_size}
-    if task_name(config.model) == "unet":
-        if dataset.captions is None:
-            raise UserError(f"{config.model} wants captions, and {config.data} has none: try --data scenes, or a "
-                            "folder with metadata.jsonl")
-        info |= {"vocabulary": WordTokenizer.from_captions(dataset.captions).state(), "examples": dataset.captions[:24]}
-    return info
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -728,14 +364,14 @@ def compile_or_warn(net, step_loss):
 def train(config, dataset, task):
     """Run a task until config.steps -> path of its checkpoint. Ctrl-C or SIGTERM: saves, exits with 128 + the signal.
 
-    Raises UserError for a batch that cannot be split, a failed save, or ten non-finite steps in a row.
+    Raises ValueError for a batch that cannot be split, a failed save, or ten non-finite steps in a row.
     Source: DiT §4 (recipe).
     """
     # --- where: device, rank, precision
     device, out = config.device, pathlib.Path(config.out)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % (world * config.accum):
-        raise UserError(f"batch size {config.batch_size} does not split over {world} process(es) x {config.accum} "
+        raise ValueError(f"batch size {config.batch_size} does not split over {world} process(es) x {config.accum} "
                         "micro-batch(es)")
     autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()
 
@@ -793,7 +429,7 @@ def train(config, dataset, task):
                 values /= world
             *values, skipped, signum = values.tolist()      # the one place where the host waits for the device
             if skipped >= 10:
-                raise UserError(f"loss or gradient not finite ten times in a row, up to step {step}. Weights were "
+                raise ValueError(f"loss or gradient not finite ten times in a row, up to step {step}. Weights were "
                                 "never updated with one, and the last checkpoint is intact: lower --lr (and "
                                 "--muon-lr), or look at the data")
             if skipped:
@@ -824,14 +460,14 @@ def train(config, dataset, task):
 
 
 def resume(path, model, ema, optimizers):
-    """Put a run back to where its checkpoint was written -> the step. Raises UserError if the file does not fit."""
+    """Put a run back to where its checkpoint was written -> the step. Raises ValueError if the file does not fit."""
     state = load_checkpoint(path)
     if "opt" not in state:
-        raise UserError(f"{path} holds weights only, nothing to resume: start a new run with --init {path}")
+        raise ValueError(f"{path} holds weights only, nothing to resume: start a new run with --init {path}")
     load_weights(model, state["model"], path)
     load_weights(ema, state["ema"], path)
     if len(state["opt"]) != len(optimizers):
-        raise UserError(f"{path} was trained with another --optimizer: use the same flags as then")
+        raise ValueError(f"{path} was trained with another --optimizer: use the same flags as then")
     for optimizer, saved in zip(optimizers, state["opt"]):
         optimizer.load_state_dict(saved)
     return state["step"]
@@ -942,15 +578,15 @@ def prepare_run(config):
     config = dataclasses.replace(config, device=resolve_device(config.device), out=str(default_out(config)))
     for name in ("steps", "batch_size", "accum", "image_size", "log_every", "save_every", "factor", "latent_channels"):
         if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a positive number")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a positive number")
     if not 0 <= config.class_dropout < 1:
-        raise UserError(f"--class-dropout {config.class_dropout}: give a share from 0 to below 1")
+        raise ValueError(f"--class-dropout {config.class_dropout}: give a share from 0 to below 1")
     task, out = task_name(config.model), pathlib.Path(config.out)
     if int(os.environ.get("RANK", 0)) == 0 and not config.bench and not config.overfit_batch:
         if config.resume and not any((out / f / "ckpt.pt").is_file() for f in (".", "first_stage")):
-            raise UserError(f"--resume: there is no checkpoint in {out}; leave the flag out to start")
+            raise ValueError(f"--resume: there is no checkpoint in {out}; leave the flag out to start")
         if not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists and is not empty: add --resume to go on with it, or choose another --out")
+            raise ValueError(f"{out} exists and is not empty: add --resume to go on with it, or choose another --out")
     if config.first_stage == "auto" and config.init and task != "tiny-ae":
         config.first_stage = config.init if load_first_stage(load_checkpoint(config.init), config.init) else "none"
     if config.first_stage == "auto":
@@ -959,7 +595,7 @@ def prepare_run(config):
         size = config.image_size // (config.factor if config.first_stage == "tiny" else 1)
         patch = dit_config(config.model)["patch_size"]
         if size % patch:
-            raise UserError(f"{config.model} needs a side divisible by its patch size {patch}, and --image-size "
+            raise ValueError(f"{config.model} needs a side divisible by its patch size {patch}, and --image-size "
                             f"{config.image_size} gives {size}")
     return config
 
@@ -1038,7 +674,7 @@ def main(argv=None):
             print(f"done: {path}\nlook at {config.out}/samples, or draw more: python sample.py --ckpt {path}")
         if dist.is_initialized():
             dist.destroy_process_group()
-    except ValueError as error:                     # UserError and the data loader's own: one line each
+    except ValueError as error:                     # something that the person at the keyboard can mend: one line
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:                       # before the loop, where nothing is lost yet

@@ -1,4 +1,4 @@
-"""Public weights into our modules, unchanged: Stable Diffusion v1 in each form in which it is published.
+"""Weights from and to files: our own checkpoints, and Stable Diffusion v1 in each form in which it is published.
 
 Papers: High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al. 2022); CLIP (Radford et al. 2021).
 
@@ -11,7 +11,8 @@ The idea.  unet.py, vae.py and text.py keep the official names, so loading is th
   build   sizes are read off the tensors, the module is made without storage (meta device) and takes the tensors over.
 What a tensor cannot tell, the caller may state: heads, GroupNorm groups, the scale of the latents.
 
-Contents: read_safetensors, write_safetensors, read_weights; split_compvis; rename_unet, rename_vae, read_diffusers;
+Contents: read_safetensors, write_safetensors, read_weights; save_checkpoint, load_checkpoint, load_weights, for our own
+files; split_compvis; rename_unet, rename_vae, read_diffusers;
 infer_unet, infer_vae, infer_text, build.
 
     import weights                                     # a file, or a folder of diffusers
@@ -174,7 +175,11 @@ def read_weights(path):
         raise ValueError(f"{path} is a folder: read_diffusers reads those")
     if not path.is_file():
         raise ValueError(f"no file at {path}")
-    state = read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    return _named_tensors(read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path), path)
+
+
+def _named_tensors(state, path):
+    """The state_dict in what a file held, without the prefixes of DDP and compile."""
     state = state if isinstance(state, dict) else {}
     state = next((state[k] for k in ("ema", "model", "state_dict") if isinstance(state.get(k), dict)), state)
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()
@@ -182,6 +187,60 @@ def read_weights(path):
     if not state:
         raise ValueError(f"{path} holds no named tensors: it is no file of weights")
     return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints: a plain dict of tensors and builtins, written whole or not at all, read without running any code in it
+
+def save_checkpoint(path, state):
+    """Write atomically: a crash, a kill or a full disk leaves the old file as it was.
+
+    Raises ValueError if it cannot. Source: none.
+    """
+    path = pathlib.Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
+        part.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"could not write {path} ({reason}); the previous checkpoint, if any, is intact") from error
+
+
+def load_checkpoint(path):
+    """A checkpoint of ours, or an official file, as {"model": state_dict, ...}; DDP and compile prefixes are stripped.
+
+    Official: a bare state_dict or {"ema" | "model" | "state_dict": ...}. Raises ValueError for a missing, damaged or
+    unsafe file. Source: none.
+    """
+    if not pathlib.Path(path).is_file():
+        hint = ": train first (python train.py)" if "ckpt.pt" in str(path) else ""
+        raise ValueError(f"no checkpoint at {path}" + hint)
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:        # a flipped bit loads silently
+        raise ValueError(f"{path} is damaged (a checksum inside it does not match): copy or download it again")
+    state = _read_torch(path)
+    if isinstance(state, dict) and "format" in state:
+        return state
+    weights = _named_tensors(state, path)
+    return {"model": weights, "ema": weights}
+
+
+def load_weights(model, weights, path):
+    """Copy a state_dict into model. Raises ValueError with the first five names that do not fit, and both shapes.
+
+    Source: none.
+    """
+    have = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in weights.items()}
+    wrong = [f"{k}: file {given.get(k, 'has none')}, model {have.get(k, 'has none')}"
+             for k in sorted(have.keys() | given.keys()) if have.get(k) != given.get(k)]
+    if wrong:
+        raise ValueError(f"{path} does not fit this model, {len(wrong)} tensors differ: " + "; ".join(wrong[:5]))
+    model.load_state_dict(weights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ def test_dit_with_its_autoencoder(parts, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(sample, "save_grid", lambda images, path, captions=None, **k: drawn.append(images))
     sample.main(["--ckpt", str(tmp_path / "DiT-shrunk.pt"), "--vae", str(tmp_path / "vae.safetensors"), "--class", "7",
-                 "--sampler", "ddim", "--steps", "4", "--seed", "3", "--device", "cpu", "--out", str(tmp_path / "x.png")])
+                 "--sampler", "ddim", "--steps", "4", "--seed", "3", "--device", "cpu",
+                 "--out", str(tmp_path / "x.png")])
     from diffusion import GaussianDiffusion
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     process = GaussianDiffusion().respaced(4)

@@ -163,7 +163,8 @@ def test_exported_checkpoints_are_small_and_draw_nearly_the_same(runs, tmp_path,
     a, b = (sample.draw(path, n=4, steps=3, device="cpu")[0].int() for path in (whole, small))
     assert (a - b).abs().max() <= 2                                      # half precision, in grey levels
     train.main(["--data", f"folder:{runs / 'flat'}", "--image-size", "8", "--model", "DiT-32x1/2", "--steps", "1",
-                "--batch-size", "4", "--init", str(runs / "unconditional" / "ckpt.pt"), "--out", str(tmp_path / "more")])
+                "--batch-size", "4", "--init", str(runs / "unconditional" / "ckpt.pt"),
+                "--out", str(tmp_path / "more")])
     with pytest.raises(SystemExit):
         sample.main(["--ckpt", str(small), "--weights", "model"])
     assert "--weights" in capsys.readouterr().err

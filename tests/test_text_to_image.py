@@ -5,9 +5,10 @@ import torch
 
 import data
 import sample
+import tasks
 import train
 from test_train import assert_same
-from train import load_checkpoint
+from weights import load_checkpoint
 
 FLAGS = ["--model", "unet-tiny", "--batch-size", "4", "--sample-every", "0", "--log-every", "1", "--device", "cpu"]
 
@@ -34,7 +35,7 @@ def test_the_vocabulary_travels_in_the_checkpoint(run):
     captions = data.load(f"folder:{run / 'scenes'}").captions
     assert task.info["examples"] == captions[:24] and state["task"] == "unet"
     assert task.tokenizer(captions).max() < task.model.text.text_model.embeddings.token_embedding.num_embeddings
-    moved = {k for k, v in state["model"].items() if not torch.equal(v, train.TASKS["unet"](
+    moved = {k for k, v in state["model"].items() if not torch.equal(v, tasks.TASKS["unet"](
         task.config, task.info, task.first_stage).model.state_dict()[k])}
     assert any(k.startswith("unet.input_blocks") for k in moved) and any(k.startswith("text.") for k in moved)
 

@@ -15,8 +15,11 @@ import torch
 from torch.testing import assert_close
 
 import data
+import tasks
 import train
-from train import Config, Muon, UserError, learning_rate, load_checkpoint, orthogonalise, save_checkpoint
+import weights
+from train import Config, Muon, learning_rate, orthogonalise
+from weights import load_checkpoint, save_checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -122,7 +125,7 @@ def test_latents_of_a_first_stage_travel_in_the_checkpoint(tmp_path, pictures):
     out = tmp_path / "dit"
     state = in_process(out, pictures, "--steps", "3", "--first-stage", str(tmp_path / "ae" / "ckpt.pt"),
                        "--model", "DiT-32x1/1")
-    stage = train.load_first_stage(state, "x")
+    stage = tasks.load_first_stage(state, "x")
     x = data.to_float(data.load(f"folder:{pictures}", 8).images)
     z = stage.encode(torch.cat([x, x.flip(-1)]))                    # pictures and, as flips are on, their mirror images
     assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
@@ -133,7 +136,7 @@ def test_latents_of_a_first_stage_travel_in_the_checkpoint(tmp_path, pictures):
 # ----------------------------------------------------------------------------------------------------------------------
 # bad numbers, signals, kills, full disks
 
-class Poison(train.DiffusionTask):
+class Poison(tasks.DiffusionTask):
     """A DiT whose loss is not finite at the steps in `at` (counted by draws)."""
     at = ()
 
@@ -153,8 +156,8 @@ def poisoned(tmp_path, pictures, at, steps, optimizer="muon"):
         save_every=5, lr_decay="constant"))
     dataset = data.load(config.data, 8)
     torch.manual_seed(0)
-    info = train.describe(dataset, config)
-    task = Poison(config, info, train.build_dit(config, info).model)
+    info = tasks.describe(dataset, config)
+    task = Poison(config, info, tasks.build_dit(config, info).model)
     task.at = at
     train.write_config(config)
     return config, train.train(config, dataset, task)
@@ -173,7 +176,7 @@ def test_a_non_finite_step_changes_nothing(tmp_path, pictures, capsys, optimizer
 
 
 def test_ten_non_finite_steps_in_a_row_stop_with_the_last_good_checkpoint(tmp_path, pictures):
-    with pytest.raises(UserError, match="ten times in a row"):
+    with pytest.raises(ValueError, match="ten times in a row"):
         poisoned(tmp_path, pictures, range(6, 99), 50)
     state = load_checkpoint(tmp_path / "p50muon" / "ckpt.pt")
     assert state["step"] in (5, 10, 15) and all(v.isfinite().all() for v in state["model"].values())
@@ -200,8 +203,8 @@ def test_signals_save_at_the_next_step(tmp_path, pictures, signum):
 
 @pytest.mark.slow
 def test_a_checkpoint_survives_kills_while_it_is_written(tmp_path):
-    script = ("import sys; sys.path.insert(0, sys.argv[1]); import torch, train\n"
-              "for i in range(10**6): train.save_checkpoint(sys.argv[2], {'format': 1, 'i': i, "
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); import torch, weights\n"
+              "for i in range(10**6): weights.save_checkpoint(sys.argv[2], {'format': 1, 'i': i, "
               "'x': torch.full((500_000,), float(i))}); print(i, flush=True)")
     path = tmp_path / "ckpt.pt"
     for wait in (0.0, 0.013, 0.029, 0.05, 0.083):
@@ -224,7 +227,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         f.write(b"x" * 100)
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(ValueError, match="No space left"):
         save_checkpoint(path, {"format": 1, "x": torch.zeros(3)})
     assert torch.equal(load_checkpoint(path)["x"], torch.ones(3)) and list(tmp_path.iterdir()) == [path]
 
@@ -232,7 +235,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 def test_a_really_full_device_is_one_line(tmp_path):
     (tmp_path / "ckpt.pt.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="could not write"):
+    with pytest.raises(ValueError, match="could not write"):
         save_checkpoint(tmp_path / "ckpt.pt", {"format": 1, "x": torch.zeros(100_000)})
 
 
@@ -250,27 +253,27 @@ def test_damaged_and_malicious_files_are_refused(tmp_path, monkeypatch):
     raw = good.read_bytes()
     flipped = bytearray(raw)
     flipped[len(raw) // 2] ^= 1                                 # one bit inside the tensor: torch.load would not notice
-    for name, content, words in (("empty.pt", b"", "not a readable"), ("cut.pt", raw[:len(raw) // 2], "not a readable"),
-                                 ("text.pt", b"hello", "not a readable"), ("flipped.pt", bytes(flipped), "damaged")):
+    for name, content, words in (("empty.pt", b"", "not readable"), ("cut.pt", raw[:len(raw) // 2], "not readable"),
+                                 ("text.pt", b"hello", "not readable"), ("flipped.pt", bytes(flipped), "damaged")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(ValueError, match=words):
             load_checkpoint(tmp_path / name)
     mark = tmp_path / "ran"
     monkeypatch.setenv("EVIL_MARK", str(mark))
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
     for name in ("evil.pt", "evil.pkl"):
-        with pytest.raises(UserError):
+        with pytest.raises(ValueError):
             load_checkpoint(tmp_path / name)
     assert not mark.exists()
-    with pytest.raises(UserError, match="train first"):
+    with pytest.raises(ValueError, match="train first"):
         load_checkpoint(tmp_path / "ckpt.pt")
 
 
 def test_namespace_checkpoints_get_a_sentence_and_prefixes_are_stripped(tmp_path):
     import argparse
     torch.save({"ema": {"w": torch.ones(2)}, "args": argparse.Namespace(a=1)}, tmp_path / "dit.pt")
-    with pytest.raises(UserError, match="torch.save"):
+    with pytest.raises(ValueError, match="torch.save"):
         load_checkpoint(tmp_path / "dit.pt")
     for wrap in (lambda d: d, lambda d: {"model": {"w": torch.zeros(2)}, "ema": d}, lambda d: {"state_dict": d}):
         torch.save(wrap({"module._orig_mod.w": torch.ones(2)}), tmp_path / "w.pt")
@@ -279,10 +282,10 @@ def test_namespace_checkpoints_get_a_sentence_and_prefixes_are_stripped(tmp_path
 
 def test_weights_that_do_not_fit_are_listed():
     model = torch.nn.Linear(3, 2)
-    with pytest.raises(UserError, match=r"weight: file \(2, 4\), model \(2, 3\)"):
-        train.load_weights(model, {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, "f.pt")
-    with pytest.raises(UserError, match="extra: file"):
-        train.load_weights(model, {**model.state_dict(), "extra": torch.zeros(1)}, "f.pt")
+    with pytest.raises(ValueError, match=r"weight: file \(2, 4\), model \(2, 3\)"):
+        weights.load_weights(model, {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, "f.pt")
+    with pytest.raises(ValueError, match="extra: file"):
+        weights.load_weights(model, {**model.state_dict(), "extra": torch.zeros(1)}, "f.pt")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,321 @@
+"""Tasks: what one training step is, for every model that train.py trains and sample.py draws from.
+
+A task holds a model and answers, for the one loop:
+    prepare(dataset, device) -> dataset     once: for instance pictures to latents, captions to ids
+    draw(n, generator, device) -> tensors   every random number of a step of n pictures
+    loss(net, batch) -> (scalar, metrics)   a pure function of tensors: it compiles, resumes, and splits over devices
+    preview(model, dataset, device, path)   a picture of what has been learned
+    state() -> dict                         what else travels in the checkpoint
+and, if it is generative, for the sampler: sample, to_pictures, encode, shrink_mask, examples.
+
+To add a model: write its file, then a build function here, and a line in TASKS. The loop does not change.
+
+    python train.py --model unet-tiny --data scenes     # the loop asks TASKS["unet"]
+
+Contents: AutoencoderTask, TextToImage, DiffusionTask, the builders, TASKS.
+"""
+import copy
+import dataclasses
+import difflib
+
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import save_grid, to_float, to_uint8
+from diffusion import GaussianDiffusion, RectifiedFlow, randn
+from dit import DIT_CONFIGS, DiT, dit_config
+from text import TextEncoder, WordTokenizer
+from unet import UNET_CONFIGS, UNet
+from vae import TinyAutoencoder
+from weights import load_checkpoint, load_weights
+
+
+class AutoencoderTask:
+    """Train a TinyAutoencoder to give pictures back. Source: vae.py; LDM §3.1."""
+    def __init__(self, config, info):
+        self.config, self.info = config, info
+        if info["image_size"] % config.factor:
+            raise ValueError(f"image size {info['image_size']} is not divisible by the autoencoder's factor "
+                            f"{config.factor}")
+        self.model = TinyAutoencoder(info["channels"], config.latent_channels, config.factor)
+        side = info["image_size"] // config.factor
+        self.latent_shape = (config.latent_channels, side, side)
+
+    def prepare(self, dataset, device):
+        return dataset
+
+    def macs(self):
+        """Multiply-accumulates of one forward of one picture. Source: torch.utils.flop_counter (2 flops each)."""
+        meta = copy.deepcopy(self.model).to("meta")
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            picture = torch.zeros(1, self.info["channels"], *[self.info["image_size"]] * 2)
+            meta(picture, torch.zeros(1, *self.latent_shape))
+        return counter.get_total_flops() // 2
+
+    def draw(self, n, generator, device):
+        return {"noise": randn((n, *self.latent_shape), generator, device),
+                "flip": torch.rand(n, generator=generator, device=device)}
+
+    def loss(self, net, batch):
+        recon, z = net(to_float(batch["x"]), batch["noise"], self.config.latent_noise)
+        mse = (recon.float() - to_float(batch["x"])).square().mean()
+        psnr = 10 * torch.log10(4 / mse.detach())
+        # the small pull keeps latents bounded; see vae.py
+        return mse + 1e-4 * z.float().square().mean(), {"mse": mse.detach(), "psnr": psnr}
+
+    def preview(self, model, dataset, device, path):
+        x = to_float(dataset.images[:32]).to(device)
+        pairs = torch.stack([x, model.decode(model.encode(x)).clamp(-1, 1)], 1)         # (32, 2, C, H, W)
+        rows = pairs.flatten(0, 1)                                                      # (64, C, H, W)
+        save_grid(rows.cpu(), path, nrow=16, scale=2)
+
+    def state(self):
+        return {}
+
+
+class TextToImage(nn.Module):
+    """A text encoder and a U-Net: model(x (B, C, H, W), t (B,), ids (B, L) or encoded text (B, L, D_ctx)) -> like x.
+
+    null_ids: the empty caption's ids (L,), which stands in for a share class_dropout_prob of captions, so that guidance
+    has something to compare with. Source: LDM §3.3.
+    """
+    matrices = rf"unet\.{UNet.matrices}|text\.text_model\.encoder\.layers\."         # Muon's share
+
+    def __init__(self, unet, text, null_ids, class_dropout_prob):
+        super().__init__()
+        self.unet, self.text, self.class_dropout_prob = unet, text, class_dropout_prob
+        self.register_buffer("null_ids", null_ids, persistent=False)
+
+    def forward(self, x, t, y):
+        context = y if y.is_floating_point() else self.text(y)                          # (B, L, D_ctx)
+        return self.unet(x.to(context.dtype), t, context)                               # (B, C, H, W)
+
+    def null_condition(self, count, device="cpu"):
+        """The empty caption, (count, L)."""
+        return self.null_ids.to(device).expand(count, -1)
+
+    def drop_labels(self, ids, draws):
+        """Replace captions ids (B, L) by the empty one where draws (B,), uniform in [0, 1), are small."""
+        return torch.where((draws < self.class_dropout_prob)[:, None], self.null_ids, ids)
+
+
+class DiffusionTask:
+    """Train and sample a diffusion model, on pixels or on the latents of a frozen first stage.
+
+    model: model(x, t, y) with y classes (B,) or, with a tokenizer, caption ids (B, L). It also answers
+    null_condition(count, device) and drop_labels(y, draws). Raises ValueError for flags that clash.
+    Source: DiT §3; LDM §3.
+    """
+
+    def __init__(self, config, info, model, first_stage=None, tokenizer=None):
+        self.config, self.info, self.model = config, info, model
+        self.first_stage, self.tokenizer = first_stage, tokenizer
+        if config.schedule == "flow" and config.learn_sigma:
+            raise ValueError("--learn-sigma belongs to a Gaussian schedule: add --schedule linear or cosine")
+        self.process = RectifiedFlow() if config.schedule == "flow" else GaussianDiffusion(
+            schedule=config.schedule, prediction=config.prediction, learn_sigma=config.learn_sigma)
+        self.shape = model_shape(info, first_stage)
+
+    @torch.no_grad()
+    def prepare(self, dataset, device):
+        """Pictures -> what DiT is trained on: with a first stage, all latents at once, so no step encodes anything."""
+        if self.tokenizer is not None:
+            dataset = dataclasses.replace(dataset, labels=self.tokenizer(dataset.captions))     # (N, L)
+        if self.first_stage is None:
+            return dataset
+        vae, x = self.first_stage.to(device), dataset.images
+        x = torch.cat([x, x.flip(-1)]) if dataset.flip else x      # a latent cannot be mirrored: mirror before encoding
+        if bool((vae.std == 1).all()):
+            vae.standardise(to_float(x[:2000]).to(device))
+        z = torch.cat([vae.encode(to_float(c.to(device))) for c in x.split(1000)])          # (N, c, h, w)
+        labels = torch.cat([dataset.labels] * 2) if dataset.flip else dataset.labels
+        return dataclasses.replace(dataset, images=z, labels=labels, flip=False)
+
+    def macs(self):
+        """Multiply-accumulates of one forward of one picture. Source: torch.utils.flop_counter (2 flops each)."""
+        meta = copy.deepcopy(self.model).to("meta")
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            meta(torch.zeros(1, *self.shape), torch.zeros(1), self.model.null_condition(1).to("meta"))
+        return counter.get_total_flops() // 2
+
+    def draw(self, n, generator, device):
+        uniform = lambda: torch.rand(n, generator=generator, device=device)
+        return {"drop": uniform(), "flip": uniform(), **self.process.draw((n, *self.shape), generator, device)}
+
+    def loss(self, net, batch):
+        x0 = batch["x"] if batch["x"].is_floating_point() else to_float(batch["x"])
+        y = self.model.drop_labels(batch["y"], batch["drop"])
+        return self.process.loss(net, x0, y, batch["t"], batch["eps"])
+
+    @torch.no_grad()
+    def sample(self, model, y, null=None, cfg_scale=None, steps=None, sampler=None, callback=None, **options):
+        """Draw one example per condition y (B,) or (B, L) -> (B, C, H, W) in model space; see to_pictures.
+
+        null: what guidance steers away from, like y (default: nothing asked for); cfg_scale, steps, sampler: default to
+        the run's guidance, and ddpm in 250 steps for a learned variance, else ddim in 50, or euler in 25 for a flow;
+        callback(x0 guess) is called after every step; options as in diffusion's sample. Source: DiT §3.1.
+        """
+        cfg_scale = self.config.cfg_scale if cfg_scale is None else cfg_scale
+        if self.model.class_dropout_prob == 0 or getattr(self.model, "num_classes", 1) == 0:
+            cfg_scale = 1.0                                          # nothing to guide by
+        null = self.model.null_condition(len(y), y.device) if null is None else null
+        if self.tokenizer is not None:                               # encode the words once, not at every step
+            y, null = self.model.text(y), self.model.text(null)      # (B, L, D_ctx)
+        sampler = sampler or ("ddpm" if self.config.learn_sigma else self.process.samplers[0])
+        options = {"clip": self.first_stage is None and self.shape[0] in (1, 3), "device": y.device, **options}
+        walk = self.process.trajectory(model, (len(y), *self.shape), y, null, sampler=sampler, cfg_scale=cfg_scale,
+                                       steps=steps or {"ddpm": 250, "euler": 25}.get(sampler, 50), **options)
+        for x, x0 in walk:
+            if callback is not None:
+                callback(x0)
+        return x
+
+    @torch.no_grad()
+    def encode(self, x):
+        """Pictures (B, C, H, W) in [-1, 1] -> model space. Source: LDM §3.1."""
+        if self.first_stage is None:
+            return x
+        vae = self.first_stage.to(x.device)
+        return vae.encode(x.to(next(vae.parameters()).dtype)).float()
+
+    def shrink_mask(self, mask):
+        """Mask (B, 1, H, W), 1 = paint here -> model space: a latent cell is painted if any of its pixels is.
+
+        Source: LDM §4.5.
+        """
+        if mask is None or self.first_stage is None:
+            return mask
+        return torch.nn.functional.max_pool2d(mask, self.first_stage.factor)                # (B, 1, h, w)
+
+    @torch.no_grad()
+    def to_pictures(self, x):
+        """Model space -> uint8 pictures (B, C, H, W). Latents without a first stage: three channels in false colours.
+
+        Source: LDM §3.1.
+        """
+        if self.first_stage is not None:
+            vae = self.first_stage.to(x.device)
+            return to_uint8(vae.decode(x.to(next(vae.parameters()).dtype)).float())
+        return to_uint8(x if x.shape[1] in (1, 3) else x[:, :3] / 3)
+
+    def examples(self):
+        """What to draw when nothing is asked for: (conditions, their names or None), at most 48."""
+        if self.tokenizer is not None:
+            return self.tokenizer(self.info["examples"]), self.info["examples"]
+        names = self.info["class_names"]
+        each = max(1, 40 // max(1, len(names)))                     # a few of each class, when there are few
+        y = torch.arange(min(48, max(1, len(names)) * each)) % max(1, len(names))
+        return y, [names[i] for i in y.tolist()] if names else None
+
+    def preview(self, model, dataset, device, path):
+        y, names = self.examples()
+        seeds = [torch.Generator(device).manual_seed(i) for i in range(len(y))]
+        sampler = "ddim" if self.config.learn_sigma else None       # 250 ancestral steps would outlast the training
+        images = self.to_pictures(self.sample(model, y.to(device), generator=seeds, steps=25, sampler=sampler))
+        save_grid(images.cpu(), path, nrow=8, captions=names)
+
+    def state(self):
+        if self.first_stage is None:
+            return {}
+        return {"first_stage": {"factor": self.first_stage.factor, "model": self.first_stage.state_dict()}}
+
+
+def model_shape(info, first_stage):
+    """(C, H, W) of what the diffusion model sees: pixels, or the first stage's latents. Raises ValueError."""
+    size, channels = info["image_size"], info["channels"]
+    if first_stage is None:
+        return channels, size, size
+    if size % first_stage.factor:
+        raise ValueError(f"image size {size} is not divisible by the first stage's factor {first_stage.factor}")
+    return first_stage.latent_channels, size // first_stage.factor, size // first_stage.factor
+
+
+def build_autoencoder(config, info, first_stage=None):
+    """Config -> AutoencoderTask. Source: LDM §3.1."""
+    return AutoencoderTask(config, info)
+
+
+def build_dit(config, info, first_stage=None):
+    """Config -> DiffusionTask with a class-conditional DiT. Source: DiT §3."""
+    channels, size, _ = model_shape(info, first_stage)
+    model = DiT(input_size=size, in_channels=channels, num_classes=len(info["class_names"]),
+                learn_sigma=config.learn_sigma, class_dropout_prob=config.class_dropout,
+                conditioning=config.conditioning, **dit_config(config.model))
+    return DiffusionTask(config, info, model, first_stage)
+
+
+def build_unet(config, info, first_stage=None):
+    """Config -> DiffusionTask with a text-conditional U-Net and its text encoder. Source: LDM §3.3."""
+    if config.learn_sigma:
+        raise ValueError("--learn-sigma (and so --recipe paper) is DiT's; the U-Net predicts eps, v or a velocity")
+    channels, _, _ = model_shape(info, first_stage)
+    tokenizer, sizes = WordTokenizer.from_state(info["vocabulary"]), UNET_CONFIGS[config.model]
+    unet = UNet(**{**sizes, "in_channels": channels, "out_channels": channels})
+    text = TextEncoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=unet.context_dim)
+    model = TextToImage(unet, text, tokenizer([""])[0], config.class_dropout)
+    return DiffusionTask(config, info, model, first_stage, tokenizer)
+
+
+def build_first_stage(config, info):
+    """config.first_stage -> frozen autoencoder or None.
+
+    It is a checkpoint's path, "none", or "tiny" (untrained, for --bench and --overfit-batch). Raises ValueError.
+    """
+    if config.first_stage == "none" or config.model == "tiny-ae":
+        return None
+    if config.first_stage == "tiny":
+        return TinyAutoencoder(info["channels"], config.latent_channels, config.factor).eval().requires_grad_(False)
+    first_stage = load_first_stage(load_checkpoint(config.first_stage), config.first_stage)
+    if first_stage is None:
+        raise ValueError(f"{config.first_stage} holds no autoencoder: --first-stage wants that of --model tiny-ae")
+    return first_stage
+
+
+def load_first_stage(state, path):
+    """The frozen autoencoder in a tiny-ae checkpoint, or in a diffusion checkpoint that carries one; else None.
+
+    Source: LDM §3.1.
+    """
+    if state.get("task") == "tiny-ae":
+        state = {"factor": state["config"]["factor"], "model": state["ema"]}
+    elif "first_stage" in state:
+        state = state["first_stage"]
+    else:
+        return None
+    cell, latent = state["model"]["encoder.1.weight"].shape[1], state["model"]["mean"].shape[0]
+    vae = TinyAutoencoder(cell // state["factor"] ** 2, latent, state["factor"])
+    load_weights(vae, state["model"], path)
+    return vae.eval().requires_grad_(False)
+
+
+# name -> how to build it; the loop never asks which one it runs
+TASKS = {"tiny-ae": build_autoencoder, "dit": build_dit, "unet": build_unet}
+
+
+def task_name(model):
+    """Which task trains a model of this name. Raises ValueError with the nearest legal names."""
+    if model == "tiny-ae":
+        return model
+    if model in UNET_CONFIGS:
+        return "unet"
+    try:
+        dit_config(model)
+    except ValueError as error:
+        known = ["tiny-ae", "DiT-128x4/2", *DIT_CONFIGS, *UNET_CONFIGS]
+        near = difflib.get_close_matches(model, known, 1)
+        hint = f". Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{error}; or {', '.join(UNET_CONFIGS)}, tiny-ae{hint}") from error
+    return "dit"
+
+
+def describe(dataset, config):
+    """What a model needs to know of its data, as plain values that travel in the checkpoint. Raises ValueError."""
+    info = {"name": dataset.name, "class_names": list(dataset.class_names), "channels": dataset.images.shape[1],
+            "image_size": config.image_size}
+    if task_name(config.model) == "unet":
+        if dataset.captions is None:
+            raise ValueError(f"{config.model} wants captions, and {config.data} has none: try --data scenes, or a "
+                            "folder with metadata.jsonl")
+        info |= {"vocabulary": WordTokenizer.from_captions(dataset.captions).state(), "examples": dataset.captions[:24]}
+    return info
