@@ -28,7 +28,7 @@ import data
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from diffusion import randn
 from dit import DiT, infer_config
-from tasks import TASKS, DiffusionTask, TextToImage, load_first_stage
+from tasks import AUTOENCODERS, TASKS, DiffusionTask, TextToImage, load_first_stage
 from text import CLIPTokenizer
 from train import Config, flag, parse, resolve_device
 from weights import (build, load_checkpoint, load_weights, read_diffusers, read_weights, save_checkpoint,
@@ -82,7 +82,7 @@ def load(path, device="cpu", weights="ema", o=None):
     state = load_checkpoint(path)
     if "format" not in state:
         return load_official(path, state["model"], device, o or Options())
-    if state["task"] == "tiny-ae":
+    if state["task"] in AUTOENCODERS:
         raise ValueError(f"{path} is an autoencoder: it does not draw by itself; give a diffusion model's checkpoint")
     known = {f.name for f in dataclasses.fields(Config)}
     config = Config(**{k: v for k, v in state["config"].items() if k in known})
@@ -283,7 +283,7 @@ def write(o, out, task, images, x, y, names, film):
         np.savez(out.with_suffix(".npz"), arr_0=images.permute(0, 2, 3, 1).numpy(), **labels)   # (N, H, W, C)
         print(f"{len(images)} pictures in {out.with_suffix('.npz')}")
         return
-    save_grid(images, out, nrow=8, captions=names)
+    save_grid(images, out, nrow=8, captions=names, scale=None if names else max(1, 64 // images.shape[-1]))
     print(f"{len(images)} pictures in {out}")
     if task.first_stage is None and task.shape[0] not in (1, 3):
         data.save_latents(out.with_suffix(".pt"), x.cpu(), y)

@@ -5,6 +5,7 @@ A task holds a model and answers, for the one loop:
     draw(n, generator, device) -> tensors   every random number of a step of n pictures
     loss(net, batch) -> (scalar, metrics)   a pure function of tensors: it compiles, resumes, and splits over devices
     preview(model, dataset, device, path)   a picture of what has been learned
+    finish(model, dataset, device)          after the last step, before the last save
     state() -> dict                         what else travels in the checkpoint
 and, if it is generative, for the sampler: sample, to_pictures, encode, shrink_mask, examples.
 
@@ -27,20 +28,20 @@ from diffusion import GaussianDiffusion, RectifiedFlow, randn
 from dit import DIT_CONFIGS, DiT, dit_config
 from text import TextEncoder, WordTokenizer
 from unet import UNET_CONFIGS, UNet
-from vae import TinyAutoencoder
-from weights import load_checkpoint, load_weights
+from vae import AutoencoderKL, TinyAutoencoder
+from weights import build, load_checkpoint, load_weights, read_weights, split_compvis
 
 
 class AutoencoderTask:
-    """Train a TinyAutoencoder to give pictures back. Source: vae.py; LDM §3.1."""
+    """Train an autoencoder to give pictures back: tiny-ae, or kl-ae, a small AutoencoderKL. Source: LDM §3.1."""
+
     def __init__(self, config, info):
         self.config, self.info = config, info
-        if info["image_size"] % config.factor:
-            raise ValueError(f"image size {info['image_size']} is not divisible by the autoencoder's factor "
-                            f"{config.factor}")
-        self.model = TinyAutoencoder(info["channels"], config.latent_channels, config.factor)
-        side = info["image_size"] // config.factor
-        self.latent_shape = (config.latent_channels, side, side)
+        if config.model == "kl-ae":
+            self.model = AutoencoderKL(32, (1, 2, 2), 1, info["channels"], config.latent_channels, scale=1.0)
+        else:
+            self.model = TinyAutoencoder(info["channels"], config.latent_channels, config.factor)
+        self.latent_shape, self.scale = model_shape(info, self.model), 1.0
 
     def prepare(self, dataset, device):
         return dataset
@@ -58,11 +59,16 @@ class AutoencoderTask:
                 "flip": torch.rand(n, generator=generator, device=device)}
 
     def loss(self, net, batch):
-        recon, z = net(to_float(batch["x"]), batch["noise"], self.config.latent_noise)
-        mse = (recon.float() - to_float(batch["x"])).square().mean()
-        psnr = 10 * torch.log10(4 / mse.detach())
-        # the small pull keeps latents bounded; see vae.py
-        return mse + 1e-4 * z.float().square().mean(), {"mse": mse.detach(), "psnr": psnr}
+        x = to_float(batch["x"])
+        if self.config.model == "kl-ae":            # L1, and a little of the KL to a standard normal
+            recon, mean, logvar = (out.float() for out in net(x, batch["noise"]))
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            loss = (recon - x).abs().mean() + 1e-4 * kl
+        else:                                       # squares, and a small pull that keeps latents bounded; see vae.py
+            recon, z = (out.float() for out in net(x, batch["noise"], self.config.latent_noise))
+            loss = (recon - x).square().mean() + 1e-4 * z.square().mean()
+        mse = (recon - x).detach().square().mean()
+        return loss, {"mse": mse, "psnr": 10 * torch.log10(4 / mse)}
 
     def preview(self, model, dataset, device, path):
         x = to_float(dataset.images[:32]).to(device)
@@ -70,8 +76,13 @@ class AutoencoderTask:
         rows = pairs.flatten(0, 1)                                                      # (64, C, H, W)
         save_grid(rows.cpu(), path, nrow=16, scale=2)
 
+    def finish(self, model, dataset, device):
+        """Put the latents on a scale of their own, so that every user of this checkpoint finds the same."""
+        model.standardise(to_float(dataset.images[:2000]).to(device))
+        self.scale = getattr(model, "scale", None)
+
     def state(self):
-        return {}
+        return {"scale": self.scale}
 
 
 class TextToImage(nn.Module):
@@ -122,11 +133,11 @@ class DiffusionTask:
         """Pictures -> what DiT is trained on: with a first stage, all latents at once, so no step encodes anything."""
         if self.tokenizer is not None:
             dataset = dataclasses.replace(dataset, labels=self.tokenizer(dataset.captions))     # (N, L)
-        if self.first_stage is None:
+        if self.first_stage is None or dataset.images.is_floating_point():      # pixels, or latents already
             return dataset
         vae, x = self.first_stage.to(device), dataset.images
         x = torch.cat([x, x.flip(-1)]) if dataset.flip else x      # a latent cannot be mirrored: mirror before encoding
-        if bool((vae.std == 1).all()):
+        if not vae.standardised:
             vae.standardise(to_float(x[:2000]).to(device))
         z = torch.cat([vae.encode(to_float(c.to(device))) for c in x.split(1000)])          # (N, c, h, w)
         labels = torch.cat([dataset.labels] * 2) if dataset.flip else dataset.labels
@@ -144,7 +155,7 @@ class DiffusionTask:
         return {"drop": uniform(), "flip": uniform(), **self.process.draw((n, *self.shape), generator, device)}
 
     def loss(self, net, batch):
-        x0 = batch["x"] if batch["x"].is_floating_point() else to_float(batch["x"])
+        x0 = batch["x"].float() if batch["x"].is_floating_point() else to_float(batch["x"])
         y = self.model.drop_labels(batch["y"], batch["drop"])
         return self.process.loss(net, x0, y, batch["t"], batch["eps"])
 
@@ -213,12 +224,16 @@ class DiffusionTask:
         seeds = [torch.Generator(device).manual_seed(i) for i in range(len(y))]
         sampler = "ddim" if self.config.learn_sigma else None       # 250 ancestral steps would outlast the training
         images = self.to_pictures(self.sample(model, y.to(device), generator=seeds, steps=25, sampler=sampler))
-        save_grid(images.cpu(), path, nrow=8, captions=names)
+        save_grid(images.cpu(), path, nrow=8, captions=names, scale=None if names else max(1, 64 // images.shape[-1]))
+
+    def finish(self, model, dataset, device):
+        pass
 
     def state(self):
         if self.first_stage is None:
             return {}
-        return {"first_stage": {"factor": self.first_stage.factor, "model": self.first_stage.state_dict()}}
+        return {"first_stage": {"factor": self.first_stage.factor, "scale": getattr(self.first_stage, "scale", None),
+                                "model": self.first_stage.state_dict()}}
 
 
 def model_shape(info, first_stage):
@@ -257,62 +272,79 @@ def build_unet(config, info, first_stage=None):
     return DiffusionTask(config, info, model, first_stage, tokenizer)
 
 
-def build_first_stage(config, info):
-    """config.first_stage -> frozen autoencoder or None.
+def build_first_stage(config, channels):
+    """config.first_stage -> frozen autoencoder for pictures of so many channels, or None.
 
     It is a checkpoint's path, "none", or "tiny" (untrained, for --bench and --overfit-batch). Raises ValueError.
     """
-    if config.first_stage == "none" or config.model == "tiny-ae":
+    if config.first_stage == "none" or config.model in AUTOENCODERS:
         return None
     if config.first_stage == "tiny":
-        return TinyAutoencoder(info["channels"], config.latent_channels, config.factor).eval().requires_grad_(False)
-    first_stage = load_first_stage(load_checkpoint(config.first_stage), config.first_stage)
+        return TinyAutoencoder(channels, config.latent_channels, config.factor).eval().requires_grad_(False)
+    path = config.first_stage
+    state = {"model": read_weights(path)} if path.endswith(".safetensors") else load_checkpoint(path)
+    first_stage = load_first_stage(state, path)
     if first_stage is None:
-        raise ValueError(f"{config.first_stage} holds no autoencoder: --first-stage wants that of --model tiny-ae")
+        raise ValueError(f"{path} holds no autoencoder: --first-stage wants that of --model tiny-ae or kl-ae, or an "
+                         "official AutoencoderKL")
     return first_stage
 
 
 def load_first_stage(state, path):
-    """The frozen autoencoder in a tiny-ae checkpoint, or in a diffusion checkpoint that carries one; else None.
+    """The frozen autoencoder that a checkpoint is, or carries; or an official AutoencoderKL file; else None.
 
     Source: LDM §3.1.
     """
-    if state.get("task") == "tiny-ae":
-        state = {"factor": state["config"]["factor"], "model": state["ema"]}
+    if state.get("task") in AUTOENCODERS:
+        state = {"factor": state["config"]["factor"], "scale": state.get("scale"), "model": state["ema"]}
     elif "first_stage" in state:
         state = state["first_stage"]
+    elif "format" not in state and "x_embedder.proj.weight" not in state["model"]:
+        state = {"scale": 0.18215, "model": split_compvis(state["model"]).get("vae", {})}   # of the published weights
     else:
         return None
-    cell, latent = state["model"]["encoder.1.weight"].shape[1], state["model"]["mean"].shape[0]
-    vae = TinyAutoencoder(cell // state["factor"] ** 2, latent, state["factor"])
-    load_weights(vae, state["model"], path)
+    weights = state["model"]
+    if "decoder.conv_in.weight" in weights:
+        vae = build({"vae": weights}, torch.float32, {"vae": {"scale": state["scale"]}})["vae"]
+    elif "encoder.1.weight" in weights:
+        cell, latent = weights["encoder.1.weight"].shape[1], weights["mean"].shape[0]
+        vae = TinyAutoencoder(cell // state["factor"] ** 2, latent, state["factor"])
+        load_weights(vae, weights, path)
+    else:
+        return None
     return vae.eval().requires_grad_(False)
 
 
+AUTOENCODERS = ("tiny-ae", "kl-ae")
 # name -> how to build it; the loop never asks which one it runs
-TASKS = {"tiny-ae": build_autoencoder, "dit": build_dit, "unet": build_unet}
+TASKS = {"tiny-ae": build_autoencoder, "kl-ae": build_autoencoder, "dit": build_dit, "unet": build_unet}
 
 
 def task_name(model):
     """Which task trains a model of this name. Raises ValueError with the nearest legal names."""
-    if model == "tiny-ae":
+    if model in AUTOENCODERS:
         return model
     if model in UNET_CONFIGS:
         return "unet"
     try:
         dit_config(model)
     except ValueError as error:
-        known = ["tiny-ae", "DiT-128x4/2", *DIT_CONFIGS, *UNET_CONFIGS]
+        known = [*AUTOENCODERS, "DiT-128x4/2", *DIT_CONFIGS, *UNET_CONFIGS]
         near = difflib.get_close_matches(model, known, 1)
         hint = f". Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{error}; or {', '.join(UNET_CONFIGS)}, tiny-ae{hint}") from error
+        raise ValueError(f"{error}; or {', '.join([*UNET_CONFIGS, *AUTOENCODERS])}{hint}") from error
     return "dit"
 
 
-def describe(dataset, config):
+def describe(dataset, config, first_stage=None):
     """What a model needs to know of its data, as plain values that travel in the checkpoint. Raises ValueError."""
-    info = {"name": dataset.name, "class_names": list(dataset.class_names), "channels": dataset.images.shape[1],
-            "image_size": config.image_size}
+    channels, side = dataset.images.shape[1], dataset.images.shape[-1]
+    if dataset.images.is_floating_point() and first_stage is not None:          # latents, and what can decode them
+        if channels != first_stage.latent_channels:
+            raise ValueError(f"{config.data} has {channels} channels, the first stage {first_stage.latent_channels}: "
+                             "give the --first-stage that made these latents")
+        channels, side = 3, side * first_stage.factor
+    info = {"name": dataset.name, "class_names": list(dataset.class_names), "channels": channels, "image_size": side}
     if task_name(config.model) == "unet":
         if dataset.captions is None:
             raise ValueError(f"{config.model} wants captions, and {config.data} has none: try --data scenes, or a "

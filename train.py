@@ -4,6 +4,7 @@
     python train.py --recipe paper                     # the same model as the DiT paper trains it: AdamW, eps, linear
     python train.py --model DiT-S/2 --data cifar10     # the paper's smallest DiT on 32x32 photographs, on one GPU
     python train.py --data folder:my_pictures --out out/mine --steps 20000
+    python train.py --model unet-tiny --data scenes    # text to image
     python train.py --out out/mine --resume            # after Ctrl-C, SIGTERM, or a crash: bit for bit the same run
     torchrun --nproc-per-node 2 train.py ...           # data-parallel: the same run on more devices
 
@@ -39,7 +40,7 @@ from tqdm import tqdm
 import data as data_module
 from data import Batches
 from dit import dit_config
-from tasks import TASKS, build_first_stage, describe, load_first_stage, task_name
+from tasks import AUTOENCODERS, TASKS, build_first_stage, describe, load_first_stage, task_name
 from weights import load_checkpoint, load_weights, save_checkpoint
 
 
@@ -54,8 +55,8 @@ def flag(default, help, **choices):
 @dataclasses.dataclass
 class Config:
     """Everything that defines a run. The defaults are the five-minute run."""
-    model: str = flag("DiT-128x4/2", "DiT-S/2 ... DiT-XL/8 of the paper, DiT-WxD/p (width, depth, patch), or tiny-ae "
-                                     "(an autoencoder)")
+    model: str = flag("DiT-128x4/2", "DiT-S/2 ... DiT-XL/8 of the paper, DiT-WxD/p (width, depth, patch), or tiny-ae, "
+                                     "kl-ae (autoencoders), unet-tiny, unet-small (text to image)")
     data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, emoji, folder:PATH (class sub-folders, "
                                "captions, or flat), latents:PATH")
     data_dir: str = flag("data", "where official files are looked for, and downloaded to when asked for by name")
@@ -66,7 +67,7 @@ class Config:
                              "captions, shapes, digits)", choices=["auto", "on", "off"])
     recipe: str = flag("fast", "a set of defaults; any flag that you give wins", choices=["fast", "paper"])
     first_stage: str = flag("auto", "what DiT runs on: tiny (latents of a small autoencoder, trained first), none "
-                                    "(pixels), a tiny-ae checkpoint, or auto (tiny for shapes and scenes, none "
+                                    "(pixels), an autoencoder's checkpoint, or auto (tiny for shapes and scenes, none "
                                     "otherwise)")
     first_stage_steps: int = flag(500, "optimizer steps of --first-stage tiny")
     latent_channels: int = flag(4, "channels of the tiny autoencoder's latents")
@@ -101,6 +102,7 @@ class Config:
     log_every: int = flag(10, "steps between rows of log.csv")
     sample_every: int = flag(500, "steps between previews; 0 = only at the end")
     save_every: int = flag(500, "steps between checkpoints")
+    save_latents: str = flag("", "encode --data with --first-stage into this file, for --data latents:FILE, and stop")
     overfit_batch: bool = flag(False, "self-check: one batch with fixed noise again and again; its loss must fall "
                                       "below 5 %%")
     bench: int = flag(0, "time this many steps, print throughput against the machine's matrix-product peak, and stop")
@@ -111,7 +113,7 @@ RECIPES = {  # what a recipe or a model changes among the defaults above
     # DiT §4
     "paper": dict(schedule="linear", prediction="eps", learn_sigma=True, optimizer="adamw", lr=1e-4,
                   lr_decay="constant", warmup=0, grad_clip=0.0, ema=0.9999),
-    "tiny-ae": dict(steps=500),
+    "tiny-ae": dict(steps=500), "kl-ae": dict(steps=1000),
     "unet-tiny": dict(steps=2500, latent_channels=6, latent_noise=0.2, first_stage_steps=800, cfg_scale=3.0)}
 RECIPES["unet-small"] = RECIPES["unet-tiny"]
 
@@ -440,6 +442,8 @@ def train(config, dataset, task):
                 log.row(step, [*sums, "grad_norm"], values, learning_rate(step - 1, config) * config.lr)
             stop.signum = stop.signum or math.ceil(signum)
         stopping = stop.signum if world == 1 or step % config.log_every == 0 or step == config.steps else 0
+        if step == config.steps:
+            task.finish(ema, dataset, device)
         if rank == 0 and (step % config.save_every == 0 or step == config.steps or stopping):
             save()
         preview_due = step == config.steps or (config.sample_every and step % config.sample_every == 0)
@@ -582,15 +586,17 @@ def prepare_run(config):
     if not 0 <= config.class_dropout < 1:
         raise ValueError(f"--class-dropout {config.class_dropout}: give a share from 0 to below 1")
     task, out = task_name(config.model), pathlib.Path(config.out)
-    if int(os.environ.get("RANK", 0)) == 0 and not config.bench and not config.overfit_batch:
+    writes = not (config.bench or config.overfit_batch or config.save_latents)
+    if int(os.environ.get("RANK", 0)) == 0 and writes:
         if config.resume and not any((out / f / "ckpt.pt").is_file() for f in (".", "first_stage")):
             raise ValueError(f"--resume: there is no checkpoint in {out}; leave the flag out to start")
         if not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} exists and is not empty: add --resume to go on with it, or choose another --out")
-    if config.first_stage == "auto" and config.init and task != "tiny-ae":
+    if config.first_stage == "auto" and config.init and task not in AUTOENCODERS:
         config.first_stage = config.init if load_first_stage(load_checkpoint(config.init), config.init) else "none"
     if config.first_stage == "auto":
-        config.first_stage = "tiny" if task == "unet" or config.data in ("shapes", "scenes") else "none"
+        latent = (task == "unet" and not config.data.startswith("latents:")) or config.data in ("shapes", "scenes")
+        config.first_stage = "tiny" if latent and task not in AUTOENCODERS else "none"
     if task == "dit" and config.first_stage in ("tiny", "none"):        # before minutes go into the first stage
         size = config.image_size // (config.factor if config.first_stage == "tiny" else 1)
         patch = dit_config(config.model)["patch_size"]
@@ -624,11 +630,24 @@ def write_config(config):
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
 
 
+def save_encoded(config, task, dataset):
+    """--save-latents: the data set as the first stage's latents, half precision, with labels and captions."""
+    if getattr(task, "first_stage", None) is None:
+        raise ValueError("--save-latents needs --first-stage FILE: the autoencoder that makes the latents")
+    z = task.prepare(dataclasses.replace(dataset, flip=False), config.device).images
+    data_module.save_latents(config.save_latents, z.half().cpu(), dataset.labels, dataset.captions, dataset.class_names)
+    print(f"{len(z):,} latents of {'x'.join(map(str, z.shape[1:]))} in {config.save_latents}; train on them with\n"
+          f"--data latents:{config.save_latents} --first-stage {config.first_stage}")
+
+
 def run(config, dataset):
     """Build the task, say what it is and what it costs, and train it (or time it, or check it) -> checkpoint path."""
     torch.manual_seed(config.seed)
-    info, main = describe(dataset, config), int(os.environ.get("RANK", 0)) == 0
-    task = TASKS[task_name(config.model)](config, info, build_first_stage(config, info))
+    main, first_stage = int(os.environ.get("RANK", 0)) == 0, build_first_stage(config, dataset.images.shape[1])
+    info = describe(dataset, config, first_stage)
+    task = TASKS[task_name(config.model)](config, info, first_stage)
+    if config.save_latents:
+        return save_encoded(config, task, dataset)
     if config.resume and not (pathlib.Path(config.out) / "ckpt.pt").is_file():
         config.resume = False                       # it was stopped in its first stage: this part starts anew
     if config.init:

@@ -80,6 +80,11 @@ class TinyAutoencoder(nn.Module):
         z = self.encoder(x)                                                                 # (B, c, h, w)
         return self.decoder(z + noise_level * z.detach().std() * noise), z
 
+    @property
+    def standardised(self):
+        """Whether `standardise` has been called. Source: LDM §D (scale factor)."""
+        return bool((self.std != 1).any())
+
     @torch.no_grad()
     def standardise(self, x):
         """Measure the latents of pictures x (B, C, H, W), so that encode gives zero mean and unit variance.
@@ -222,6 +227,27 @@ class AutoencoderKL(nn.Module):
         self.decoder = KLDecoder(channels, multipliers, res_blocks, in_channels, z_channels)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+
+    matrices = r"(en|de)coder\.(down|mid|up)"       # Muon's share in train.py
+
+    def forward(self, x, noise):
+        """Training pass: x (B, C, H, W) -> (reconstruction like x, mean, log-variance, both (B, z, H/f, W/f)).
+
+        noise: standard normal like the latents. Source: LDM §3.1.
+        """
+        mean, logvar = self.moments(x)
+        z = mean + torch.exp(0.5 * logvar) * noise
+        return self.decoder(self.post_quant_conv(z)), mean, logvar
+
+    @property
+    def standardised(self):
+        """Whether the scale is known: the published one, or measured. Source: LDM §D (scale factor)."""
+        return self.scale != 1
+
+    @torch.no_grad()
+    def standardise(self, x):
+        """Measure the scale on pictures x (B, C, H, W), so that latents get unit variance. Source: LDM §D."""
+        self.scale = 1 / torch.cat([self.moments(part)[0].flatten() for part in x.split(50)]).std().item()
 
     def moments(self, x):
         """Pictures (B, 3, H, W) -> mean, log-variance of latents, 2x (B, z, H/f, W/f), unscaled. Source: LDM §3.1."""

@@ -15,7 +15,7 @@ PACKAGES = {"torch", "numpy", "tqdm", "matplotlib", "pytest", "PIL", "fontTools"
 PAPER_FILES = ("diffusion", "dit", "vae", "unet", "text", "weights")
 NO_PAPER = ("diffusion.randn",)                            # except these: no paper fits
 # the contract's methods, told once in the file's docstring
-CONTRACT = ("forward", "draw", "loss", "prepare", "preview", "state", "error", "catch", "restore", "row")
+CONTRACT = ("forward", "draw", "loss", "prepare", "preview", "finish", "state", "error", "catch", "restore", "row")
 TREES = {name: ast.parse((ROOT / f"{name}.py").read_text()) for name in FLOORS}
 
 
