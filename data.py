@@ -602,7 +602,7 @@ def save_latents(path, latents, labels=None, captions=None, class_names=()):
 
 def _latents(name, path, split, count, seed):
     if not os.path.isfile(path):
-        raise ValueError(f"there is no latents file {path}; make one with save_latents")
+        raise ValueError(f"there is no latents file {path}; make one with train.py --save-latents")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         latents, labels, captions = saved["latents"], saved["labels"], saved["captions"]

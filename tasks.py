@@ -172,7 +172,7 @@ class DiffusionTask:
             cfg_scale = 1.0                                          # nothing to guide by
         null = self.model.null_condition(len(y), y.device) if null is None else null
         if self.tokenizer is not None:                               # encode the words once, not at every step
-            y, null = self.model.text(y), self.model.text(null)      # (B, L, D_ctx)
+            y, null = model.text(y), model.text(null)                # (B, L, D_ctx)
         sampler = sampler or ("ddpm" if self.config.learn_sigma else self.process.samplers[0])
         options = {"clip": self.first_stage is None and self.shape[0] in (1, 3), "device": y.device, **options}
         walk = self.process.trajectory(model, (len(y), *self.shape), y, null, sampler=sampler, cfg_scale=cfg_scale,

@@ -1,5 +1,7 @@
 """The U-Net and its text encoder in the one loop: captions go in, the vocabulary travels, prompts come out as
 pictures."""
+import copy
+
 import pytest
 import torch
 
@@ -85,6 +87,18 @@ def test_negative_prompt_equal_to_the_prompt_is_no_guidance(run):
     a = task.sample(model, ids, null=ids, cfg_scale=7.0, steps=2, noise=noise)
     b = task.sample(model, ids, cfg_scale=1.0, steps=2, noise=noise)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_text_encoder_is_that_of_the_model_asked(run):
+    """Previews draw with the averaged weights: of the U-Net and of the text encoder too."""
+    task, model = sample.load(run / "run" / "ckpt.pt")
+    other = copy.deepcopy(model)
+    for p in other.text.parameters():
+        p.data.normal_(generator=torch.Generator().manual_seed(0))
+    ids = task.tokenizer(task.info["examples"][:2])
+    noise = torch.randn(2, *task.shape, generator=torch.Generator().manual_seed(0))
+    a, b = (task.sample(m, ids, steps=2, noise=noise) for m in (model, other))
+    assert not torch.equal(a, b)
 
 
 @pytest.mark.parametrize("flags,words", [
