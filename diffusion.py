@@ -498,17 +498,21 @@ class RectifiedFlow:
 
     Same interface as GaussianDiffusion; u in (0, 1) is continuous and the network sees t = 1000 u, so that its timestep
     embedding needs no change. Samplers: "euler" (it equals DDIM on this schedule) and "heun" (second order, two
-    forwards per step). Source: Liu et al. 2022 eq. 1; Lipman et al. 2022.
+    forwards per step). shift >= 1 trains more at high noise, where it is decided what goes where; 1 = evenly.
+    Source: Liu et al. 2022 eq. 1; Lipman et al. 2022.
     """
     samplers = ("euler", "heun")
 
-    def draw(self, shape, generator=None, device="cpu"):
-        """The random part of one training step: {"t": (B,) uniform in (0, 1000), "eps": noise}.
+    def __init__(self, shift=1.0):
+        self.shift = shift
 
-        Source: Liu et al. 2022 alg. 1.
+    def draw(self, shape, generator=None, device="cpu"):
+        """The random part of one training step: {"t": (B,) in [0, 1000), uniform before the shift, "eps": noise}.
+
+        Source: Liu et al. 2022 alg. 1; the shift: Esser et al. 2024 (Stable Diffusion 3) eq. 23.
         """
-        return {"t": 1000 * torch.rand(shape[:1], generator=generator, device=device),
-                "eps": randn(shape, generator, device)}
+        u = torch.rand(shape[:1], generator=generator, device=device)                       # (B,)
+        return {"t": 1000 * self.shift * u / (1 + (self.shift - 1) * u), "eps": randn(shape, generator, device)}
 
     def q_sample(self, x0, t, eps):
         """The point at time t (B,) in [0, 1000] on the line from x0 to eps. Source: Liu et al. 2022 eq. 1."""

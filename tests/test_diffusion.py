@@ -306,6 +306,14 @@ def test_guidance_ends():
         guided(model, cond, None, 2.0)
 
 
+def test_shift_keeps_the_signal_to_noise_ratio_apart():
+    """Esser et al. 2024 derive the shift from the noise ratio: u / (1-u) is multiplied by it, whatever u was."""
+    even, shifted = (RectifiedFlow(s).draw((1000, 1), torch.Generator().manual_seed(0)) for s in (1.0, 3.0))
+    u, v = even["t"].double() / 1000, shifted["t"].double() / 1000
+    assert_close(v / (1 - v), 3 * u / (1 - u), rtol=1e-3, atol=1e-4)
+    assert torch.equal(even["eps"], shifted["eps"]) and 0.7 < v.median() < 0.8
+
+
 @pytest.mark.parametrize("process", [GaussianDiffusion(schedule="cosine"), RectifiedFlow()])
 def test_inpainting_keeps_known_pixels_and_image_to_image_starts_there(process):
     gen = torch.Generator().manual_seed(0)
