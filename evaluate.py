@@ -465,7 +465,7 @@ def _score_drawn(name, images, labels, captions):
     return {"rates": rates, "residual": read_shapes(images)["residual"].median().item()}
 
 
-def _score_pictures(name, data_dir, images, labels, cache, steps, device):
+def score_pictures(name, data_dir, images, labels, cache, steps, device):
     """Distances in the features of the classifier kept in the file `cache`, trained first if the file is absent."""
     real = data.load(name, images.shape[-1], data_dir=data_dir)
     if real.images.dtype != torch.uint8 or real.images.shape[1] != images.shape[1]:
@@ -550,7 +550,7 @@ def _run(args):
     else:
         file = f"classifier-{name.replace('/', '_')}-{images.shape[-1]}px-{args.classifier_steps}steps.pt"
         cache = args.classifier or os.path.join(os.path.dirname(path), file)
-        scores = _score_pictures(name, args.data_dir, images, labels, cache, args.classifier_steps, device)
+        scores = score_pictures(name, args.data_dir, images, labels, cache, args.classifier_steps, device)
     drawn = {"cfg_scale": args.cfg_scale, "steps": args.steps, "seed": args.seed} if args.ckpt else {}
     return {"source": path, "data": name, "n": len(images)} | drawn | scores
 

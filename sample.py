@@ -8,8 +8,10 @@
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --mask mask.png       # inpainting: white is painted anew
     python sample.py --ckpt out/mine/ckpt.pt --interpolate      # a walk between noises, row by row
     python sample.py --ckpt out/mine/ckpt.pt --npz 50000        # for the standard ADM evaluator
+    python sample.py --ckpt adapter.pt --base assets/unet-scenes.pt --scale 0.7     # an adapter (adapters.py)
+    python sample.py --ckpt assets/unet-scenes.pt --concept-weights concept.pt --prompt "a <new1> circle"
     python sample.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "an astronaut riding a horse"  # official weights
-    python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse-840000-ema-pruned.safetensors --class 207
+    python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse-840000-ema-pruned.safetensors --class 207   # or U-DiT
 
 Picture i has a seed of its own (--seed + i), so it is the same picture whatever the batch size.
 Contents: load (checkpoint -> task and averaged weights), draw (n pictures, for evaluate.py), the command line.
@@ -25,12 +27,16 @@ import torch
 from tqdm import tqdm
 
 import data
+from adapters import load_adapters, set_scale
+from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from diffusion import randn
 from dit import DiT, infer_config
 from tasks import AUTOENCODERS, TASKS, DiffusionTask, TextToImage, load_first_stage
 from text import CLIPTokenizer
 from train import Config, flag, parse, resolve_device
+from udit import UDiT, fold
+from udit import infer_config as infer_udit
 from weights import (build, load_checkpoint, load_weights, read_diffusers, read_weights, save_checkpoint,
                      split_compvis)
 
@@ -38,12 +44,12 @@ from weights import (build, load_checkpoint, load_weights, read_diffusers, read_
 @dataclasses.dataclass
 class Options:
     """What to draw and how."""
-    ckpt: str = flag("out/DiT-128x4-2-shapes/ckpt.pt", "checkpoint of train.py, or an official DiT file")
+    ckpt: str = flag("out/DiT-128x4-2-shapes/ckpt.pt", "checkpoint of train.py, or an official file")
     classes: str = flag("", "--class: class numbers or names, separated by commas; default: all in turn (up to 48)")
     prompt: str = flag("", "what to draw, for models trained on captions; several prompts are separated by |")
     negative: str = flag("", "a prompt to steer away from, instead of from the empty one")
     n: int = flag(0, "how many pictures; default: one of each that is asked for")
-    cfg_scale: float = flag(-1.0, "guidance: 1 = none; default: the run's own, 4 for official files")
+    cfg_scale: float = flag(-1.0, "guidance: 1 = none; default: the run's own, or the official demo's")
     cfg_interval: str = flag("0,1", "guide only while the noise level (0 clean .. 1 noise) is in this range")
     cfg_channels: int = flag(0, "guide only so many channels, 0 = all; 3 reproduces the official DiT code")
     sampler: str = flag("", "ddpm, ddim, dpm++ (Gaussian) or euler, heun (flow); default: what the run was trained for")
@@ -51,6 +57,10 @@ class Options:
     eta: float = flag(0.0, "noise added back by ddim: 0 none, 1 as much as ddpm")
     seed: int = flag(0, "picture i is drawn from seed + i")
     batch_size: int = flag(0, "pictures drawn at once; default: as many as make 65,536 numbers, at most 64")
+    base: str = flag("", "--ckpt adapter.pt: the checkpoint that the adapter was trained on")
+    scale: float = flag(-1.0, "--ckpt adapter.pt: strength of the adapter, 0 = off; default: as trained")
+    concept_weights: str = flag("", "add what was learned of a thing: concept.pt of train.py --concept, a merge, or a "
+                                    "file published for Stable Diffusion; its new words then work in --prompt")
     weights: str = flag("ema", "averaged or raw weights", choices=["ema", "model"])
     device: str = flag("auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
     vae: str = flag("", "official files: the autoencoder, for a DiT file, or instead of the one inside")
@@ -77,27 +87,40 @@ def load(path, device="cpu", weights="ema", o=None):
     The task knows process, sizes, class names or vocabulary, and first stage. Official files are recognised by their
     tensors; `o` are the Options that they need. Raises ValueError, also for a checkpoint that draws nothing.
     """
+    o = o or Options()
     if pathlib.Path(path).is_dir() or pathlib.Path(path).suffix == ".safetensors":
-        return load_official(path, None, device, o or Options())
+        return load_official(path, None, device, o)
     state = load_checkpoint(path)
+    if "adapter" in state:
+        if not o.base:
+            raise ValueError(f"{path} is an adapter: give its --base, which was {state.get('init', 'not recorded')}")
+        task, model = load(o.base, device, weights, o)
+        load_adapters(model, state)
+        set_scale(model, state["spec"]["scale"] if o.scale < 0 else o.scale)
+        return task, model.to(device).requires_grad_(False)
+    if "tensors" in state:
+        raise ValueError(f"{path} is a concept: say --ckpt BASE --concept-weights {path}")
     if "format" not in state:
-        return load_official(path, state["model"], device, o or Options())
+        return load_official(path, state["model"], device, o)
     if state["task"] in AUTOENCODERS:
         raise ValueError(f"{path} is an autoencoder: it does not draw by itself; give a diffusion model's checkpoint")
+    if "opt" in state and (state["config"].get("adapter") or state["config"].get("concept")):
+        raise ValueError(f"{path} is a run's memory, for --resume: draw from the adapter.pt or concept.pt beside it")
     known = {f.name for f in dataclasses.fields(Config)}
     config = Config(**{k: v for k, v in state["config"].items() if k in known})
     task = TASKS[state["task"]](config, state["info"], load_first_stage(state, path))
     if weights not in state:
         raise ValueError(f"{path} was exported with its averaged weights alone: leave out --weights")
     load_weights(task.model, state[weights], path)
+    task.model = fold(task.model) if isinstance(task.model, UDiT) else task.model       # the same function, cheaper
     task.model.to(device).eval().requires_grad_(False)
     return task, task.model
 
 
 def load_official(path, state, device, o):
-    """An official DiT or Stable Diffusion v1 file, or a diffusers folder -> (task, model). Raises ValueError.
+    """An official DiT, U-DiT or Stable Diffusion v1 file, or a diffusers folder -> (task, model). Raises ValueError.
 
-    state: its tensors, if they were read already. Source: the releases of DiT and of Stable Diffusion v1.
+    state: its tensors, if they were read already. Source: the releases of DiT, U-DiT, Stable Diffusion v1.
     """
     dtype = getattr(torch, o.dtype if o.dtype != "auto" else "float16" if device == "cuda" else "float32")
     is_folder = lambda where: pathlib.Path(where).is_dir()
@@ -122,13 +145,17 @@ def load_official(path, state, device, o):
         return DiffusionTask(config, info, model, vae, tokenizer), model
     if not is_dit:
         raise ValueError(f"{path} holds {' and '.join(parts)} only: there is no model in it that draws")
-    sizes = infer_config(state)                     # DiT: linear schedule, learned variance, guidance 4 in the demo
-    model = DiT(**sizes)
+    is_udit = "latent.0.attn1.to_qkv.weight" in state
+    sizes = infer_udit(state) if is_udit else infer_config(state)
+    model = UDiT(**sizes) if is_udit else DiT(**sizes)
     load_weights(model, state, path)
+    model = fold(model) if is_udit else model
     model.to(device).eval().requires_grad_(False)
-    config = Config(schedule="linear", prediction="eps", learn_sigma=sizes["learn_sigma"], cfg_scale=4.0)
+    # both: linear schedule, learned variance; guidance as in their demos
+    config = Config(schedule="linear", prediction="eps", learn_sigma=sizes["learn_sigma"],
+                    cfg_scale=1.5 if is_udit else 4.0)
     info = {"name": "", "class_names": [], "channels": sizes["in_channels"],
-            "image_size": sizes["input_size"] * (vae.factor if vae else 1)}
+            "image_size": model.input_size * (vae.factor if vae else 1)}
     return DiffusionTask(config, info, model, vae), model
 
 
@@ -151,6 +178,19 @@ def export(path, out, note):
 def seeds(first, count, device):
     """One generator per picture, seeded first, first + 1, ..."""
     return [torch.Generator(device).manual_seed(first + i) for i in range(count)]
+
+
+def add_concept(path, task, model, device):
+    """Put a concept's matrices and new words into a loaded text-to-image model. Raises ValueError if they do not fit.
+
+    Source: Custom Diffusion §3.
+    """
+    if task.tokenizer is None:
+        raise ValueError("--concept-weights needs a text-to-image --ckpt: this one was trained on classes")
+    W, rows, concepts = load_concept(path, model.unet.state_dict())
+    apply_concept(model, task.tokenizer, W, rows)
+    model.to(device).eval().requires_grad_(False)
+    print(f"new words: {', '.join(concepts) or 'none'}")
 
 
 def draw_all(task, model, y, seed=0, batch_size=0, per_picture=(), keep_states=False, **options):
@@ -246,6 +286,8 @@ def run(o):
         return
     device = resolve_device(o.device)
     task, model = load(o.ckpt, device, o.weights, o)
+    if o.concept_weights:
+        add_concept(o.concept_weights, task, model, device)
     y, names = conditions(o, task)
     out = pathlib.Path(o.out) if o.out else pathlib.Path(o.ckpt).with_name("samples.png")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ To add a model: write its file, then a build function here, and a line in TASKS.
 
     python train.py --model unet-tiny --data scenes     # the loop asks TASKS["unet"]
 
-Contents: AutoencoderTask, TextToImage, DiffusionTask, the builders, TASKS.
+Contents: AutoencoderTask, TextToImage, DiffusionTask, AdapterTask, ConceptTask, the builders, TASKS.
 """
 import copy
 import dataclasses
@@ -23,17 +23,22 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
+from adapters import adapter_state, add_adapters
+from custom_diffusion import concept_loss, mix, personalise, rare_tokens, save_concept
 from data import save_grid, to_float, to_uint8
 from diffusion import GaussianDiffusion, RectifiedFlow, randn
 from dit import DIT_CONFIGS, DiT, dit_config
 from text import TextEncoder, WordTokenizer
+from udit import UDIT_CONFIGS, UDiT
 from unet import UNET_CONFIGS, UNet
 from vae import AutoencoderKL, TinyAutoencoder
-from weights import build, load_checkpoint, load_weights, read_weights, split_compvis
+from weights import build, load_checkpoint, load_weights, read_weights, save_checkpoint, split_compvis
 
 
 class AutoencoderTask:
     """Train an autoencoder to give pictures back: tiny-ae, or kl-ae, a small AutoencoderKL. Source: LDM §3.1."""
+    frozen = frozenset()        # names of tensors that do not learn and need not be saved: see AdapterTask
 
     def __init__(self, config, info):
         self.config, self.info = config, info
@@ -118,13 +123,14 @@ class DiffusionTask:
     null_condition(count, device) and drop_labels(y, draws). Raises ValueError for flags that clash.
     Source: DiT §3; LDM §3.
     """
+    frozen = frozenset()
 
     def __init__(self, config, info, model, first_stage=None, tokenizer=None):
         self.config, self.info, self.model = config, info, model
         self.first_stage, self.tokenizer = first_stage, tokenizer
         if config.schedule == "flow" and config.learn_sigma:
             raise ValueError("--learn-sigma belongs to a Gaussian schedule: add --schedule linear or cosine")
-        self.process = RectifiedFlow() if config.schedule == "flow" else GaussianDiffusion(
+        self.process = RectifiedFlow(config.flow_shift) if config.schedule == "flow" else GaussianDiffusion(
             schedule=config.schedule, prediction=config.prediction, learn_sigma=config.learn_sigma)
         self.shape = model_shape(info, first_stage)
 
@@ -144,11 +150,13 @@ class DiffusionTask:
         return dataclasses.replace(dataset, images=z, labels=labels, flip=False)
 
     def macs(self):
-        """Multiply-accumulates of one forward of one picture. Source: torch.utils.flop_counter (2 flops each)."""
-        meta = copy.deepcopy(self.model).to("meta")
-        with FlopCounterMode(display=False) as counter, torch.device("meta"):
-            meta(torch.zeros(1, *self.shape), torch.zeros(1), self.model.null_condition(1).to("meta"))
-        return counter.get_total_flops() // 2
+        """Multiply-accumulates that one more picture adds to a forward. Source: torch.utils.flop_counter."""
+        meta, flops = copy.deepcopy(self.model).to("meta"), []
+        for count in (1, 2):                        # the difference leaves out products of weights alone (udit.py)
+            with FlopCounterMode(display=False) as counter, torch.device("meta"):
+                meta(torch.zeros(count, *self.shape), torch.zeros(count), self.model.null_condition(count).to("meta"))
+            flops.append(counter.get_total_flops())
+        return (flops[1] - flops[0]) // 2          # one multiply-accumulate is two flops
 
     def draw(self, n, generator, device):
         uniform = lambda: torch.rand(n, generator=generator, device=device)
@@ -236,6 +244,106 @@ class DiffusionTask:
                                 "model": self.first_stage.state_dict()}}
 
 
+def _not_learned(model):
+    """Names of the tensors of a model that training leaves alone."""
+    return frozenset(model.state_dict()) - {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+class AdapterTask(DiffusionTask):
+    """Train an adapter (config.adapter, config.rank) beside the frozen model of the task `base`.
+
+    adapter.pt, in the run's folder, is what sample.py draws from. Source: Xiang et al. 2023.
+    """
+
+    def __init__(self, config, base, dataset):
+        super().__init__(config, base.info, base.model, base.first_stage, base.tokenizer)
+        read, _, add = config.adapter.partition("-")
+        add_adapters(self.model, read, add, rank=config.rank)
+        self.frozen = _not_learned(self.model)
+        self.info = {**base.info, "examples": (dataset.captions or [""])[:24]}
+
+    def finish(self, model, dataset, device):
+        save_checkpoint(f"{self.config.out}/adapter.pt", {**adapter_state(model), "init": self.config.init})
+
+    def state(self):
+        return {}
+
+
+class ConceptTask(DiffusionTask):
+    """Teach the model of the task `base` things (config.concept, config.category) from a few pictures each.
+
+    dataset: pictures with captions, of which those that name a category are the prior. config.part: what learns
+    besides the new words <new1>, <new2>, ...: "kv" is Custom Diffusion, "all" is DreamBooth, "none" textual inversion.
+    concept.pt, in the run's folder, is what sample.py and custom_diffusion.py read. Raises ValueError for a category
+    that the vocabulary or the prior does not know. Source: Custom Diffusion §3.
+    """
+
+    def __init__(self, config, base, dataset):
+        super().__init__(config, base.info, base.model, base.first_stage, base.tokenizer)
+        unknown = [c for c in config.category if c not in self.tokenizer.ids]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], list(self.tokenizer.ids), 3)
+            raise ValueError(f"--category {unknown[0]}: {config.init} does not know this word"
+                             + (f"; near it: {', '.join(near)}" if near else ""))
+        self.W0 = {name: w.clone() for name, w in self.model.unet.state_dict().items()}
+        rare = rare_tokens(self.tokenizer, base.info["examples"] + (dataset.captions or []), len(config.concept))
+        self.words = {f"<new{k}>": token for k, token in enumerate(rare, 1)}
+        self.things = [f"a {word} {category}" for word, category in zip(self.words, config.category)]
+        self.pictures = [data.load(name, config.image_size, data_dir=config.data_dir) for name in config.concept]
+        self.prior = self.select(dataset)
+        personalise(self.model, self.tokenizer, self.words, config.part)
+        self.frozen = _not_learned(self.model)
+        self.info = {**base.info, "examples": [t for t in (*self.things, *(f"a {c}" for c in config.category))] * 8}
+
+    @torch.no_grad()
+    def select(self, dataset):
+        """The prior, (pictures (n, C, S, S), captions): those that name a category; or drawn by the base itself."""
+        if self.config.prior == "generated":
+            captions = [f"a {self.config.category[k % len(self.config.category)]}" for k in range(200)]
+            seeds = [torch.Generator().manual_seed(k) for k in range(len(captions))]
+            model = copy.deepcopy(self.model).eval()
+            drawn = [self.to_pictures(self.sample(model, self.tokenizer(captions[k:k + 50]), generator=seeds[k:k + 50]))
+                     for k in range(0, len(captions), 50)]
+            return to_float(torch.cat(drawn)), captions
+        wanted = set(self.config.category)
+        rows = [i for i, caption in enumerate(dataset.captions or []) if wanted & set(caption.split())][:2000]
+        if not rows:
+            raise ValueError(f"no caption of {dataset.name} names {', '.join(sorted(wanted))}: choose another --prior, "
+                             "or --prior generated")
+        # every second one says the bare category, which is what would otherwise become the new thing
+        captions = [dataset.captions[i] if k % 2 else f"a {next(c for c in wanted if c in dataset.captions[i].split())}"
+                    for k, i in enumerate(rows)]
+        return to_float(dataset.images[rows]), captions
+
+    @torch.no_grad()
+    def prepare(self, dataset, device):
+        """All pictures of the whole run, augmented and encoded at once, so that no step encodes anything."""
+        c, factor, parts = self.config, self.first_stage.factor if self.first_stage else 1, []
+        things = [(to_float(d.images), d.captions or [thing] * len(d)) for d, thing in zip(self.pictures, self.things)]
+        generator, total = torch.Generator().manual_seed(c.seed), c.steps * c.batch_size // 2
+        for first in range(0, total, 500):
+            x, captions, mask = mix(things, self.prior, min(500, total - first), factor, (), c.augment, generator)
+            parts.append((self.encode(x.to(device)), self.tokenizer(captions), mask))
+        z, ids, mask = (torch.cat(column) for column in zip(*parts))
+        self.mask = mask.to(device)                                                         # (N, 1, h, w)
+        print(f"{', '.join(self.things)}: {total} target pictures will be seen ({sum(len(x) for x, _ in things)} "
+              f"different ones), and as many of the prior; learning rate {c.lr:g}, of the words {c.word_lr:g}")
+        return dataclasses.replace(dataset, images=z, labels=ids, flip=False)
+
+    def loss(self, net, batch):
+        return concept_loss(self.process, net, batch["x"].float(), batch["y"], self.mask[batch["index"]], batch["t"],
+                            batch["eps"])
+
+    def finish(self, model, dataset, device):
+        W = {name.removeprefix("unet."): w for name, w in model.state_dict().items()
+             if name.startswith("unet.") and name not in self.frozen}
+        save_concept(f"{self.config.out}/concept.pt", W, dict(zip(self.words, model.text.rows)),
+                     [thing.removeprefix("a ") for thing in self.things], self.W0)
+
+    def state(self):
+        return {}
+
+
 def model_shape(info, first_stage):
     """(C, H, W) of what the diffusion model sees: pixels, or the first stage's latents. Raises ValueError."""
     size, channels = info["image_size"], info["channels"]
@@ -257,6 +365,14 @@ def build_dit(config, info, first_stage=None):
     model = DiT(input_size=size, in_channels=channels, num_classes=len(info["class_names"]),
                 learn_sigma=config.learn_sigma, class_dropout_prob=config.class_dropout,
                 conditioning=config.conditioning, **dit_config(config.model))
+    return DiffusionTask(config, info, model, first_stage)
+
+
+def build_udit(config, info, first_stage=None):
+    """Config -> DiffusionTask with a class-conditional U-DiT. Source: U-DiT §4.1."""
+    channels, size, _ = model_shape(info, first_stage)
+    model = UDiT(input_size=size, in_channels=channels, num_classes=len(info["class_names"]),
+                 learn_sigma=config.learn_sigma, class_dropout_prob=config.class_dropout, **UDIT_CONFIGS[config.model])
     return DiffusionTask(config, info, model, first_stage)
 
 
@@ -317,7 +433,8 @@ def load_first_stage(state, path):
 
 AUTOENCODERS = ("tiny-ae", "kl-ae")
 # name -> how to build it; the loop never asks which one it runs
-TASKS = {"tiny-ae": build_autoencoder, "kl-ae": build_autoencoder, "dit": build_dit, "unet": build_unet}
+TASKS = {"tiny-ae": build_autoencoder, "kl-ae": build_autoencoder, "dit": build_dit, "udit": build_udit,
+         "unet": build_unet}
 
 
 def task_name(model):
@@ -326,13 +443,15 @@ def task_name(model):
         return model
     if model in UNET_CONFIGS:
         return "unet"
+    if model in UDIT_CONFIGS:
+        return "udit"
     try:
         dit_config(model)
     except ValueError as error:
-        known = [*AUTOENCODERS, "DiT-128x4/2", *DIT_CONFIGS, *UNET_CONFIGS]
+        known = [*AUTOENCODERS, "DiT-128x4/2", *DIT_CONFIGS, *UDIT_CONFIGS, *UNET_CONFIGS]
         near = difflib.get_close_matches(model, known, 1)
         hint = f". Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{error}; or {', '.join([*UNET_CONFIGS, *AUTOENCODERS])}{hint}") from error
+        raise ValueError(f"{error}; or {', '.join([*UDIT_CONFIGS, *UNET_CONFIGS, *AUTOENCODERS])}{hint}") from error
     return "dit"
 
 

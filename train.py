@@ -40,7 +40,8 @@ from tqdm import tqdm
 import data as data_module
 from data import Batches
 from dit import dit_config
-from tasks import AUTOENCODERS, TASKS, build_first_stage, describe, load_first_stage, task_name
+from tasks import (AUTOENCODERS, TASKS, AdapterTask, ConceptTask, build_first_stage, describe, load_first_stage,
+                   task_name)
 from weights import load_checkpoint, load_weights, save_checkpoint
 
 
@@ -55,8 +56,9 @@ def flag(default, help, **choices):
 @dataclasses.dataclass
 class Config:
     """Everything that defines a run. The defaults are the five-minute run."""
-    model: str = flag("DiT-128x4/2", "DiT-S/2 ... DiT-XL/8 of the paper, DiT-WxD/p (width, depth, patch), or tiny-ae, "
-                                     "kl-ae (autoencoders), unet-tiny, unet-small (text to image)")
+    model: str = flag("DiT-128x4/2", "DiT-S/2 ... DiT-XL/8 of the paper, DiT-WxD/p (width, depth, patch), U-DiT-S/B/L, "
+                                     "udit-tiny, udit-small, or tiny-ae, kl-ae (autoencoders), unet-tiny, unet-small "
+                                     "(text to image)")
     data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, emoji, folder:PATH (class sub-folders, "
                                "captions, or flat), latents:PATH")
     data_dir: str = flag("data", "where official files are looked for, and downloaded to when asked for by name")
@@ -78,6 +80,7 @@ class Config:
     class_dropout: float = flag(0.1, "share of labels or captions hidden in training, for guidance")
     schedule: str = flag("flow", "flow (straight lines, velocity) or a Gaussian schedule",
                          choices=["flow", "linear", "cosine", "scaled_linear"])
+    flow_shift: float = flag(1.0, "flow: above 1 trains more at high noise, where it is decided what goes where")
     prediction: str = flag("eps", "Gaussian schedules: what the network predicts", choices=["eps", "v", "x0"])
     learn_sigma: bool = flag(False, "Gaussian schedules: also learn the variance")
     steps: int = flag(1000, "optimizer steps")
@@ -99,6 +102,16 @@ class Config:
     out: str = flag("", "output folder; default out/MODEL-DATA")
     resume: bool = flag(False, "continue the run in --out")
     init: str = flag("", "start from the (EMA) weights of this checkpoint")
+    adapter: str = flag("", "train only an adapter on --init: READ-ADD, such as ca_out-ffn_in (adapters.py)")
+    rank: int = flag(16, "width of the adapter")
+    concept: tuple = flag((), "teach --init a thing from these pictures, folder:PATH; may be repeated "
+                              "(custom_diffusion.py)")
+    category: tuple = flag((), "what the thing is, one --category per --concept, such as dog")
+    prior: str = flag("", "pictures that keep the category what it was: a data set with captions, or generated (drawn "
+                          "by --init); default: the data of --init")
+    part: str = flag("kv", "--concept: what learns in the U-Net", choices=["kv", "crossattn", "all", "none"])
+    word_lr: float = flag(1e-2, "--concept: learning rate of the new words")
+    augment: bool = flag(True, "--concept: also shrink and enlarge its pictures")
     log_every: int = flag(10, "steps between rows of log.csv")
     sample_every: int = flag(500, "steps between previews; 0 = only at the end")
     save_every: int = flag(500, "steps between checkpoints")
@@ -114,7 +127,8 @@ RECIPES = {  # what a recipe or a model changes among the defaults above
     "paper": dict(schedule="linear", prediction="eps", learn_sigma=True, optimizer="adamw", lr=1e-4,
                   lr_decay="constant", warmup=0, grad_clip=0.0, ema=0.9999),
     "tiny-ae": dict(steps=500), "kl-ae": dict(steps=1000),
-    "unet-tiny": dict(steps=2500, latent_channels=6, latent_noise=0.2, first_stage_steps=800, cfg_scale=3.0)}
+    "unet-tiny": dict(steps=2500, latent_channels=6, latent_noise=0.2, first_stage_steps=800, cfg_scale=3.0,
+                      flow_shift=3.0)}
 RECIPES["unet-small"] = RECIPES["unet-tiny"]
 
 
@@ -137,19 +151,19 @@ def parse(cls, argv, description, presets=lambda args: {}):
     def read(defaults):
         parser = Parser(description=description, formatter_class=HelpFormat, allow_abbrev=False)
         for f in dataclasses.fields(cls):
-            boolean = isinstance(f.default, bool)
-            how = dict(action=argparse.BooleanOptionalAction) if boolean else dict(type=type(f.default))
+            how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(action="append")}.get(
+                type(f.default), dict(type=type(f.default)))
             if "choices" in f.metadata:
                 how["choices"] = f.metadata["choices"]
-            parser.add_argument("--" + f.name.replace("_", "-"), default=defaults.get(f.name, f.default),
-                                help=f.metadata["help"], **how)
+            default = None if type(f.default) is tuple else defaults.get(f.name, f.default)     # given ones replace it
+            parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"], **how)
         dashed = [re.sub(r"^(--[^=]*)", lambda m: m[1].replace("_", "-"), a) for a in argv]
         args, unknown = parser.parse_known_args(dashed)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], list(parser._option_string_actions), 1)
             hint = f": did you mean {near[0]}?" if near else ": see --help"
             raise ValueError(f"unknown argument {unknown[0]!r}" + hint)
-        return cls(**vars(args))
+        return cls(**{k: tuple(defaults.get(k, ())) if v is None else v for k, v in vars(args).items()})
     return read(presets(read({})))
 
 
@@ -231,9 +245,12 @@ def make_optimizers(config, task):
     named = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if config.optimizer == "muon" and p.dim() >= 2 and re.match(task.model.matrices, n)]
     chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
-    fused = rest[0].device.type in ("cuda", "cpu")
-    optimizers = [torch.optim.AdamW(rest, lr=config.lr, weight_decay=config.weight_decay, fused=fused)]
+    rest = [p for n, p in named if id(p) not in chosen and ".rows." not in n]
+    words = [p for n, p in named if ".rows." in n]                  # new words of custom_diffusion.py
+    fused = next(task.model.parameters()).device.type in ("cuda", "cpu")
+    groups = [{"params": rest}, {"params": words, "lr": config.word_lr}]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay,
+                                    fused=fused)]
     if matrices:
         optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     for optimizer in optimizers:
@@ -382,7 +399,7 @@ def train(config, dataset, task):
     batches = Batches(task.prepare(dataset, device), config.batch_size, device, config.seed)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(config, task)
-    step = resume(out / "ckpt.pt", model, ema, optimizers) if config.resume else 0
+    step = resume(out / "ckpt.pt", task, ema, optimizers) if config.resume else 0
 
     # --- a micro-batch: the random numbers of the whole step, of which this rank and this part keep their rows
     generator, part = torch.Generator(device), config.batch_size // (world * config.accum)
@@ -393,10 +410,11 @@ def train(config, dataset, task):
         rows = slice(first, first + part)
         return {**batches.batch(step, rows, draws.pop("flip")), **{k: v[rows] for k, v in draws.items()}}
 
-    def save():
+    def save():                                     # what --init brought and nobody trains stays in its own file
+        learned = lambda net: {k: v for k, v in net.state_dict().items() if k not in task.frozen}
         save_checkpoint(out / "ckpt.pt", {
             "format": 1, "task": task_name(config.model), "config": dataclasses.asdict(config), "info": task.info,
-            "step": step, "model": model.state_dict(), "ema": ema.state_dict(),
+            "step": step, "model": learned(model), "ema": learned(ema),
             "opt": [o.state_dict() for o in optimizers], **task.state()})
 
     net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -463,13 +481,13 @@ def train(config, dataset, task):
     return out / "ckpt.pt"
 
 
-def resume(path, model, ema, optimizers):
+def resume(path, task, ema, optimizers):
     """Put a run back to where its checkpoint was written -> the step. Raises ValueError if the file does not fit."""
     state = load_checkpoint(path)
     if "opt" not in state:
         raise ValueError(f"{path} holds weights only, nothing to resume: start a new run with --init {path}")
-    load_weights(model, state["model"], path)
-    load_weights(ema, state["ema"], path)
+    for net, learned in ((task.model, state["model"]), (ema, state["ema"])):
+        load_weights(net, {**{k: v for k, v in net.state_dict().items() if k in task.frozen}, **learned}, path)
     if len(state["opt"]) != len(optimizers):
         raise ValueError(f"{path} was trained with another --optimizer: use the same flags as then")
     for optimizer, saved in zip(optimizers, state["opt"]):
@@ -481,7 +499,7 @@ def resume(path, model, ema, optimizers):
 # self-check and benchmark
 
 def step_maker(config, dataset, task, fixed=False):
-    """(run, model): run(step) is one training step -> loss. fixed: the same batch and the same noise every time."""
+    """(run, model, its average): run(step) is one training step -> loss. fixed: the same batch and noise every time."""
     device, model = config.device, task.model.to(config.device)
     batches = Batches(task.prepare(dataset, device), config.batch_size, device, config.seed)
     optimizers, ema = make_optimizers(config, task), copy.deepcopy(model).eval().requires_grad_(False)
@@ -496,12 +514,12 @@ def step_maker(config, dataset, task, fixed=False):
         loss.backward()
         update(config, model, ema, optimizers, step)
         return loss.detach()
-    return run, model
+    return run, model, ema
 
 
 def overfit(config, dataset, task):
     """One batch, one draw of noise, again and again: a sound model and loss get under 5 %. Returns True if they did."""
-    run, _ = step_maker(config, dataset, task, fixed=True)
+    run, *_ = step_maker(config, dataset, task, fixed=True)
     losses = [run(step) for step in tqdm(range(config.steps), desc="overfit one batch")]
     first, last = losses[0].item(), losses[-1].item()
     verdict = last < 0.05 * first
@@ -531,7 +549,7 @@ def bench(config, dataset, task):
     Flops are counted, forward and backward and optimizer.
     """
     device = config.device
-    one_step, model = step_maker(config, dataset, task)
+    one_step, model, _ = step_maker(config, dataset, task)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     with FlopCounterMode(display=False) as counter:
         one_step(0)
@@ -573,8 +591,25 @@ def default_out(args):
 def presets(args):
     """Defaults that a recipe, a model, or the run being resumed brings along; flags on the command line still win."""
     if args.resume and (default_out(args) / "config.json").is_file():
-        return {**json.loads((default_out(args) / "config.json").read_text()), "resume": False, "init": ""}
+        saved = json.loads((default_out(args) / "config.json").read_text())
+        return {**saved, "resume": False, "init": saved["init"] if saved["adapter"] or saved["concept"] else ""}
+    if (args.adapter or args.concept) and args.init:
+        return small_run(args)
     return {**RECIPES[args.recipe], **RECIPES.get(args.model, {}), **({"steps": 300} if args.overfit_batch else {})}
+
+
+def small_run(args):
+    """Defaults of --adapter and --concept: what --init is stays as it is; few steps, AdamW, a rate for its size."""
+    state = load_checkpoint(args.init)
+    if "vocabulary" not in state.get("info", {}):
+        raise ValueError(f"--init {args.init} is no text-to-image checkpoint of train.py, on which --adapter and "
+                         "--concept build: try assets/unet-scenes.pt")
+    base = state["config"]
+    same = ("model", "data", "image_size", "schedule", "flow_shift", "prediction", "latent_channels", "factor",
+            "cfg_scale")
+    rates = dict(lr=5e-3) if args.adapter else dict(lr=3e-3, weight_decay=0.01)     # measured on the tiny U-Net
+    return {**{k: base[k] for k in same if k in base}, "steps": 250, "batch_size": 16, "optimizer": "adamw",
+            "lr_decay": "constant", "warmup": 0, "ema": 0.9, "sample_every": 0, **rates}
 
 
 def prepare_run(config):
@@ -585,6 +620,16 @@ def prepare_run(config):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a positive number")
     if not 0 <= config.class_dropout < 1:
         raise ValueError(f"--class-dropout {config.class_dropout}: give a share from 0 to below 1")
+    if (config.adapter or config.concept) and not config.init:
+        raise ValueError("--adapter and --concept need --init: the checkpoint that they build on, for instance "
+                         "assets/unet-scenes.pt")
+    if len(config.concept) != len(config.category) or config.adapter and config.concept:
+        raise ValueError(f"{len(config.concept)} --concept and {len(config.category)} --category: give one category "
+                         "for each concept, and no --adapter beside them")
+    if config.concept:
+        config.data = config.prior if config.prior not in ("", "generated") else config.data
+    if config.flow_shift <= 0:
+        raise ValueError(f"--flow-shift {config.flow_shift}: give a positive number; 1 = no shift, 3 = more noise")
     task, out = task_name(config.model), pathlib.Path(config.out)
     writes = not (config.bench or config.overfit_batch or config.save_latents)
     if int(os.environ.get("RANK", 0)) == 0 and writes:
@@ -597,11 +642,12 @@ def prepare_run(config):
     if config.first_stage == "auto":
         latent = (task == "unet" and not config.data.startswith("latents:")) or config.data in ("shapes", "scenes")
         config.first_stage = "tiny" if latent and task not in AUTOENCODERS else "none"
-    if task == "dit" and config.first_stage in ("tiny", "none"):        # before minutes go into the first stage
+    if task in ("dit", "udit") and config.first_stage in ("tiny", "none"):     # before minutes go into the first stage
         size = config.image_size // (config.factor if config.first_stage == "tiny" else 1)
-        patch = dit_config(config.model)["patch_size"]
-        if size % patch:
-            raise ValueError(f"{config.model} needs a side divisible by its patch size {patch}, and --image-size "
+        unit = dit_config(config.model)["patch_size"] if task == "dit" else 8       # two halvings, two phases
+        if size % unit:
+            what = "by its patch size " if task == "dit" else "by "
+            raise ValueError(f"{config.model} needs a side divisible {what}{unit}, and --image-size "
                             f"{config.image_size} gives {size}")
     return config
 
@@ -644,7 +690,8 @@ def run(config, dataset):
     """Build the task, say what it is and what it costs, and train it (or time it, or check it) -> checkpoint path."""
     torch.manual_seed(config.seed)
     main, first_stage = int(os.environ.get("RANK", 0)) == 0, build_first_stage(config, dataset.images.shape[1])
-    info = describe(dataset, config, first_stage)
+    small = config.adapter or config.concept        # then the base's words are the words
+    info = load_checkpoint(config.init)["info"] if small else describe(dataset, config, first_stage)
     task = TASKS[task_name(config.model)](config, info, first_stage)
     if config.save_latents:
         return save_encoded(config, task, dataset)
@@ -652,6 +699,8 @@ def run(config, dataset):
         config.resume = False                       # it was stopped in its first stage: this part starts anew
     if config.init:
         load_weights(task.model, load_checkpoint(config.init)["ema"], config.init)
+    if small:
+        task = (AdapterTask if config.adapter else ConceptTask)(config, task, dataset)
     out = pathlib.Path(config.out)
     if main:
         count = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
@@ -690,7 +739,12 @@ def main(argv=None):
             config.first_stage = train_first_stage(config, dataset)
         path = run(config, dataset)
         if path is not None and int(os.environ.get("RANK", 0)) == 0:
-            print(f"done: {path}\nlook at {config.out}/samples, or draw more: python sample.py --ckpt {path}")
+            draw = f"--ckpt {path}"
+            if config.adapter:
+                draw = f"--ckpt {config.out}/adapter.pt --base {config.init}"
+            if config.concept:
+                draw = f'--ckpt {config.init} --concept-weights {config.out}/concept.pt --prompt "a <new1> ..."'
+            print(f"done: {path}\nlook at {config.out}/samples, or draw more: python sample.py {draw}")
         if dist.is_initialized():
             dist.destroy_process_group()
     except ValueError as error:                     # something that the person at the keyboard can mend: one line

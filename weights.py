@@ -147,8 +147,11 @@ def write_safetensors(path, tensors):
         part.unlink(missing_ok=True)
 
 
-def _read_torch(path):
-    """What torch.save wrote, if it is tensors and plain values; mapped where the file allows (since torch 1.6)."""
+def read_torch(path):
+    """What torch.save wrote, if it is tensors and plain values; mapped where the file allows (since torch 1.6).
+
+    Raises ValueError for a file that is none, or holds code. Source: torch.load.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:                              # a damaged pickle may fail in any way
@@ -175,7 +178,7 @@ def read_weights(path):
         raise ValueError(f"{path} is a folder: read_diffusers reads those")
     if not path.is_file():
         raise ValueError(f"no file at {path}")
-    return _named_tensors(read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path), path)
+    return _named_tensors(read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path), path)
 
 
 def _named_tensors(state, path):
@@ -222,7 +225,7 @@ def load_checkpoint(path):
         raise ValueError(f"no checkpoint at {path}" + hint)
     if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:        # a flipped bit loads silently
         raise ValueError(f"{path} is damaged (a checksum inside it does not match): copy or download it again")
-    state = _read_torch(path)
+    state = read_torch(path)
     if isinstance(state, dict) and "format" in state:
         return state
     weights = _named_tensors(state, path)

@@ -8,11 +8,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 # a file may import only from floors below its own
-FLOORS = {"diffusion": 0, "data": 0, "text": 0, "vae": 1, "dit": 1, "unet": 1, "weights": 2, "tasks": 3, "train": 4,
-          "sample": 5, "evaluate": 5}
+FLOORS = {"diffusion": 0, "data": 0, "text": 0, "vae": 1, "dit": 1, "unet": 1, "vqdiffusion": 1, "adapters": 2,
+          "udit": 2, "weights": 2, "custom_diffusion": 2.5, "tasks": 3, "train": 4, "sample": 5, "evaluate": 5}
 PACKAGES = {"torch", "numpy", "tqdm", "matplotlib", "pytest", "PIL", "fontTools"}
 # every public function there names its paper
-PAPER_FILES = ("diffusion", "dit", "vae", "unet", "text", "weights")
+PAPER_FILES = ("diffusion", "dit", "vae", "unet", "text", "udit", "vqdiffusion", "adapters", "weights",
+               "custom_diffusion")
 NO_PAPER = ("diffusion.randn",)                            # except these: no paper fits
 # the contract's methods, told once in the file's docstring
 CONTRACT = ("forward", "draw", "loss", "prepare", "preview", "finish", "state", "error", "catch", "restore", "row")
@@ -81,6 +82,6 @@ def test_habits(name):
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.stem)
-def test_lines_of_the_tests_fit_too(path):
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("tests/*.py"), *ROOT.glob("studies/*.py")]), ids=lambda p: p.stem)
+def test_lines_of_tests_and_studies_fit_too(path):
     assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 120
