@@ -2,11 +2,11 @@
 
 The claim (U-DiT, tables 1, 4, 7 and 8): a plain U with transformer blocks (DiT-UNet) gains little over an isotropic
 DiT; downsampling only keys and values loses; downsampling all tokens wins, and each trick adds to it.  Here every model
-has the same multiply-accumulates (16.5 M, by the width of its MLP), on 8x8 latents of `shapes` and of CIFAR-10. The
-learning rate is constant, so that one run answers two questions: the loss at equal steps, and, read off where each run
-had used the same CPU seconds, at equal time. Then samples: what the reader sees (shapes), classifier-FID (CIFAR-10).
-70 to 130 CPU-seconds a cell on one thread, 8 models x 2 data sets x 3 seeds; CIFAR-10 once more 5 minutes for
-autoencoder and classifier.
+has the same multiply-accumulates (28 M, by the width of its MLP), on 16x16 latents of `shapes` and of CIFAR-10; on 8x8
+the lowest level would have one token per group, and nothing to attend to. The learning rate is constant, so that one
+run answers two questions: the loss at equal steps, and, read off where each had used the same CPU seconds, at equal
+time. Then samples: what the reader sees (shapes), classifier-FID (CIFAR-10). About 80 CPU-seconds a cell on one thread,
+8 models x 2 data sets x 3 seeds; and once about 5 minutes for autoencoders and classifier.
 
     python -m studies.udit_ablation                         # -> studies/results/udit_ablation.{csv,md,png}
     python -m studies.udit_ablation --cifar folder:PATH     # CIFAR-10 from your own copy, a folder per class
@@ -19,7 +19,7 @@ from dit import DiT, dit_config
 from evaluate import class_accuracy, score_pictures
 from studies.common import RESULTS, Table, heldout_loss, mean_se, parser, setup, todo, train_and_watch, write_markdown
 from tasks import DiffusionTask, model_shape
-from udit import UDIT_CONFIGS, UDiT
+from udit import UDiT
 
 VANILLA = dict(cosine=False, rope=False, mlp="basic")
 MODELS = {"isotropic DiT": None, "DiT-UNet": dict(VANILLA, down_factor=1, kernel_size=0),
@@ -27,9 +27,9 @@ MODELS = {"isotropic DiT": None, "DiT-UNet": dict(VANILLA, down_factor=1, kernel
           "+ cosine": dict(VANILLA, cosine=True), "+ rotary positions": dict(VANILLA, cosine=True, rope=True),
           "+ depth-wise MLP": dict(cosine=True, rope=True, mlp="dw"),
           "+ re-parameterised": dict(cosine=True, rope=True, mlp="rep")}
-MACS, STEPS, EVERY = 16.5e6, 400, 100
-LATENT = {"shapes": dict(), "cifar10": dict(first_stage="tiny", first_stage_steps=1500, latent_channels=12,
-                                            latent_noise=0.1)}
+U, ISOTROPIC = dict(hidden_size=16, num_heads=2, depth=(1, 1, 1, 1, 1)), dit_config("DiT-96x3/2")
+MACS, STEPS, EVERY, BATCH = 28.3e6, 400, 100, 32
+LATENT = {"shapes": dict(), "cifar10": dict(first_stage="tiny", latent_noise=0.1)}
 
 
 def build(name):
@@ -40,8 +40,8 @@ def build(name):
 
         def make(mlp_ratio):
             if MODELS[name] is None:
-                return DiT(**common, **{**dit_config("DiT-128x4/2"), "mlp_ratio": mlp_ratio})
-            return UDiT(**common, **{**UDIT_CONFIGS["udit-tiny"], **MODELS[name], "mlp_ratio": mlp_ratio})
+                return DiT(**common, **{**ISOTROPIC, "mlp_ratio": mlp_ratio})
+            return UDiT(**common, **{**U, **MODELS[name], "mlp_ratio": mlp_ratio})
 
         def macs(mlp_ratio):
             with torch.device("meta"):
@@ -55,11 +55,11 @@ def build(name):
 def run_cell(cell, cifar):
     """Train one model on one data set with one seed -> rows for the table."""
     world = "shapes" if cell["data"] == "shapes" else cifar
-    out = f"out/studies/{cell['data']}"
-    config, dataset, task = setup("DiT-128x4/2", out, build(cell["model"]), data=world, steps=STEPS, seed=cell["seed"],
-                                  lr_decay="constant", **LATENT[cell["data"]])
+    out = f"out/studies/{cell['data']}-16x16"
+    config, dataset, task = setup("DiT-96x3/2", out, build(cell["model"]), data=world, steps=STEPS, batch_size=BATCH,
+                                  seed=cell["seed"], lr_decay="constant", factor=2, **LATENT[cell["data"]])
     test = data.load(world, split="test", count=256)
-    x0 = task.encode(data.to_float(test.images))                                            # (256, C, 8, 8)
+    x0 = task.encode(data.to_float(test.images))                                            # (256, 4, 16, 16)
     rows, ema = train_and_watch(config, dataset, task, EVERY,
                                 lambda ema: {"loss": heldout_loss(task, ema, x0, test.labels)})
     y = torch.arange(480) % len(dataset.class_names)
@@ -99,7 +99,7 @@ def summarise(table):
             curves.setdefault(world, {})[model] = loss, timed
     write_markdown("udit_ablation", ["data", "model", "seeds", "M MACs", "M params", "CPU-s", "loss, equal steps",
                                      "loss, equal CPU time", "samples"], rows,
-                   f"{STEPS} steps of 64, mean ± standard error over seeds: `python -m studies.udit_ablation`")
+                   f"{STEPS} steps of {BATCH}, mean ± standard error over seeds: `python -m studies.udit_ablation`")
     draw(curves)
 
 
