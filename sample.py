@@ -52,8 +52,10 @@ class Options:
     cfg_scale: float = flag(-1.0, "guidance: 1 = none; default: the run's own, or the official demo's")
     cfg_interval: str = flag("0,1", "guide only while the noise level (0 clean .. 1 noise) is in this range")
     cfg_channels: int = flag(0, "guide only so many channels, 0 = all; 3 reproduces the official DiT code")
-    sampler: str = flag("", "ddpm, ddim, dpm++ (Gaussian) or euler, heun (flow); default: what the run was trained for")
+    sampler: str = flag("", "ddpm, ddim, dpm++ (Gaussian); euler, heun (flow); posterior, fewer, purity (VQ); "
+                            "default: what the run was trained for")
     steps: str = flag("", 'steps, or a respacing ("ddim25", "10,15,20"); default 25 (euler), 250 (ddpm), else 50')
+    truncation: float = flag(1.0, "VQ: draw from the likeliest codes that make up this share of the probability")
     eta: float = flag(0.0, "noise added back by ddim: 0 none, 1 as much as ddpm")
     seed: int = flag(0, "picture i is drawn from seed + i")
     batch_size: int = flag(0, "pictures drawn at once; default: as many as make 65,536 numbers, at most 64")
@@ -304,6 +306,8 @@ def run(o):
     own, original, mask = {}, None, None                                        # what each picture has of its own
     if o.interpolate:
         own["noise"] = interpolated_noise(len(y), task.shape, o.seed, device)
+    if o.truncation < 1:
+        options["truncation"] = o.truncation
     if o.negative:
         own["null"] = task.tokenizer([o.negative] * len(y)).to(device)
     if o.init:

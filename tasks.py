@@ -13,11 +13,13 @@ To add a model: write its file, then a build function here, and a line in TASKS.
 
     python train.py --model unet-tiny --data scenes     # the loop asks TASKS["unet"]
 
-Contents: AutoencoderTask, TextToImage, DiffusionTask, AdapterTask, ConceptTask, the builders, TASKS.
+Contents: AutoencoderTask, VQVAETask, TextToImage, TextToTokens, DiffusionTask, TokenTask, AdapterTask, ConceptTask,
+the builders, TASKS.
 """
 import copy
 import dataclasses
 import difflib
+import math
 
 import torch
 import torch.nn as nn
@@ -33,6 +35,7 @@ from text import TextEncoder, WordTokenizer
 from udit import UDIT_CONFIGS, UDiT
 from unet import UNET_CONFIGS, UNet
 from vae import AutoencoderKL, TinyAutoencoder
+from vqdiffusion import VQ_CONFIGS, VQVAE, MaskReplace, VQTransformer
 from weights import build, load_checkpoint, load_weights, read_weights, save_checkpoint, split_compvis
 
 
@@ -90,6 +93,50 @@ class AutoencoderTask:
         return {"scale": self.scale}
 
 
+class VQVAETask:
+    """Train a VQ-VAE, the tokeniser of VQ-Diffusion. Source: VQ-Diffusion §3.1."""
+    frozen = frozenset()
+
+    def __init__(self, config, info):
+        self.config, self.info = config, info
+        self.model = VQVAE(info["image_size"], info["channels"], config.codes, config.factor)
+
+    def prepare(self, dataset, device):
+        return dataset
+
+    def macs(self):
+        """Multiply-accumulates of one forward of one picture. Source: torch.utils.flop_counter (2 flops each)."""
+        meta = copy.deepcopy(self.model).eval().to("meta")
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            meta(torch.zeros(1, self.info["channels"], *[self.info["image_size"]] * 2))
+        return counter.get_total_flops() // 2
+
+    def draw(self, n, generator, device):
+        return {"flip": torch.rand(n, generator=generator, device=device)}
+
+    def loss(self, net, batch):
+        x = to_float(batch["x"])
+        recon, commitment, ids = net(x)
+        mse = (recon.float() - x).square().mean()
+        return mse + commitment, {"psnr": 10 * torch.log10(4 / mse.detach()),
+                                  "perplexity": self.model.perplexity(ids)}
+
+    def preview(self, model, dataset, device, path):
+        x = to_float(dataset.images[:32]).to(device)
+        pairs = torch.stack([x, model.decode(model.encode(x)).clamp(-1, 1)], 1)         # (32, 2, C, H, W)
+        save_grid(pairs.flatten(0, 1).cpu(), path, nrow=16, scale=2)                    # (64, C, H, W)
+
+    def finish(self, model, dataset, device):
+        x = to_float(dataset.images[:2000])
+        ids = torch.cat([model.encode(part.to(device)) for part in x.split(500)])           # (n, N)
+        mse = torch.cat([model.decode(i).cpu() for i in ids.split(500)]).sub_(x).square().mean()
+        print(f"{len(ids.unique())} of {self.config.codes} codes in use, perplexity {self.model.perplexity(ids):.0f}, "
+              f"{10 * math.log10(4 / mse):.1f} dB")
+
+    def state(self):
+        return {}
+
+
 class TextToImage(nn.Module):
     """A text encoder and a U-Net: model(x (B, C, H, W), t (B,), ids (B, L) or encoded text (B, L, D_ctx)) -> like x.
 
@@ -114,6 +161,21 @@ class TextToImage(nn.Module):
     def drop_labels(self, ids, draws):
         """Replace captions ids (B, L) by the empty one where draws (B,), uniform in [0, 1), are small."""
         return torch.where((draws < self.class_dropout_prob)[:, None], self.null_ids, ids)
+
+
+class TextToTokens(TextToImage):
+    """The same with a VQTransformer: model(tokens (B, N), t (B,), ids (B, L) or encoded text) -> logits (B, N, K).
+
+    Source: VQ-Diffusion §4.3.
+    """
+    matrices = rf"transformer\.{VQTransformer.matrices}|text\.text_model\.encoder\.layers\."
+
+    def __init__(self, transformer, text, null_ids, class_dropout_prob):
+        super().__init__(None, text, null_ids, class_dropout_prob)
+        self.transformer = transformer
+
+    def forward(self, tokens, t, y):
+        return self.transformer(tokens, t, y if y.is_floating_point() else self.text(y))   # (B, N, K)
 
 
 class DiffusionTask:
@@ -244,6 +306,90 @@ class DiffusionTask:
                                 "model": self.first_stage.state_dict()}}
 
 
+class TokenTask(DiffusionTask):
+    """VQ-Diffusion: the same on a VQ-VAE's tokens (B, N), with the mask-and-replace chain. Source: VQ-Diffusion §4."""
+
+    def __init__(self, config, info, model, first_stage, tokenizer=None):
+        self.config, self.info, self.model = config, info, model
+        self.first_stage, self.tokenizer = first_stage, tokenizer
+        self.process = MaskReplace(num_codes=first_stage.num_codes, aux_weight=config.aux_weight)
+        self.shape = (first_stage.grid ** 2,)                                               # (N,) tokens
+
+    @torch.no_grad()
+    def prepare(self, dataset, device):
+        """Pictures -> tokens, all at once, so that no step encodes anything."""
+        if self.tokenizer is not None:
+            dataset = dataclasses.replace(dataset, labels=self.tokenizer(dataset.captions))     # (N, L)
+        if dataset.images.dtype == torch.int64:                                 # tokens already
+            return dataset
+        x, labels = dataset.images, dataset.labels
+        if dataset.flip:                                                        # tokens cannot be mirrored afterwards
+            x, labels = torch.cat([x, x.flip(-1)]), torch.cat([labels, labels])
+        ids = torch.cat([self.encode(to_float(part.to(device))) for part in x.split(1000)])
+        return dataclasses.replace(dataset, images=ids, labels=labels, flip=False)
+
+    def macs(self):
+        """Multiply-accumulates of one forward of one picture. Source: torch.utils.flop_counter (2 flops each)."""
+        meta = copy.deepcopy(self.model).to("meta")
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            step = torch.zeros(1, dtype=torch.int64)
+            meta(torch.zeros(1, *self.shape, dtype=torch.int64), step, self.model.null_condition(1).to("meta"))
+        return counter.get_total_flops() // 2
+
+    def loss(self, net, batch):
+        y = self.model.drop_labels(batch["y"], batch["drop"])
+        return self.process.loss(net, batch["x"], y, batch["t"], batch["pt"], batch["u"])
+
+    @torch.no_grad()
+    def sample(self, model, y, null=None, cfg_scale=None, steps=None, sampler=None, callback=None, eta=0.0,
+               cfg_interval=(0.0, 1.0), cfg_channels=None, noise=None, **options):
+        """Draw one grid of tokens per condition -> (B, N). Arguments as in DiffusionTask.sample; options as in
+        MaskReplace.sample. Raises ValueError for what codes do not have: eta, cfg_interval, cfg_channels, noise.
+
+        Source: VQ-Diffusion algorithm 2; Improved VQ-Diffusion §3.
+        """
+        if eta or tuple(cfg_interval) != (0.0, 1.0) or cfg_channels or noise is not None:
+            raise ValueError("--eta, --cfg-interval, --cfg-channels and --interpolate are for numbers, not for codes")
+        cfg_scale = self.config.cfg_scale if cfg_scale is None else cfg_scale
+        if self.model.class_dropout_prob == 0:
+            cfg_scale = 1.0
+        null = self.model.null_condition(len(y), y.device) if null is None else null
+        if self.tokenizer is not None:                               # encode the words once, not at every step
+            y, null = model.text(y), model.text(null)                # (B, L, D_ctx)
+        options = {"strength": 1.0, **options, "device": y.device}
+        walk = self.process.trajectory(model, (len(y), *self.shape), y, null, sampler=sampler or "posterior",
+                                       steps=steps or 25, cfg_scale=cfg_scale, **options)
+        for tokens, guess in walk:
+            if callback is not None:
+                callback(guess)
+        return tokens
+
+    @torch.no_grad()
+    def encode(self, x):
+        """Pictures (B, C, H, W) in [-1, 1] -> tokens (B, N). Source: VQ-Diffusion §3.1."""
+        return self.first_stage.to(x.device).encode(x)
+
+    def shrink_mask(self, mask):
+        """Mask (B, 1, H, W), 1 = paint here -> (B, N): a token is painted if any of its pixels is. Source: §5."""
+        return None if mask is None else nn.functional.max_pool2d(mask, self.first_stage.factor).flatten(1)
+
+    @torch.no_grad()
+    def to_pictures(self, ids):
+        """Tokens (B, N) -> uint8 pictures (B, C, H, W). Source: VQ-Diffusion §3.1."""
+        return to_uint8(self.first_stage.to(ids.device).decode(ids))
+
+    def preview(self, model, dataset, device, path):
+        y, names = self.examples()
+        seeds = [torch.Generator(device).manual_seed(i) for i in range(len(y))]
+        images = self.to_pictures(self.sample(model, y.to(device), generator=seeds))
+        save_grid(images.cpu(), path, nrow=8, captions=names, scale=None if names else max(1, 64 // images.shape[-1]))
+
+    def state(self):
+        vqvae = self.first_stage
+        return {"first_stage": {"factor": vqvae.factor, "image_size": vqvae.image_size, "scale": None,
+                                "model": vqvae.state_dict()}}
+
+
 def _not_learned(model):
     """Names of the tensors of a model that training leaves alone."""
     return frozenset(model.state_dict()) - {name for name, p in model.named_parameters() if p.requires_grad}
@@ -287,7 +433,8 @@ class ConceptTask(DiffusionTask):
                              + (f"; near it: {', '.join(near)}" if near else ""))
         self.W0 = {name: w.clone() for name, w in self.model.unet.state_dict().items()}
         rare = rare_tokens(self.tokenizer, base.info["examples"] + (dataset.captions or []), len(config.concept))
-        self.words = {f"<new{k}>": token for k, token in enumerate(rare, 1)}
+        free = (f"<new{k}>" for k in range(1, 1000) if f"<new{k}>" not in self.tokenizer.ids)
+        self.words = dict(zip(free, rare))
         self.things = [f"a {word} {category}" for word, category in zip(self.words, config.category)]
         self.pictures = [data.load(name, config.image_size, data_dir=config.data_dir) for name in config.concept]
         self.prior = self.select(dataset)
@@ -297,7 +444,9 @@ class ConceptTask(DiffusionTask):
 
     @torch.no_grad()
     def select(self, dataset):
-        """The prior, (pictures (n, C, S, S), captions): those that name a category; or drawn by the base itself."""
+        """The prior, (pictures (n, C, S, S), captions): those that name a category; or drawn by the base; or None."""
+        if self.config.prior == "none":
+            return None
         if self.config.prior == "generated":
             captions = [f"a {self.config.category[k % len(self.config.category)]}" for k in range(200)]
             seeds = [torch.Generator().manual_seed(k) for k in range(len(captions))]
@@ -327,7 +476,8 @@ class ConceptTask(DiffusionTask):
         z, ids, mask = (torch.cat(column) for column in zip(*parts))
         self.mask = mask.to(device)                                                         # (N, 1, h, w)
         print(f"{', '.join(self.things)}: {total} target pictures will be seen ({sum(len(x) for x, _ in things)} "
-              f"different ones), and as many of the prior; learning rate {c.lr:g}, of the words {c.word_lr:g}")
+              f"different ones), and {'as many' if self.prior else 'none'} of the prior; learning rate {c.lr:g}, of the "
+              f"words {c.word_lr:g}")
         return dataclasses.replace(dataset, images=z, labels=ids, flip=False)
 
     def loss(self, net, batch):
@@ -349,6 +499,9 @@ def model_shape(info, first_stage):
     size, channels = info["image_size"], info["channels"]
     if first_stage is None:
         return channels, size, size
+    if isinstance(first_stage, VQVAE):
+        raise ValueError("this first stage is a VQ-VAE, whose tokens are for vq-tiny and its like: give a tiny-ae or a "
+                         "kl-ae")
     if size % first_stage.factor:
         raise ValueError(f"image size {size} is not divisible by the first stage's factor {first_stage.factor}")
     return first_stage.latent_channels, size // first_stage.factor, size // first_stage.factor
@@ -388,6 +541,32 @@ def build_unet(config, info, first_stage=None):
     return DiffusionTask(config, info, model, first_stage, tokenizer)
 
 
+def build_vqvae(config, info, first_stage=None):
+    """Config -> VQVAETask. Source: VQ-Diffusion §3.1."""
+    return VQVAETask(config, info)
+
+
+def build_vq(config, info, first_stage=None):
+    """Config -> TokenTask: text to tokens where there are captions, else classes, else nothing to ask for.
+
+    Raises ValueError if the first stage is no VQ-VAE. Source: VQ-Diffusion §4.
+    """
+    if not isinstance(first_stage, VQVAE):
+        raise ValueError(f"{config.model} works on a VQ-VAE's tokens: give --first-stage FILE of --model vq-vae, or "
+                         "leave --first-stage out to train one")
+    common = dict(num_codes=first_stage.num_codes, grid=first_stage.grid, **VQ_CONFIGS[config.model])
+    if "vocabulary" not in info:
+        classes = len(info["class_names"])
+        model = VQTransformer(condition="class" if classes else "none", num_classes=classes,
+                              class_dropout_prob=config.class_dropout if classes else 0.0, **common)
+        return TokenTask(config, info, model, first_stage)
+    tokenizer = WordTokenizer.from_state(info["vocabulary"])
+    text = TextEncoder(tokenizer.vocab_size, tokenizer.max_length)
+    transformer = VQTransformer(condition="text", context_dim=text.hidden_size, **common)
+    model = TextToTokens(transformer, text, tokenizer([""])[0], config.class_dropout)
+    return TokenTask(config, info, model, first_stage, tokenizer)
+
+
 def build_first_stage(config, channels):
     """config.first_stage -> frozen autoencoder for pictures of so many channels, or None.
 
@@ -395,6 +574,8 @@ def build_first_stage(config, channels):
     """
     if config.first_stage == "none" or config.model in AUTOENCODERS:
         return None
+    if config.first_stage == "tiny" and config.model in VQ_CONFIGS:
+        return VQVAE(config.image_size, channels, config.codes, config.factor).eval().requires_grad_(False)
     if config.first_stage == "tiny":
         return TinyAutoencoder(channels, config.latent_channels, config.factor).eval().requires_grad_(False)
     path = config.first_stage
@@ -412,7 +593,8 @@ def load_first_stage(state, path):
     Source: LDM §3.1.
     """
     if state.get("task") in AUTOENCODERS:
-        state = {"factor": state["config"]["factor"], "scale": state.get("scale"), "model": state["ema"]}
+        state = {"factor": state["config"]["factor"], "scale": state.get("scale"), "model": state["ema"],
+                 "image_size": state["info"]["image_size"]}
     elif "first_stage" in state:
         state = state["first_stage"]
     elif "format" not in state and "x_embedder.proj.weight" not in state["model"]:
@@ -422,6 +604,10 @@ def load_first_stage(state, path):
     weights = state["model"]
     if "decoder.conv_in.weight" in weights:
         vae = build({"vae": weights}, torch.float32, {"vae": {"scale": state["scale"]}})["vae"]
+    elif "codebook.embedding" in weights:
+        cell, codes = weights["encoder.1.weight"].shape[1], len(weights["codebook.embedding"])
+        vae = VQVAE(state["image_size"], cell // state["factor"] ** 2, codes, state["factor"])
+        load_weights(vae, weights, path)
     elif "encoder.1.weight" in weights:
         cell, latent = weights["encoder.1.weight"].shape[1], weights["mean"].shape[0]
         vae = TinyAutoencoder(cell // state["factor"] ** 2, latent, state["factor"])
@@ -431,10 +617,10 @@ def load_first_stage(state, path):
     return vae.eval().requires_grad_(False)
 
 
-AUTOENCODERS = ("tiny-ae", "kl-ae")
+AUTOENCODERS = ("tiny-ae", "kl-ae", "vq-vae")
 # name -> how to build it; the loop never asks which one it runs
 TASKS = {"tiny-ae": build_autoencoder, "kl-ae": build_autoencoder, "dit": build_dit, "udit": build_udit,
-         "unet": build_unet}
+         "unet": build_unet, "vq-vae": build_vqvae, "vq": build_vq}
 
 
 def task_name(model):
@@ -445,13 +631,16 @@ def task_name(model):
         return "unet"
     if model in UDIT_CONFIGS:
         return "udit"
+    if model in VQ_CONFIGS:
+        return "vq"
     try:
         dit_config(model)
     except ValueError as error:
-        known = [*AUTOENCODERS, "DiT-128x4/2", *DIT_CONFIGS, *UDIT_CONFIGS, *UNET_CONFIGS]
+        known = [*AUTOENCODERS, "DiT-128x4/2", *DIT_CONFIGS, *UDIT_CONFIGS, *UNET_CONFIGS, *VQ_CONFIGS]
         near = difflib.get_close_matches(model, known, 1)
         hint = f". Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{error}; or {', '.join([*UDIT_CONFIGS, *UNET_CONFIGS, *AUTOENCODERS])}{hint}") from error
+        others = ", ".join([*UDIT_CONFIGS, *UNET_CONFIGS, *VQ_CONFIGS, *AUTOENCODERS])
+        raise ValueError(f"{error}; or {others}{hint}") from error
     return "dit"
 
 
@@ -464,7 +653,7 @@ def describe(dataset, config, first_stage=None):
                              "give the --first-stage that made these latents")
         channels, side = 3, side * first_stage.factor
     info = {"name": dataset.name, "class_names": list(dataset.class_names), "channels": channels, "image_size": side}
-    if task_name(config.model) == "unet":
+    if task_name(config.model) == "unet" or task_name(config.model) == "vq" and dataset.captions is not None:
         if dataset.captions is None:
             raise ValueError(f"{config.model} wants captions, and {config.data} has none: try --data scenes, or a "
                             "folder with metadata.jsonl")

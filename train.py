@@ -57,8 +57,8 @@ def flag(default, help, **choices):
 class Config:
     """Everything that defines a run. The defaults are the five-minute run."""
     model: str = flag("DiT-128x4/2", "DiT-S/2 ... DiT-XL/8 of the paper, DiT-WxD/p (width, depth, patch), U-DiT-S/B/L, "
-                                     "udit-tiny, udit-small, or tiny-ae, kl-ae (autoencoders), unet-tiny, unet-small "
-                                     "(text to image)")
+                                     "udit-tiny, udit-small; unet-tiny, unet-small (text to image); vq-tiny, "
+                                     "vq-small (on tokens); or tiny-ae, kl-ae, vq-vae (autoencoders)")
     data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, emoji, folder:PATH (class sub-folders, "
                                "captions, or flat), latents:PATH")
     data_dir: str = flag("data", "where official files are looked for, and downloaded to when asked for by name")
@@ -74,6 +74,9 @@ class Config:
     first_stage_steps: int = flag(500, "optimizer steps of --first-stage tiny")
     latent_channels: int = flag(4, "channels of the tiny autoencoder's latents")
     latent_noise: float = flag(0.3, "noise that its decoder learns to undo, as a share of the latents' spread")
+    aux_weight: float = flag(1.0, "VQ: weight of the plain cross-entropy beside the variational bound; the paper's "
+                                  "5e-4 is for long runs")
+    codes: int = flag(256, "vq-vae: how many different tokens there are")
     factor: int = flag(4, "how much smaller its latents are, per side")
     conditioning: str = flag("adaln_zero", "DiT block",
                              choices=["adaln_zero", "adaln", "cross_attention", "in_context"])
@@ -107,8 +110,8 @@ class Config:
     concept: tuple = flag((), "teach --init a thing from these pictures, folder:PATH; may be repeated "
                               "(custom_diffusion.py)")
     category: tuple = flag((), "what the thing is, one --category per --concept, such as dog")
-    prior: str = flag("", "pictures that keep the category what it was: a data set with captions, or generated (drawn "
-                          "by --init); default: the data of --init")
+    prior: str = flag("", "pictures that keep the category what it was: a data set with captions, generated (drawn by "
+                          "--init), or none; default: the data of --init")
     part: str = flag("kv", "--concept: what learns in the U-Net", choices=["kv", "crossattn", "all", "none"])
     word_lr: float = flag(1e-2, "--concept: learning rate of the new words")
     augment: bool = flag(True, "--concept: also shrink and enlarge its pictures")
@@ -130,6 +133,8 @@ RECIPES = {  # what a recipe or a model changes among the defaults above
     "unet-tiny": dict(steps=2500, latent_channels=6, latent_noise=0.2, first_stage_steps=800, cfg_scale=3.0,
                       flow_shift=3.0)}
 RECIPES["unet-small"] = RECIPES["unet-tiny"]
+RECIPES["vq-vae"] = dict(steps=1600, batch_size=32, lr=4e-3)
+RECIPES["vq-tiny"] = RECIPES["vq-small"] = dict(steps=2500, first_stage_steps=1600)
 
 
 class Parser(argparse.ArgumentParser):
@@ -627,7 +632,7 @@ def prepare_run(config):
         raise ValueError(f"{len(config.concept)} --concept and {len(config.category)} --category: give one category "
                          "for each concept, and no --adapter beside them")
     if config.concept:
-        config.data = config.prior if config.prior not in ("", "generated") else config.data
+        config.data = config.prior if config.prior not in ("", "generated", "none") else config.data
     if config.flow_shift <= 0:
         raise ValueError(f"--flow-shift {config.flow_shift}: give a positive number; 1 = no shift, 3 = more noise")
     task, out = task_name(config.model), pathlib.Path(config.out)
@@ -641,6 +646,7 @@ def prepare_run(config):
         config.first_stage = config.init if load_first_stage(load_checkpoint(config.init), config.init) else "none"
     if config.first_stage == "auto":
         latent = (task == "unet" and not config.data.startswith("latents:")) or config.data in ("shapes", "scenes")
+        latent = latent or task == "vq"
         config.first_stage = "tiny" if latent and task not in AUTOENCODERS else "none"
     if task in ("dit", "udit") and config.first_stage in ("tiny", "none"):     # before minutes go into the first stage
         size = config.image_size // (config.factor if config.first_stage == "tiny" else 1)
@@ -657,10 +663,11 @@ def train_first_stage(config, dataset):
 
     Source: LDM §3.1.
     """
-    base = Config(steps=config.first_stage_steps)
-    keep = ("data", "data_dir", "image_size", "hold_out", "skip_bad", "latent_channels", "latent_noise", "factor",
-            "seed", "device", "compile")
-    own = dataclasses.replace(base, model="tiny-ae", first_stage="none", out=f"{config.out}/first_stage",
+    model = "vq-vae" if task_name(config.model) == "vq" else "tiny-ae"
+    base = Config(**{**RECIPES[model], "steps": config.first_stage_steps})
+    keep = ("data", "data_dir", "image_size", "hold_out", "skip_bad", "latent_channels", "latent_noise", "codes",
+            "factor", "seed", "device", "compile")
+    own = dataclasses.replace(base, model=model, first_stage="none", out=f"{config.out}/first_stage",
                               **{k: getattr(config, k) for k in keep})
     path = pathlib.Path(own.out) / "ckpt.pt"
     own.resume = path.is_file()
