@@ -244,9 +244,10 @@ class MaskReplace:
     steps: T (t = 0..T-1 are the paper's 1..T; t = -1 is clean). num_codes: K. schedule: a name in SCHEDULES, or four
     end points (alpha_bar_1, alpha_bar_T, gamma_bar_1, gamma_bar_T); K beta_bar is what they leave over.
     aux_weight: lambda of the auxiliary loss, as published; train.py's runs are short, and take 1: the bound alone looks
-    mostly at the last few [MASK]s, where it is long decided what goes where. adaptive_aux: twice that at t = 0, falling to once; mask_weight: of masked and of other tokens. importance: draw t
-    more often where the loss has been large; its memory, loss_history and loss_count (T,), is the only state here,
-    belongs in a checkpoint, and must be alike on all ranks.
+    mostly at the last few [MASK]s, where it is long decided what goes where. adaptive_aux: twice that at t = 0, falling
+    to once; mask_weight: of masked and of other tokens. importance: draw t more often where the loss has been large;
+    its memory, loss_history and loss_count (T,), is the only state here, belongs in a checkpoint, and must be alike on
+    all ranks.
     Public: alpha_bar, beta_bar, gamma_bar (T+1,) float64, whose last entry, index -1, is "clean": (1, 0, 0).
     Raises ValueError for an impossible schedule. Source: VQ-Diffusion §4.1, Eq. 7-9.
     """
