@@ -476,8 +476,8 @@ class ConceptTask(DiffusionTask):
         z, ids, mask = (torch.cat(column) for column in zip(*parts))
         self.mask = mask.to(device)                                                         # (N, 1, h, w)
         print(f"{', '.join(self.things)}: {total} target pictures will be seen ({sum(len(x) for x, _ in things)} "
-              f"different ones), and {'as many' if self.prior else 'none'} of the prior; learning rate {c.lr:g}, of the "
-              f"words {c.word_lr:g}")
+              f"different ones), and {'as many' if self.prior else 'none'} of the prior; learning rate {c.lr:g}, "
+              f"of the words {c.word_lr:g}")
         return dataclasses.replace(dataset, images=z, labels=ids, flip=False)
 
     def loss(self, net, batch):
