@@ -4,7 +4,10 @@
     python train.py --recipe paper                     # the same model as the DiT paper trains it: AdamW, eps, linear
     python train.py --model DiT-S/2 --data cifar10     # the paper's smallest DiT on 32x32 photographs, on one GPU
     python train.py --data folder:my_pictures --out out/mine --steps 20000
+    python train.py --model udit-tiny                  # a U-shaped DiT (udit.py)
     python train.py --model unet-tiny --data scenes    # text to image
+    python train.py --model vq-tiny --data scenes      # the same on tokens: a VQ-VAE, then VQ-Diffusion
+    python train.py --init assets/unet-scenes.pt --concept folder:my_thing --category circle    # a thing of your own
     python train.py --out out/mine --resume            # after Ctrl-C, SIGTERM, or a crash: bit for bit the same run
     torchrun --nproc-per-node 2 train.py ...           # data-parallel: the same run on more devices
 
