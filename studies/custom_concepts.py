@@ -5,7 +5,8 @@ training all weights, beats the word alone, and forgets less; without the prior 
 concepts learned apart merge by the closed form better than by averaging.  Here six things (things.py) on
 assets/unet-scenes.pt, 250 steps of 8 + 8 pictures; centre-symmetric ones, and one that is cut in two halves (hard).
 Alignment: 0 what the base draws, 1 real pictures. Text: size and background as asked. Leak: share of the bare
-category's pictures that look like the thing. Plain: 48 captions about other things, all attributes right.
+category's pictures that look like the thing. Plain: 48 captions about other things, all attributes right. Both: pairs
+that show each thing in its half.
 About 30 CPU-seconds a cell on one thread; 126 single cells and 45 pairs.
 
     python -m studies.custom_concepts               # -> studies/results/custom_concepts.{csv,md}, custom_pairs.{csv,md}
@@ -81,6 +82,13 @@ def learn(names, path, flags, seed, before=None):
     save_concept(path, learned, rows, concepts, original)
 
 
+def split(pictures):
+    """Left and right half of pictures (B, 3, H, W), each filled up with the background."""
+    border = torch.cat([pictures[:, :, 0], pictures[:, :, -1]], -1).median(-1).values[..., None, None]   # (B, 3, 1, 1)
+    left = torch.arange(pictures.shape[-1]) < pictures.shape[-1] // 2
+    return torch.where(left, pictures, border), torch.where(left, border, pictures)
+
+
 class Bench:
     """The base, loaded once, and what it draws of every category."""
 
@@ -114,6 +122,11 @@ class Bench:
             out["text"].append(torch.cat(right).float().mean().item())
             out["leak"].append(self.judges[name].hits(self.draw(task, model, [f"a {category}"] * 32)))
         row = {key: sum(values) / len(values) for key, values in out.items()}
+        if len(names) == 2:
+            said = " left of ".join(f"a <new{k}> {THINGS[name][0]}" for k, name in enumerate(names, 1))
+            halves = split(self.draw(task, model, [said] * 32))
+            seen = [self.judges[name](half) > 0.5 for name, half in zip(names, halves)]
+            row["both"] = (seen[0] & seen[1]).float().mean().item()
         return {**row, "plain": prompt_accuracy(self.draw(task, model, self.plain), self.plain)["all"][0]}
 
 
@@ -151,6 +164,7 @@ def run_cell(cell, bench):
 def summarise(table, key, names, baseline):
     """Means ± standard errors, and the paired difference to a baseline with its bootstrap interval."""
     rows, lines = table.rows(), []
+    shown = ["alignment", "text", "leak", "plain"] + ["both"] * (key == "how")
     pair_of = lambda r: (r["thing"] if "thing" in r else r["pair"], r["seed"])
     reference = {pair_of(r): r["alignment"] for r in rows if r[key] == baseline}
     for name in names:
@@ -158,10 +172,9 @@ def summarise(table, key, names, baseline):
         if len(mine) > 1:
             gaps = [r["alignment"] - reference[pair_of(r)] for r in mine if pair_of(r) in reference]
             low, high = bootstrap(gaps) if len(gaps) > 1 else (float("nan"),) * 2
-            lines.append([name, len(mine), *("{:.2f} ± {:.2f}".format(*mean_se([r[k] for r in mine]))
-                                             for k in ("alignment", "text", "leak", "plain")),
+            lines.append([name, len(mine), *("{:.2f} ± {:.2f}".format(*mean_se([r[k] for r in mine])) for k in shown),
                           f"{sum(gaps) / max(1, len(gaps)):+.2f} [{low:+.2f}, {high:+.2f}]"])
-    header = [key, "runs", "alignment", "text", "leak", "plain", f"alignment against {baseline}"]
+    header = [key, "runs", *shown, f"alignment against {baseline}"]
     write_markdown(table.path.stem, header, lines,
                    f"Hard things included ({', '.join(HARD)}). `python -m studies.custom_concepts`")
 
