@@ -20,7 +20,7 @@ import sample
 from adapters import PLACEMENTS, adapter_parameters, add_adapters, add_lora, anova
 from data import to_float
 from evaluate import prompt_accuracy
-from studies.common import RESULTS, Table, heldout_loss, mean_se, parser, todo, write_markdown
+from studies.common import Table, figure, heldout_loss, mean_se, parser, todo, write_markdown
 from studies.things import THINGS, Judge, photographs, striped
 
 BASE, STEPS, BUDGET = "assets/unet-scenes.pt", 200, 0.0075
@@ -163,27 +163,20 @@ def summarise(table):
                  "take F as a description. `python -m studies.adapter_sweep`")
     write_markdown("adapter_sweep", ["method", "trained", *(f"alignment, {t}" for t in TASKS), "leak", "other prompts",
                                      "s/step"], lines, "\n".join(notes))
-    draw(first)
+    things = [r for r in first if r["task"] != "stripes"]
+    figure("adapter_sweep", lambda panels: draw(things, panels), (9, 3.4), 2, sharey=True)
 
 
-def draw(rows):
+def draw(rows, panels):
     """Box plots of alignment by input and by output, things only."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    fig, panels = plt.subplots(1, 2, figsize=(9, 3.4), dpi=90, sharey=True)
-    things = [r for r in rows if r["task"] != "stripes"]
     for k, (axes, what) in enumerate(zip(panels, ("read from", "added to"))):
         groups = {}
-        for r in things:
+        for r in rows:
             groups.setdefault(r["method"].split("-")[k], []).append(r["alignment"])
         axes.boxplot(list(groups.values()), tick_labels=list(groups))
         axes.tick_params(axis="x", rotation=45)
-        axes.set(xlabel=what, title=f"{len(things)} runs, two things")
+        axes.set(xlabel=what, title=f"{len(rows)} runs, two things")
     panels[0].set_ylabel("alignment (0 base, 1 real)")
-    fig.tight_layout()
-    fig.savefig(RESULTS / "adapter_sweep.png")
-    plt.close(fig)
 
 
 def main():

@@ -155,13 +155,13 @@ def write_markdown(name, header, rows, note=""):
     print(text)
 
 
-def figure(name, draw, size=(5, 4)):
-    """studies/results/NAME.png: draw(axes) on one pair of axes."""
+def figure(name, draw, size=(5, 4), panels=1, **options):
+    """studies/results/NAME.png: draw(axes), or draw(a list of them) for several panels; options of plt.subplots."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    fig, axes = plt.subplots(figsize=size, dpi=90)
-    draw(axes)
+    fig, axes = plt.subplots(1, panels, figsize=size, dpi=90, squeeze=False, **options)
+    draw(axes[0][0] if panels == 1 else axes[0])
     fig.tight_layout()
     fig.savefig(RESULTS / f"{name}.png")
     plt.close(fig)

@@ -17,7 +17,8 @@ import data
 import sample
 from dit import DiT, dit_config
 from evaluate import class_accuracy, score_pictures
-from studies.common import RESULTS, Table, heldout_loss, mean_se, parser, setup, todo, train_and_watch, write_markdown
+from studies.common import (Table, figure, heldout_loss, mean_se, parser, setup, todo, train_and_watch,
+                            write_markdown)
 from tasks import DiffusionTask, model_shape
 from udit import UDiT
 
@@ -100,29 +101,21 @@ def summarise(table):
     write_markdown("udit_ablation", ["data", "model", "seeds", "M MACs", "M params", "CPU-s", "loss, equal steps",
                                      "loss, equal CPU time", "samples"], rows,
                    f"{STEPS} steps of {BATCH}, mean ± standard error over seeds: `python -m studies.udit_ablation`")
-    draw(curves)
+    figure("udit_ablation", lambda panels: draw(curves, panels if len(curves) > 1 else [panels]), (9, 3.6),
+           max(1, len(curves)))
 
 
-def draw(curves):
+def draw(curves, panels):
     """Held-out loss of every model, at equal steps and at equal time, one panel per data set."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    fig, panels = plt.subplots(1, len(curves), figsize=(9, 3.6), dpi=90, squeeze=False)
-    for axes, (world, models) in zip(panels[0], curves.items()):
-        for k, (label, shift) in enumerate((("equal steps", 0.1), ("equal CPU time", -0.1))):
-            points = [both[k] for both in models.values()]
+    for k, (axes, (world, models)) in enumerate(zip(panels, curves.items())):
+        for which, (label, shift) in enumerate((("equal steps", 0.1), ("equal CPU time", -0.1))):
+            points = [both[which] for both in models.values()]
             axes.errorbar([m for m, _ in points], [i + shift for i in range(len(points))], xerr=[e for _, e in points],
                           fmt="o", capsize=2, label=label)
-        axes.set_yticks(range(len(models)), models)
+        axes.set_yticks(range(len(models)), models if k == 0 else [""] * len(models))
         axes.invert_yaxis()
         axes.set(xlabel="held-out loss (velocity MSE)", title=f"{world}, equal MACs")
-    panels[0][0].legend()
-    for axes in panels[0][1:]:
-        axes.set_yticklabels([])
-    fig.tight_layout()
-    fig.savefig(RESULTS / "udit_ablation.png")
-    plt.close(fig)
+        axes.legend()
 
 
 def main():

@@ -12,7 +12,7 @@ import torch
 from studies import common
 
 RESULTS = pathlib.Path(common.__file__).parent / "results"
-SUMMARISED = [name for name in ("dit_conditioning", "dit_scaling") if (RESULTS / f"{name}.csv").is_file()]
+SUMMARISED = [name for name in ("dit_conditioning", "dit_scaling", "udit_ablation") if (RESULTS / f"{name}.md").is_file()]
 
 
 def test_a_stopped_study_goes_on_and_parts_share_it(tmp_path):
