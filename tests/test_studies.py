@@ -12,7 +12,8 @@ import torch
 from studies import common
 
 RESULTS = pathlib.Path(common.__file__).parent / "results"
-SUMMARISED = [name for name in ("dit_conditioning", "dit_scaling", "udit_ablation") if (RESULTS / f"{name}.md").is_file()]
+STUDIES = ("dit_conditioning", "dit_scaling", "udit_ablation")
+SUMMARISED = [name for name in STUDIES if (RESULTS / f"{name}.md").is_file()]       # a table is written when all is run
 
 
 def test_a_stopped_study_goes_on_and_parts_share_it(tmp_path):
