@@ -378,12 +378,6 @@ class TokenTask(DiffusionTask):
         """Tokens (B, N) -> uint8 pictures (B, C, H, W). Source: VQ-Diffusion §3.1."""
         return to_uint8(self.first_stage.to(ids.device).decode(ids))
 
-    def preview(self, model, dataset, device, path):
-        y, names = self.examples()
-        seeds = [torch.Generator(device).manual_seed(i) for i in range(len(y))]
-        images = self.to_pictures(self.sample(model, y.to(device), generator=seeds))
-        save_grid(images.cpu(), path, nrow=8, captions=names, scale=None if names else max(1, 64 // images.shape[-1]))
-
     def state(self):
         vqvae = self.first_stage
         return {"first_stage": {"factor": vqvae.factor, "image_size": vqvae.image_size, "scale": None,
