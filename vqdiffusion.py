@@ -42,21 +42,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion import guided
+from vae import ResBlock
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the tokeniser
-
-class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C, H, W) -> same. Source: He et al. 2016, pre-activation."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-
 
 class Codebook(nn.Module):
     """K vectors of D numbers that follow the encoder by running averages instead of gradients.
