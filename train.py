@@ -137,7 +137,7 @@ RECIPES = {  # what a recipe or a model changes among the defaults above
                       flow_shift=3.0)}
 RECIPES["unet-small"] = RECIPES["unet-tiny"]
 RECIPES["vq-vae"] = dict(steps=1600, batch_size=32, lr=4e-3)
-RECIPES["vq-tiny"] = RECIPES["vq-small"] = dict(steps=2500, first_stage_steps=1600)
+RECIPES["vq-tiny"] = RECIPES["vq-small"] = dict(steps=3000, batch_size=32, first_stage_steps=1600, cfg_scale=3.0)
 
 
 class Parser(argparse.ArgumentParser):

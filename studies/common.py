@@ -28,8 +28,8 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 class Table:
     """studies/results/NAME.csv. keys: the columns that name a cell. Numbers come back as floats."""
 
-    def __init__(self, name, keys, folder=RESULTS):
-        self.path, self.keys = pathlib.Path(folder) / f"{name}.csv", keys
+    def __init__(self, name, keys, folder=None):
+        self.path, self.keys = pathlib.Path(folder or RESULTS) / f"{name}.csv", keys
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def rows(self):

@@ -5,11 +5,12 @@ training all weights, beats the word alone, and forgets less; without the prior 
 concepts learned apart merge by the closed form better than by averaging.  Here six things (things.py) on
 assets/unet-scenes.pt, 250 steps of 8 + 8 pictures; centre-symmetric ones, and one that is cut in two halves (hard).
 Alignment: 0 what the base draws, 1 real pictures. Text: size and background as asked. Leak: share of the bare
-category's pictures that look like the thing. Plain: 48 captions about other things, all attributes right. Both: pairs
-that show each thing in its half.
-About 30 CPU-seconds a cell on one thread; 126 single cells and 45 pairs.
+category's pictures that look like the thing, less the base's own share. Plain: 48 captions about other things, all
+attributes right. Both: pairs that show each thing in its half. Then, from the files that this leaves behind: how far
+each kind of layer moved when all weights learned, and what is left of a concept when its change is compressed.
+About 30 CPU-seconds a cell on one thread; 78 single cells (the ablations with one seed) and 45 pairs.
 
-    python -m studies.custom_concepts               # -> studies/results/custom_concepts.{csv,md}, custom_pairs.{csv,md}
+    python -m studies.custom_concepts               # -> studies/results/custom_{concepts,pairs,compression}.{csv,md}
 """
 import contextlib
 import io
@@ -21,7 +22,7 @@ from PIL import Image
 import custom_diffusion
 import data
 import sample
-from custom_diffusion import add_changes, average, gather, load_concept, save_concept
+from custom_diffusion import add_changes, average, gather, load_concept, save_concept, weight_change
 from evaluate import prompt_accuracy, read_shapes
 from studies.common import Table, bootstrap, mean_se, parser, todo, write_markdown
 from studies.things import HARD, THINGS, Judge, photographs
@@ -29,12 +30,15 @@ from tasks import ConceptTask
 from train import Config, parse, prepare_run, presets, step_maker
 
 BASE, OUT = "assets/unet-scenes.pt", pathlib.Path("out/studies/concepts")
-METHODS = {"K/V and word": [], "word alone": ["--part", "none", "--word-lr", "3e-2"],
-           "all weights": ["--part", "all", "--lr", "5e-4"], "no prior": ["--prior", "none"],
-           "generated prior": ["--prior", "generated"], "no augmentation": ["--no-augment"],
-           "word not optimised": ["--word-lr", "0"]}
+RATES = ["--lr", "6e-3", "--word-lr", "3e-2"]
+METHODS = {"K/V and word": RATES, "word alone": ["--part", "none", *RATES],
+           "all weights": ["--part", "all", "--lr", "5e-4"], "no prior": ["--prior", "none", *RATES],
+           "generated prior": ["--prior", "generated", *RATES], "no augmentation": ["--no-augment", *RATES],
+           "word not optimised": [*RATES, "--word-lr", "0"]}
+MAIN = ("K/V and word", "word alone", "all weights")            # with all seeds; the ablations with one
 PAIRS = (("hub ring", "gem cross"), ("target circle", "pearl star"), ("eye square", "hub ring"))
 COMBINE = ("joint", "merge", "average", "sum", "sequential")
+RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)                        # of the sum of singular values
 
 
 def folder_of(name, word="<new1>"):
@@ -90,7 +94,7 @@ def split(pictures):
 
 
 class Bench:
-    """The base, loaded once, and what it draws of every category."""
+    """The base, loaded once, what it draws of every category, and how much of that passes for the thing already."""
 
     def __init__(self):
         self.task, self.model = sample.load(BASE)
@@ -98,8 +102,9 @@ class Bench:
         rows = [i for i, c in enumerate(test.captions) if "relation" not in data.parse_caption(c)][:48]
         self.plain = [test.captions[i] for i in rows]
         bare = {name: f"a {THINGS[name][0]}" for name in THINGS}
-        self.judges = {name: Judge(name, self.task, self.draw(self.task, self.model, [said] * 32))
-                       for name, said in bare.items()}
+        drawn = {name: self.draw(self.task, self.model, [said] * 32) for name, said in bare.items()}
+        self.judges = {name: Judge(name, self.task, pictures) for name, pictures in drawn.items()}
+        self.own_leak = {name: self.judges[name].hits(pictures) for name, pictures in drawn.items()}
 
     def draw(self, task, model, prompts):
         return sample.draw_all(task, model, task.tokenizer(prompts), seed=0, steps=16)[1]
@@ -120,7 +125,8 @@ class Bench:
                      for r, size, ground in zip(read, (1, 0), (1, 2))]      # data.SIZES, data.BACKGROUNDS
             out["alignment"].append(self.judges[name](torch.cat(pictures)).mean().item())
             out["text"].append(torch.cat(right).float().mean().item())
-            out["leak"].append(self.judges[name].hits(self.draw(task, model, [f"a {category}"] * 32)))
+            leak = self.judges[name].hits(self.draw(task, model, [f"a {category}"] * 32))
+            out["leak"].append(leak - self.own_leak[name])
         row = {key: sum(values) / len(values) for key, values in out.items()}
         if len(names) == 2:
             said = " left of ".join(f"a <new{k}> {THINGS[name][0]}" for k, name in enumerate(names, 1))
@@ -134,12 +140,12 @@ def combine(pair, how, seed, path):
     """One concept file for two things that were learned apart (or together, or in turn)."""
     own = [OUT / f"{name}-K V and word-{seed}.pt" for name in pair]
     for name, file in zip(pair, own):
-        learn([name], file, [], seed)
+        learn([name], file, RATES, seed)
     unet = sample.load(BASE)[1].unet.state_dict()
     if how == "joint":
-        learn(pair, path, ["--batch-size", "32"], seed)         # as many pictures of each as apart
+        learn(pair, path, [*RATES, "--batch-size", "32"], seed)         # as many pictures of each as apart
     elif how == "sequential":
-        learn(pair[1:], path, [], seed, before=load_concept(own[0], unet))
+        learn(pair[1:], path, RATES, seed, before=load_concept(own[0], unet))
     elif how == "merge":
         with contextlib.redirect_stdout(io.StringIO()):
             custom_diffusion.main(["merge", *map(str, own), "--base", BASE, "--ridge", "0.1", "--out", str(path)])
@@ -151,8 +157,13 @@ def combine(pair, how, seed, path):
 
 
 def run_cell(cell, bench):
-    """One row of the single table or of the table of pairs."""
+    """One row of the table of single things, of pairs, or of compression."""
     path = OUT / ("-".join(map(str, cell.values())).replace("/", " ") + ".pt")
+    if "ratio" in cell:
+        unet = bench.model.unet.state_dict()
+        W, rows, concepts = load_concept(OUT / f"{cell['thing']}-K V and word-0.pt", unet)
+        save_concept(path, W, rows, concepts, unet, cell["ratio"])
+        return {**cell, "kb": path.stat().st_size / 1e3, **bench.measure(path, [cell["thing"]])}
     if "how" in cell:
         pair = tuple(cell["pair"].split(" + "))
         combine(pair, cell["how"], cell["seed"], path)
@@ -179,20 +190,40 @@ def summarise(table, key, names, baseline):
                    f"Hard things included ({', '.join(HARD)}). `python -m studies.custom_concepts`")
 
 
+def summarise_files(table):
+    """What is left of a concept at each ratio; and, where the files of "all weights" are, how far each layer moved."""
+    rows = [[ratio, "{:.0f}".format(mean_se(table.column("kb", ratio=ratio))[0]),
+             *("{:.2f} ± {:.2f}".format(*mean_se(table.column(k, ratio=ratio))) for k in ("alignment", "text", "leak"))]
+            for ratio in RATIOS if len(table.column("kb", ratio=ratio)) > 1]
+    write_markdown("custom_compression", ["singular values kept", "kB", "alignment", "text", "leak"], rows,
+                   "Mean ± standard error over things: `python -m studies.custom_concepts`")
+    moved, unet = Table("custom_change", ["thing", "seed"]), None
+    for path in sorted(OUT.glob("*-all weights-*.pt")):
+        thing, _, seed = path.stem.split("-")
+        if {"thing": thing, "seed": seed} not in moved:
+            unet = unet or sample.load(BASE)[1].unet.state_dict()
+            _, kinds = weight_change(unet, {**unet, **load_concept(path, unet)[0]})
+            moved.add({"thing": thing, "seed": seed, **kinds})
+
+
 def main():
     args = parser(__doc__).parse_args()
     torch.set_num_threads(args.threads)
     OUT.mkdir(parents=True, exist_ok=True)
     singles = Table("custom_concepts", ["thing", "method", "seed"])
     pairs = Table("custom_pairs", ["pair", "how", "seed"])
-    one = [{"thing": t, "method": m, "seed": s} for s in range(args.seeds) for t in THINGS for m in METHODS]
+    squeezed = Table("custom_compression", ["thing", "ratio"])
+    three = [{"thing": t, "ratio": r} for t in list(THINGS)[:3] for r in RATIOS]
+    one = [{"thing": t, "method": m, "seed": s} for s in range(args.seeds) for t in THINGS
+           for m in (METHODS if s == 0 else MAIN)]
     two = [{"pair": " + ".join(p), "how": h, "seed": s} for s in range(args.seeds) for p in PAIRS for h in COMBINE]
     bench = None if args.summary else Bench()
-    for table, cells in ((singles, one), (pairs, two)):
+    for table, cells in ((singles, one), (pairs, two), (squeezed, three)):
         for cell in [] if args.summary else todo(cells, table, args.part):
             table.add(run_cell(cell, bench))
     summarise(singles, "method", METHODS, "K/V and word")
     summarise(pairs, "how", COMBINE, "average")
+    summarise_files(squeezed)
 
 
 if __name__ == "__main__":

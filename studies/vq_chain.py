@@ -3,11 +3,14 @@
 The claims (Gu et al. 2022, ablations; Tang et al. 2022): a chain that ends 90 % masked and 10 % random beats masking
 alone and replacing alone; a quarter of the calls keeps the quality; truncation at 0.86 helps.  And ours: a jump over
 several steps has an exact posterior, and the released approximation pays for few calls.  Here vq-tiny on the 8x8
-tokens of `scenes`, 1,500 steps of 32; 96 test captions, guidance 3, read by the exact reader.
-About 5 CPU-minutes a mask rate and seed on one thread (18 of them), and 5 for the samplers of a seed.
+tokens of `scenes`, guidance 3, read by the exact reader. Mask rates: 600 steps of 32 (2 CPU-minutes each on one thread,
+18 of them), 25 calls. Samplers: the full run, `python train.py --model vq-tiny --data scenes` with three seeds (10
+CPU-minutes each), 96 captions, half of them with two objects.
 
     python -m studies.vq_chain                      # -> studies/results/vq_mask.{csv,md,png}, vq_samplers.{csv,md}
 """
+import pathlib
+
 import torch
 
 import data
@@ -15,31 +18,43 @@ import sample
 from evaluate import prompt_accuracy
 from studies.common import Table, figure, mean_se, parser, setup, todo, train_and_watch, write_markdown
 from tasks import TASKS
+from train import main as train_main
 from vqdiffusion import MaskReplace
 
-RATES, PAPER = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0), 0.9
-STEPS, OUT, AXES = 1500, "out/studies/scenes-vq", ("shape", "color", "relation", "all", "legible")
+RATES, STEPS, OUT = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0), 600, "out/studies/scenes-vq"
+AXES = ("shape", "color", "relation", "all", "legible")
 SAMPLERS = [{"steps": n, "stride": stride, "truncation": 1.0} for n in (100, 50, 25, 10, 5)
             for stride in ("exact", "official")]
 SAMPLERS += [{"steps": 25, "stride": "exact", "truncation": r} for r in (0.95, 0.86, 0.7, 0.5)]
 
 
-def chain(rate, codes, aux_weight):
-    """The paper's schedule with another share of [MASK] at its end: 0 only replaces, 1 only masks."""
-    ends = {0.0: "replace-only", 1.0: "mask-only"}.get(rate, (0.99999, 9e-6, 9e-6, rate))
-    return MaskReplace(100, codes, ends, aux_weight)
+def first_stage():
+    """The VQ-VAE that all models of these studies share, trained once -> its checkpoint."""
+    path = pathlib.Path(OUT) / "first_stage" / "ckpt.pt"
+    if not path.is_file():
+        train_main(["--model", "vq-vae", "--data", "scenes", "--sample-every", "0", "--out", str(path.parent)])
+    return str(path)
 
 
-def train(rate, seed):
-    """(task, averaged model) of a chain with this mask rate."""
-    def build(config, info, first_stage):
-        task = TASKS["vq"](config, info, first_stage)
-        task.process = chain(rate, first_stage.num_codes, config.aux_weight)
+def base(seed):
+    """(task, averaged model) of the README's run with this seed, trained if it is not there yet."""
+    path = pathlib.Path(OUT) / f"seed-{seed}" / "ckpt.pt"
+    if not path.is_file():
+        train_main(["--model", "vq-tiny", "--data", "scenes", "--first-stage", first_stage(), "--seed", str(seed),
+                    "--sample-every", "0", "--out", str(path.parent)])
+    return sample.load(path)
+
+
+def short_run(rate, seed):
+    """(task, averaged model) of a chain of which this share is [MASK] at its end: 0 only replaces, 1 only masks."""
+    def build(config, info, vqvae):
+        task = TASKS["vq"](config, info, vqvae)
+        ends = {0.0: "replace-only", 1.0: "mask-only"}.get(rate, (0.99999, 9e-6, 9e-6, rate))
+        task.process = MaskReplace(100, vqvae.num_codes, ends, config.aux_weight)
         return task
     config, dataset, task = setup("vq-tiny", OUT, build, data="scenes", steps=STEPS, batch_size=32, seed=seed,
-                                  cfg_scale=3.0, first_stage_steps=1600)
-    _, model = train_and_watch(config, dataset, task, STEPS, lambda ema: {})
-    return task, model
+                                  cfg_scale=3.0, first_stage=first_stage())
+    return task, train_and_watch(config, dataset, task, STEPS, lambda ema: {})[1]
 
 
 def accuracy(task, model, captions, **options):
@@ -54,12 +69,12 @@ def summarise(masks, samplers):
     show = lambda table, where: ["{:.0f} ± {:.0f}".format(*(100 * v for v in mean_se(table.column(axis, **where))))
                                  for axis in AXES]
     done = [rate for rate in RATES if len(masks.column("all", rate=rate)) > 1]
-    note = (f"{STEPS} steps of 32, per cent of 96 captions, mean ± standard error over seeds: "
-            "`python -m studies.vq_chain`")
+    note = "per cent of 96 captions, mean ± standard error over seeds: `python -m studies.vq_chain`"
     rows = [[rate, *show(masks, {"rate": rate})] for rate in done]
-    write_markdown("vq_mask", ["masked at the end", *AXES], rows, note)
+    write_markdown("vq_mask", ["masked at the end", *AXES], rows, f"{STEPS} steps of 32, {note}")
     write_markdown("vq_samplers", ["calls", "jump", "truncation", *AXES],
-                   [[*s.values(), *show(samplers, s)] for s in SAMPLERS if len(samplers.column("all", **s)) > 1], note)
+                   [[*s.values(), *show(samplers, s)] for s in SAMPLERS if len(samplers.column("all", **s)) > 1],
+                   f"The full run, {note}")
 
     def draw(axes):
         for axis in ("all", "shape", "legible"):
@@ -77,11 +92,11 @@ def main():
     masks, samplers = Table("vq_mask", ["rate", "seed"]), Table("vq_samplers", ["seed"])
     captions = data.load("scenes", split="test", count=96).captions
     cells = [{"rate": rate, "seed": seed} for seed in range(args.seeds) for rate in RATES]
+    for cell in [] if args.summary else todo([{"seed": seed} for seed in range(args.seeds)], samplers, args.part):
+        task, model = base(**cell)
+        samplers.add(*({**cell, **s, **accuracy(task, model, captions, **s)} for s in SAMPLERS))
     for cell in [] if args.summary else todo(cells, masks, args.part):
-        task, model = train(**cell)
-        masks.add({**cell, **accuracy(task, model, captions)})
-        if cell["rate"] == PAPER and {"seed": cell["seed"]} not in samplers:
-            samplers.add(*({"seed": cell["seed"], **s, **accuracy(task, model, captions, **s)} for s in SAMPLERS))
+        masks.add({**cell, **accuracy(*short_run(**cell), captions, truncation=1.0)})
     summarise(masks, samplers)
 
 

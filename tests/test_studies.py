@@ -12,8 +12,11 @@ import torch
 from studies import common
 
 RESULTS = pathlib.Path(common.__file__).parent / "results"
-STUDIES = ("dit_conditioning", "dit_scaling", "udit_ablation")
-SUMMARISED = [name for name in STUDIES if (RESULTS / f"{name}.md").is_file()]       # a table is written when all is run
+TABLES = {**{name: [name] for name in ("dit_conditioning", "dit_scaling", "udit_ablation", "vq_autoregressive",
+                                       "adapter_sweep")},
+          "vq_chain": ["vq_mask", "vq_samplers"],
+          "custom_concepts": ["custom_concepts", "custom_pairs", "custom_compression"]}
+DONE = [name for name, tables in TABLES.items() if (RESULTS / f"{tables[-1]}.md").is_file()]    # the last is written at the end
 
 
 def test_a_stopped_study_goes_on_and_parts_share_it(tmp_path):
@@ -51,11 +54,32 @@ def test_heldout_loss_is_exact_for_a_model_that_knows_the_noise():
     assert blind == pytest.approx(1.0, abs=0.1) == common.heldout_loss(Task, lambda x, t, y: 0 * x, x0, y)
 
 
-@pytest.mark.parametrize("name", SUMMARISED)
+@pytest.mark.parametrize("name", DONE)
 def test_committed_tables_follow_from_the_committed_rows(name, tmp_path, monkeypatch):
-    study = importlib.import_module(f"studies.{name}")
-    (tmp_path / f"{name}.csv").write_bytes((RESULTS / f"{name}.csv").read_bytes())
+    for table in TABLES[name]:
+        (tmp_path / f"{table}.csv").write_bytes((RESULTS / f"{table}.csv").read_bytes())
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    study.summarise(common.Table(name, [], tmp_path))
-    assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
-    assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    monkeypatch.setattr("sys.argv", [name, "--summary"])
+    importlib.import_module(f"studies.{name}").main()
+    for table in TABLES[name]:
+        assert (tmp_path / f"{table}.md").read_text() == (RESULTS / f"{table}.md").read_text()
+    drawn = {path.name for path in RESULTS.glob("*.png")} & {f"{table}.png" for table in TABLES[name]}
+    assert all((tmp_path / png).stat().st_size > 5000 for png in drawn)
+
+
+def test_the_autoregressive_rival_is_causal_remembers_exactly_and_has_the_same_size():
+    from studies.vq_autoregressive import CausalTransformer
+    from vqdiffusion import VQ_CONFIGS, VQTransformer
+    torch.manual_seed(0)
+    model, tokens, words = CausalTransformer(256, 64), torch.randint(256, (2, 64)), torch.randn(2, 5, 64)
+    whole, past, one_by_one = model(tokens, None, words)[0], None, []
+    for i in range(64):
+        logits, past = model(tokens[:, i:i + 1], past, words)
+        one_by_one.append(logits)
+    torch.testing.assert_close(torch.cat(one_by_one, 1), whole, atol=1e-5, rtol=1e-5)
+    other = torch.cat([tokens[:, :40], 255 - tokens[:, 40:]], 1)
+    torch.testing.assert_close(model(other, None, words)[0][:, :40], whole[:, :40])
+    assert (model(other, None, words)[0][:, 40:] - whole[:, 40:]).abs().max() > 1e-3
+    rival = VQTransformer(256, 8, context_dim=64, **VQ_CONFIGS["vq-tiny"])
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    assert count(model) == pytest.approx(count(rival), rel=1e-3)
