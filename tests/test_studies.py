@@ -16,7 +16,7 @@ TABLES = {**{name: [name] for name in ("dit_conditioning", "dit_scaling", "udit_
                                        "adapter_sweep")},
           "vq_chain": ["vq_mask", "vq_samplers"],
           "custom_concepts": ["custom_concepts", "custom_pairs", "custom_compression"]}
-DONE = [name for name, tables in TABLES.items() if (RESULTS / f"{tables[-1]}.md").is_file()]    # the last is written at the end
+DONE = [name for name, tables in TABLES.items() if (RESULTS / f"{tables[-1]}.md").is_file()]
 
 
 def test_a_stopped_study_goes_on_and_parts_share_it(tmp_path):
