@@ -5,7 +5,7 @@ activation and scale hardly matter.  Here the base is assets/unet-scenes.pt; the
 prior preservation, as in DreamBooth, and one style, striped backgrounds. Every run: 120 steps, 8 pictures and 8 of the
 prior, AdamW at 5e-3. Also full fine-tuning (5e-4), LoRA on K and V with the same budget, and no training at all.
 Residual placements get the nearest budget that a whole rank allows; real counts stand in the CSV.
-About 15 CPU-seconds a cell on one thread; 161 cells (the style with one seed) and 90 forms.
+About 15 CPU-seconds a cell on one thread: 161 cells (the style with one seed); and 90 forms, 11 each.
 
     python -m studies.adapter_sweep                 # -> studies/results/adapter_sweep.{csv,md,png}
 """
@@ -77,9 +77,12 @@ class World:
             return pick(self.z, self.ids, 16)
         return tuple(torch.cat(pair) for pair in zip(pick(self.z, self.ids, 8), pick(*self.prior, 8)))
 
-    def measure(self, model):
-        """Held-out loss, hits and alignment of the task's prompts, leak into the bare category, other prompts."""
+    def measure(self, model, brief):
+        """Held-out loss, alignment of the task's prompts; and, unless brief, leak into the category, other prompts."""
         loss = heldout_loss(self.task, model, *self.held, levels=4)
+        if brief:
+            alignment = self.judge(self.draw(model, self.prompts)).mean().item()
+            return {"loss": loss, "alignment": alignment, "leak": "", "plain": ""}
         plain = self.draw(model, self.plain)
         if self.name == "stripes":
             return {"loss": loss, "alignment": stripes(plain), "leak": "", "plain": ""}
@@ -123,7 +126,8 @@ def run_cell(cell, world):
             opt.step()
             opt.zero_grad()
         seconds = (time.process_time() - start) / STEPS
-    return {**cell, "params": count, "s_per_step": seconds, **world.measure(model.eval().requires_grad_(False))}
+    brief = (cell["activation"], cell["scale"]) != ("relu", 1.0)
+    return {**cell, "params": count, "s_per_step": seconds, **world.measure(model.eval().requires_grad_(False), brief)}
 
 
 def factor(rows, of):

@@ -192,8 +192,8 @@ def summarise(table, key, names, baseline):
 
 def summarise_files(table):
     """What is left of a concept at each ratio; and, where the files of "all weights" are, how far each layer moved."""
-    rows = [[ratio, "{:.0f}".format(mean_se(table.column("kb", ratio=ratio))[0]),
-             *("{:.2f} ± {:.2f}".format(*mean_se(table.column(k, ratio=ratio))) for k in ("alignment", "text", "leak"))]
+    show = lambda values, form="{:.2f}": f"{form} ± {form}".format(*mean_se(values))
+    rows = [[ratio, *(show(table.column(k, ratio=ratio)) for k in ("kb", "alignment", "text", "leak"))]
             for ratio in RATIOS if len(table.column("kb", ratio=ratio)) > 1]
     write_markdown("custom_compression", ["singular values kept", "kB", "alignment", "text", "leak"], rows,
                    "Mean ± standard error over things: `python -m studies.custom_concepts`")
@@ -204,6 +204,11 @@ def summarise_files(table):
             unet = unet or sample.load(BASE)[1].unet.state_dict()
             _, kinds = weight_change(unet, {**unet, **load_concept(path, unet)[0]})
             moved.add({"thing": thing, "seed": seed, **kinds})
+    if len(moved.rows()) > 1:
+        write_markdown("custom_change", ["kind of layer", "||W - W0|| / ||W0||"],
+                       [[kind, show(moved.column(kind), "{:.4f}")] for kind in
+                        ("cross-attention", "self-attention", "other")],
+                       "All weights trained, mean ± standard error over runs: `python -m studies.custom_concepts`")
 
 
 def main():

@@ -3,9 +3,9 @@
 The claims (Gu et al. 2022, ablations; Tang et al. 2022): a chain that ends 90 % masked and 10 % random beats masking
 alone and replacing alone; a quarter of the calls keeps the quality; truncation at 0.86 helps.  And ours: a jump over
 several steps has an exact posterior, and the released approximation pays for few calls.  Here vq-tiny on the 8x8
-tokens of `scenes`, guidance 3, read by the exact reader. Mask rates: 600 steps of 32 (2 CPU-minutes each on one thread,
-18 of them), 25 calls. Samplers: the full run, `python train.py --model vq-tiny --data scenes` with three seeds (10
-CPU-minutes each), 96 captions, half of them with two objects.
+tokens of `scenes`, guidance 3, read by the exact reader on 96 captions, half of them with two objects. Mask rates: 400
+steps of 32 (90 CPU-seconds each on one thread, 18 of them), 25 calls. Samplers: the full run, `python train.py --model
+vq-tiny --data scenes`, with three seeds (10 CPU-minutes each).
 
     python -m studies.vq_chain                      # -> studies/results/vq_mask.{csv,md,png}, vq_samplers.{csv,md}
 """
@@ -21,7 +21,7 @@ from tasks import TASKS
 from train import main as train_main
 from vqdiffusion import MaskReplace
 
-RATES, STEPS, OUT = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0), 600, "out/studies/scenes-vq"
+RATES, STEPS, OUT = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0), 400, "out/studies/scenes-vq"
 AXES = ("shape", "color", "relation", "all", "legible")
 SAMPLERS = [{"steps": n, "stride": stride, "truncation": 1.0} for n in (100, 50, 25, 10, 5)
             for stride in ("exact", "official")]
