@@ -5,8 +5,8 @@ DiT; downsampling only keys and values loses; downsampling all tokens wins, and 
 has the same multiply-accumulates (28 M, by the width of its MLP), on 16x16 latents of `shapes` and of CIFAR-10; on 8x8
 the lowest level would have one token per group, and nothing to attend to. The learning rate is constant, so that one
 run answers two questions: the loss at equal steps, and, read off where each had used the same CPU seconds, at equal
-time. Then samples: what the reader sees (shapes), classifier-FID (CIFAR-10). About 80 CPU-seconds a cell on one thread,
-8 models x 2 data sets x 3 seeds; and once about 5 minutes for autoencoders and classifier.
+time. Then samples: what the reader sees (shapes, guidance 2), classifier-FID (CIFAR-10, no guidance). About 80
+CPU-seconds a cell on one thread, 8 models x 2 data sets x 3 seeds; and once 5 minutes for autoencoders and classifier.
 
     python -m studies.udit_ablation                         # -> studies/results/udit_ablation.{csv,md,png}
     python -m studies.udit_ablation --cifar folder:PATH     # CIFAR-10 from your own copy, a folder per class
@@ -63,10 +63,10 @@ def run_cell(cell, cifar):
     x0 = task.encode(data.to_float(test.images))                                            # (256, 4, 16, 16)
     rows, ema = train_and_watch(config, dataset, task, EVERY,
                                 lambda ema: {"loss": heldout_loss(task, ema, x0, test.labels)})
-    y = torch.arange(480) % len(dataset.class_names)
-    _, pictures, _ = sample.draw_all(task, ema, y[:240] if world == "shapes" else y, seed=0)
+    y = torch.arange(240 if world == "shapes" else 480) % len(dataset.class_names)
+    _, pictures, _ = sample.draw_all(task, ema, y, seed=0, cfg_scale=2.0 if world == "shapes" else 1.0)
     if world == "shapes":
-        quality = class_accuracy(pictures, y[:240])["match"]
+        quality = class_accuracy(pictures, y)["match"]
     else:
         quality = score_pictures(world, config.data_dir, pictures, None, f"{out}/classifier.pt", 1000, "cpu")["fid"]
     own = {"macs_m": task.macs() / 1e6, "params": sum(p.numel() for p in task.model.parameters())}
