@@ -10,6 +10,8 @@ CPU-seconds a cell on one thread, 8 models x 2 data sets x 3 seeds; and once 5 m
 
     python -m studies.udit_ablation                         # -> studies/results/udit_ablation.{csv,md,png}
     python -m studies.udit_ablation --cifar folder:PATH     # CIFAR-10 from your own copy, a folder per class
+
+The committed rows are of its first 1,000 pictures of each class: 400 steps do not see more, and a cell is faster.
 """
 import torch
 
