@@ -218,12 +218,15 @@ def main():
     singles = Table("custom_concepts", ["thing", "method", "seed"])
     pairs = Table("custom_pairs", ["pair", "how", "seed"])
     squeezed = Table("custom_compression", ["thing", "ratio"])
-    three = [{"thing": t, "ratio": r} for t in list(THINGS)[:3] for r in RATIOS]
-    one = [{"thing": t, "method": m, "seed": s} for s in range(args.seeds) for t in THINGS
-           for m in (METHODS if s == 0 else MAIN)]
-    two = [{"pair": " + ".join(p), "how": h, "seed": s} for s in range(args.seeds) for p in PAIRS for h in COMBINE]
+    single = lambda methods, s: [{"thing": t, "method": m, "seed": s} for m in methods for t in THINGS]
+    plan = []
+    for s in range(args.seeds):                                 # a study that is stopped early has whole comparisons
+        plan += [(singles, single(MAIN, s)),
+                 (pairs, [{"pair": " + ".join(p), "how": h, "seed": s} for p in PAIRS for h in COMBINE])]
+    plan += [(singles, single([m for m in METHODS if m not in MAIN], 0)),
+             (squeezed, [{"thing": t, "ratio": r} for t in list(THINGS)[:3] for r in RATIOS])]
     bench = None if args.summary else Bench()
-    for table, cells in ((singles, one), (pairs, two), (squeezed, three)):
+    for table, cells in plan:
         for cell in [] if args.summary else todo(cells, table, args.part):
             table.add(run_cell(cell, bench))
     summarise(singles, "method", METHODS, "K/V and word")
