@@ -40,7 +40,7 @@ class Table:
             return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
     def __contains__(self, cell):
-        return any(all(str(row[k]) == str(cell[k]) for k in self.keys) for row in self.rows())
+        return any(all(_same(row[k], cell[k]) for k in self.keys) for row in self.rows())
 
     def add(self, *rows):
         """Append the rows of one cell in one write: a kill loses the cell that is running, never part of one."""
@@ -55,7 +55,11 @@ class Table:
 
     def column(self, name, **where):
         """The values of a column in the rows that match."""
-        return [row[name] for row in self.rows() if all(str(row[k]) == str(v) for k, v in where.items())]
+        return [row[name] for row in self.rows() if all(_same(row[k], v) for k, v in where.items())]
+
+
+def _same(stored, asked):
+    return stored == asked or str(stored) == str(asked)         # 1.0 is stored as 1
 
 
 def _number(text):

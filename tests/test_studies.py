@@ -31,6 +31,7 @@ def test_a_stopped_study_goes_on_and_parts_share_it(tmp_path):
     left = [list(common.todo(cells, again, part)) for part in ("0/2", "1/2")]
     assert sum(left, []) == [c for k, c in [*enumerate(cells)][::2] + [*enumerate(cells)][1::2] if k > 1]
     assert again.column("step", variant="a", seed=1) == [1, 2] and {"variant": "b", "seed": 0} not in again
+    assert again.column("step", variant="a", seed=1.0) == [1, 2] and {"variant": "a", "seed": 1.0} in again
 
 
 def test_statistics():
