@@ -319,22 +319,20 @@ class Stop:
 
 def draw_loss(out):
     """log.csv -> loss.png: the loss, faint, and its running mean."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure            # not pyplot: its backend belongs to the caller, a notebook say
     with open(out / "log.csv") as f:
         rows = [(int(r["step"]), float(r["loss"])) for r in csv.DictReader(f)]
     steps, losses, smooth = [s for s, _ in rows], [l for _, l in rows], []
     for loss in losses:
         smooth.append(loss if not smooth or not math.isfinite(smooth[-1]) else 0.9 * smooth[-1] + 0.1 * loss)
-    figure, axes = plt.subplots(figsize=(5, 4), dpi=90)
+    figure = Figure(figsize=(5, 4), dpi=90)
+    axes = figure.subplots()
     axes.plot(steps, losses, alpha=0.3, label="loss of a batch")
     axes.plot(steps, smooth, label="running mean")
     axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log", title=out.name)
     axes.legend()
     figure.tight_layout()
     figure.savefig(out / "loss.png")
-    plt.close(figure)
 
 
 class Log:

@@ -160,12 +160,10 @@ def write_markdown(name, header, rows, note=""):
 
 
 def figure(name, draw, size=(5, 4), panels=1, **options):
-    """studies/results/NAME.png: draw(axes), or draw(a list of them) for several panels; options of plt.subplots."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    fig, axes = plt.subplots(1, panels, figsize=size, dpi=90, squeeze=False, **options)
+    """studies/results/NAME.png: draw(axes), or draw(a list of them) for several panels; options of Figure.subplots."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=size, dpi=90)
+    axes = fig.subplots(1, panels, squeeze=False, **options)
     draw(axes[0][0] if panels == 1 else axes[0])
     fig.tight_layout()
     fig.savefig(RESULTS / f"{name}.png")
-    plt.close(fig)

@@ -84,3 +84,16 @@ def test_the_autoregressive_rival_is_causal_remembers_exactly_and_has_the_same_s
     rival = VQTransformer(256, 8, context_dim=64, **VQ_CONFIGS["vq-tiny"])
     count = lambda net: sum(p.numel() for p in net.parameters())
     assert count(model) == pytest.approx(count(rival), rel=1e-3)
+
+
+def test_drawing_leaves_the_callers_backend_alone(tmp_path, monkeypatch):
+    """In a notebook a switch of backend would hide all later figures."""
+    import matplotlib
+    from train import draw_loss
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    matplotlib.use("svg")
+    (tmp_path / "log.csv").write_text("step,loss\n1,2.0\n2,1.0\n")
+    draw_loss(tmp_path)
+    common.figure("two", lambda panels: [axes.plot([1, 2]) for axes in panels], (4, 2), 2, sharey=True)
+    assert matplotlib.get_backend().lower() == "svg"
+    assert (tmp_path / "loss.png").stat().st_size > 3000 and (tmp_path / "two.png").stat().st_size > 3000
