@@ -8,7 +8,7 @@ Alignment: 0 what the base draws, 1 real pictures. Text: size and background as 
 category's pictures that look like the thing, less the base's own share. Plain: 48 captions about other things, all
 attributes right. Both: pairs that show each thing in its half. Then, from the files that this leaves behind: how far
 each kind of layer moved when all weights learned, and what is left of a concept when its change is compressed.
-About 30 CPU-seconds a cell on one thread; 78 single cells (the ablations with one seed) and 45 pairs.
+About 30 CPU-seconds a cell on one thread; 78 single cells (the ablations with one seed) and 54 pairs.
 
     python -m studies.custom_concepts               # -> studies/results/custom_{concepts,pairs,compression}.{csv,md}
 """
@@ -37,7 +37,7 @@ METHODS = {"K/V and word": RATES, "word alone": ["--part", "none", *RATES],
            "word not optimised": [*RATES, "--word-lr", "0"]}
 MAIN = ("K/V and word", "word alone", "all weights")            # with all seeds; the ablations with one
 PAIRS = (("hub ring", "gem cross"), ("target circle", "pearl star"), ("eye square", "hub ring"))
-COMBINE = ("joint", "merge", "average", "sum", "sequential")
+COMBINE = ("joint", "merge", "merge with padding", "average", "sum", "sequential")
 RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)                        # of the sum of singular values
 
 
@@ -146,9 +146,11 @@ def combine(pair, how, seed, path):
         learn(pair, path, [*RATES, "--batch-size", "32"], seed)         # as many pictures of each as apart
     elif how == "sequential":
         learn(pair[1:], path, RATES, seed, before=load_concept(own[0], unet))
-    elif how == "merge":
+    elif how.startswith("merge"):                               # the U-Net also reads the padding after a short caption
+        flags = ["--base", BASE, "--ridge", "0.1", "--out", str(path)]
+        flags += ["--padding", "--tolerance", "0.3"] if how.endswith("padding") else []
         with contextlib.redirect_stdout(io.StringIO()):
-            custom_diffusion.main(["merge", *map(str, own), "--base", BASE, "--ridge", "0.1", "--out", str(path)])
+            custom_diffusion.main(["merge", *map(str, own), *flags])
     else:
         Ws, rows, concepts = gather(own, unet)
         W0 = {name: unet[name] for name in Ws[0]}
