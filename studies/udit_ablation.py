@@ -86,7 +86,7 @@ def at_time(table, budget, **cell):
 def summarise(table):
     """Table and figure from the CSV."""
     rows, curves = [], {}
-    for world, unit in (("shapes", "right, %"), ("cifar10", "classifier-FID")):
+    for world, unit in (("shapes", "right"), ("cifar10", "classifier-FID")):
         done = [m for m in MODELS if table.column("loss", data=world, model=m, step=STEPS)]
         budget = min((min(table.column("cpu_s", data=world, model=m, step=STEPS)) for m in done), default=0)
         for model in done:
@@ -94,16 +94,16 @@ def summarise(table):
             seeds = sorted(set(table.column("seed", **cell)))
             loss, cpu, quality = (mean_se(table.column(c, step=STEPS, **cell)) for c in ("loss", "cpu_s", "quality"))
             timed = mean_se([at_time(table, budget, seed=s, **cell) for s in seeds])
-            scale = 100 if world == "shapes" else 1
+            show = "{:.0%} ± {:.1%}" if world == "shapes" else "{:.2f} ± {:.2f}"
             rows.append([world, model, len(seeds), f"{table.column('macs_m', **cell)[0]:.2f}",
                          f"{table.column('params', **cell)[0] / 1e6:.2f}", f"{cpu[0]:.0f}",
                          f"{loss[0]:.4f} ± {loss[1]:.4f}", f"{timed[0]:.4f} ± {timed[1]:.4f}",
-                         f"{scale * quality[0]:.1f} ± {scale * quality[1]:.1f} ({unit})"])
+                         f"{unit}: " + show.format(*quality)])
             curves.setdefault(world, {})[model] = loss, timed
     write_markdown("udit_ablation", ["data", "model", "seeds", "M MACs", "M params", "CPU-s", "loss, equal steps",
                                      "loss, equal CPU time", "samples"], rows,
                    f"{STEPS} steps of {BATCH}, mean ± standard error over seeds: `python -m studies.udit_ablation`")
-    figure("udit_ablation", lambda panels: draw(curves, panels if len(curves) > 1 else [panels]), (9, 3.6),
+    figure("udit_ablation", lambda panels: draw(curves, panels if len(curves) > 1 else [panels]), (9, 4),
            max(1, len(curves)))
 
 
@@ -117,7 +117,7 @@ def draw(curves, panels):
         axes.set_yticks(range(len(models)), models if k == 0 else [""] * len(models))
         axes.invert_yaxis()
         axes.set(xlabel="held-out loss (velocity MSE)", title=f"{world}, equal MACs")
-        axes.legend()
+        axes.legend(ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def main():
