@@ -55,7 +55,8 @@ def folder_of(name, word="<new1>"):
 
 
 def learn(names, path, flags, seed, before=None):
-    """Train on the things `names`, together, and save the concept in `path`, unless it is there already.
+    """Train on the things `names`, together, and save the concept in `path`, unless it is there already (from whatever
+    flags: delete OUT to begin anew).
 
     before: a concept file whose model is the one to start from (sequential training); the result then holds both.
     """
@@ -76,7 +77,7 @@ def learn(names, path, flags, seed, before=None):
     base.model.requires_grad_(True)
     original = sample.load(BASE)[1].unet.state_dict()
     task = ConceptTask(config, base, data.load(config.data, count=4000))
-    run, model, _ = step_maker(config, data.load(config.data, count=10), task)
+    run, _, model = step_maker(config, data.load(config.data, count=10), task)         # the average, as train.py saves
     for step in range(config.steps):
         run(step)
     learned = {name: w for name, w in model.unet.state_dict().items()
