@@ -26,7 +26,7 @@ from studies.things import THINGS, Judge, photographs, striped
 BASE, STEPS, BUDGET = "assets/unet-scenes.pt", 100, 0.0075
 TASKS = ("target circle", "gem cross", "stripes")
 FORMS = tuple(itertools.product(("relu", "sigmoid", "silu", "identity"), (0.5, 1.0, 2.0, 4.0)))
-CORNERS = ("ca_out-ffn_in", "sa_in-sa_in", "res_in-res_in")     # best, middle and worst of the first sweep
+CORNERS = ("ca_c-ca_c", "sa_out-trans_out", "ffn_in-trans_out")      # best, middle and worst of the first sweep
 
 
 def cells_of(seeds):
