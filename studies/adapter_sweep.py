@@ -138,6 +138,12 @@ def factor(rows, of):
     return groups, anova(list(groups.values()))
 
 
+def centred(rows):
+    """The same rows with the mean of their placement subtracted: what is left to explain within placements."""
+    means = {m: mean_se([r["alignment"] for r in rows if r["method"] == m])[0] for m in {r["method"] for r in rows}}
+    return [{**r, "alignment": r["alignment"] - means[r["method"]]} for r in rows]
+
+
 def summarise(table):
     """Table of placements, F and p of the four factors, box plots of the positions."""
     rows = table.rows()
@@ -161,9 +167,11 @@ def summarise(table):
                                                       for k in (0, 1))
             notes.append(f"{t}: F of the input {f_in:.2f} (p {p_in:.2g}), of the output {f_out:.2f} (p {p_out:.2g}).")
     if len(forms) == 2 * len(CORNERS) * len(FORMS):
-        (_, (f_a, p_a)), (_, (f_s, p_s)) = (factor(forms, lambda r, k=k: r[k]) for k in ("activation", "scale"))
-        notes.append(f"{TASKS[0]}, three placements: F of the activation {f_a:.2f} (p {p_a:.2g}), of the scale "
-                     f"{f_s:.2f} (p {p_s:.2g}).")
+        (groups, (f_a, p_a)), (_, (f_s, p_s)) = (factor(centred(forms), lambda r, k=k: r[k])
+                                                 for k in ("activation", "scale"))
+        worst = min(groups, key=lambda name: mean_se(groups[name])[0])
+        notes.append(f"{TASKS[0]}, within three placements: F of the activation {f_a:.2f} (p {p_a:.2g}; {worst} is "
+                     f"lowest), of the scale {f_s:.2f} (p {p_s:.2g}).")
     notes.append("Levels are unequal (4 placements read sa_in, 1 reads ffn_out), and input and output hang together: "
                  "take F as a description. `python -m studies.adapter_sweep`")
     write_markdown("adapter_sweep", ["method", "trained", *(f"alignment, {t}" for t in TASKS), "leak", "other prompts",

@@ -5,10 +5,11 @@ training all weights, beats the word alone, and forgets less; without the prior 
 concepts learned apart merge by the closed form better than by averaging.  Here six things (things.py) on
 assets/unet-scenes.pt, 250 steps of 8 + 8 pictures; centre-symmetric ones, and one that is cut in two halves (hard).
 Alignment: 0 what the base draws, 1 real pictures. Text: size and background as asked. Leak: share of the bare
-category's pictures that look like the thing, less the base's own share. Plain: 48 captions about other things, all
-attributes right. Both: pairs that show each thing in its half. Then, from the files that this leaves behind: how far
-each kind of layer moved when all weights learned, and what is left of a concept when its change is compressed.
-About 30 CPU-seconds a cell on one thread; 78 single cells (the ablations with one seed) and 54 pairs.
+category's pictures that look like the thing, less the base's own share. Category: 48 held-out captions of its own
+category, all attributes right, and the classifier-KID (x 1000) of these pictures to real ones, less that of the base.
+Plain: 48 held-out captions about anything. Both: pairs that show each thing in its half. Then, from the files that this
+leaves behind: how far each kind of layer moved when all weights learned, and what a compressed change still draws.
+About 35 CPU-seconds a cell on one thread; 78 single cells (the ablations with one seed) and 54 pairs.
 
     python -m studies.custom_concepts               # -> studies/results/custom_{concepts,pairs,compression}.{csv,md}
 """
@@ -23,7 +24,7 @@ import custom_diffusion
 import data
 import sample
 from custom_diffusion import add_changes, average, gather, load_concept, save_concept, weight_change
-from evaluate import prompt_accuracy, read_shapes
+from evaluate import features, kernel_distance, prompt_accuracy, read_shapes, train_classifier
 from studies.common import Table, bootstrap, mean_se, parser, todo, write_markdown
 from studies.things import HARD, THINGS, Judge, photographs
 from tasks import ConceptTask
@@ -99,23 +100,31 @@ class Bench:
 
     def __init__(self):
         self.task, self.model = sample.load(BASE)
-        test = data.load("scenes", split="test", count=300)
-        rows = [i for i, c in enumerate(test.captions) if "relation" not in data.parse_caption(c)][:48]
-        self.plain = [test.captions[i] for i in rows]
+        self.eye, _ = train_classifier(data.load("scenes", count=20_000), steps=300)
+        test = data.load("scenes", split="test", count=2000)
+        single = [i for i, c in enumerate(test.captions) if "relation" not in data.parse_caption(c)]
+        self.plain = [test.captions[i] for i in single[:48]]
+        mine = {name: [i for i in single if f" {THINGS[name][0]}" in test.captions[i]] for name in THINGS}
+        self.own = {name: [test.captions[i] for i in mine[name][:48]] for name in THINGS}
+        self.real = {name: features(self.eye, test.images[mine[name]]) for name in THINGS}
         bare = {name: f"a {THINGS[name][0]}" for name in THINGS}
         drawn = {name: self.draw(self.task, self.model, [said] * 32) for name, said in bare.items()}
         self.judges = {name: Judge(name, self.task, pictures) for name, pictures in drawn.items()}
         self.own_leak = {name: self.judges[name].hits(pictures) for name, pictures in drawn.items()}
+        self.own_kid = {name: self.kid(self.draw(self.task, self.model, self.own[name]), name) for name in THINGS}
 
     def draw(self, task, model, prompts):
         return sample.draw_all(task, model, task.tokenizer(prompts), seed=0, steps=16)[1]
 
+    def kid(self, pictures, name):
+        return 1000 * kernel_distance(features(self.eye, pictures), self.real[name])
+
     def measure(self, path, names):
-        """Alignment and text alignment of each thing in a concept file, leak, other prompts; a pair: both at once."""
+        """Alignment and text alignment of the things in a concept file, leak, forgetting; of a pair, both at once."""
         task, model = sample.load(BASE)
         with contextlib.redirect_stdout(io.StringIO()):
             sample.add_concept(str(path), task, model, "cpu")
-        out = {"alignment": [], "text": [], "leak": []}
+        out = {"alignment": [], "text": [], "leak": [], "category": [], "kid": []}
         for k, name in enumerate(names, 1):
             category = THINGS[name][0]
             asked = [f"a <new{k}> {category}", f"a large <new{k}> {category} on gray",
@@ -128,6 +137,9 @@ class Bench:
             out["text"].append(torch.cat(right).float().mean().item())
             leak = self.judges[name].hits(self.draw(task, model, [f"a {category}"] * 32))
             out["leak"].append(leak - self.own_leak[name])
+            pictures = self.draw(task, model, self.own[name])
+            out["category"].append(prompt_accuracy(pictures, self.own[name])["all"][0])
+            out["kid"].append(self.kid(pictures, name) - self.own_kid[name])
         row = {key: sum(values) / len(values) for key, values in out.items()}
         if len(names) == 2:
             said = " left of ".join(f"a <new{k}> {THINGS[name][0]}" for k, name in enumerate(names, 1))
@@ -178,7 +190,7 @@ def run_cell(cell, bench):
 def summarise(table, key, names, baseline):
     """Means ± standard errors, and the paired difference to a baseline with its bootstrap interval."""
     rows, lines = table.rows(), []
-    shown = ["alignment", "text", "leak", "plain"] + ["both"] * (key == "how")
+    shown = ["alignment", "text", "leak", "category", "kid", "plain"] + ["both"] * (key == "how")
     pair_of = lambda r: (r["thing"] if "thing" in r else r["pair"], r["seed"])
     reference = {pair_of(r): r["alignment"] for r in rows if r[key] == baseline}
     for name in names:

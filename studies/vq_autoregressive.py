@@ -141,7 +141,7 @@ def seconds(task, model, count, rounds=5, **options):
 
 
 def run_cell(cell, captions):
-    """Train both, or find out how good and how fast one is -> rows."""
+    """Train a model, unless its file is there, and measure how good and how fast it is -> one row per way to sample."""
     kind, seed = cell["model"], cell["seed"]
     task, model = autoregressive(seed) if kind == "autoregressive" else base(seed)
     params = sum(p.numel() for p in model.parameters())
