@@ -8,7 +8,9 @@ import statistics
 
 import pytest
 import torch
+from PIL import Image
 
+import data
 from studies import common
 
 RESULTS = pathlib.Path(common.__file__).parent / "results"
@@ -84,6 +86,21 @@ def test_the_autoregressive_rival_is_causal_remembers_exactly_and_has_the_same_s
     rival = VQTransformer(256, 8, context_dim=64, **VQ_CONFIGS["vq-tiny"])
     count = lambda net: sum(p.numel() for p in net.parameters())
     assert count(model) == pytest.approx(count(rival), rel=1e-3)
+
+
+def test_captions_of_photographs_say_class_and_tone(tmp_path, monkeypatch):
+    from studies import dreambooth
+    monkeypatch.setattr(dreambooth, "OUT", tmp_path / "out")
+    dark, bright, cold, warm, gray = (0, 0, 0), (240, 240, 240), (0, 100, 200), (200, 100, 0), (110, 110, 110)
+    for k, rgb in enumerate([gray, dark, gray, cold, gray, bright, gray, warm, gray, gray, gray, gray]):
+        folder = tmp_path / "photos" / ("dog" if k < 6 else "ship")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), rgb).save(folder / f"{k:02}.png")
+    drawn = data.load(dreambooth.captioned(f"folder:{tmp_path / 'photos'}"))
+    kinds = ["dog"] * 6 + ["ship"] * 6
+    words = {1: "dark ", 3: "cold ", 5: "bright ", 7: "warm "}              # every second caption has a tone
+    assert drawn.captions == [f"a {words.get(k, '')}photo of a {kind}" for k, kind in enumerate(kinds)]
+    assert drawn.images[3, :, 0, 0].tolist() == [0, 100, 200]
 
 
 def test_drawing_leaves_the_callers_backend_alone(tmp_path, monkeypatch):
