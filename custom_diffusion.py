@@ -52,8 +52,8 @@ import torch.nn as nn
 
 import data
 from text import CLIPTokenizer, TextEncoder, WordTokenizer
-from weights import (read_torch, build, load_checkpoint, load_weights, read_diffusers, read_weights, save_checkpoint,
-                     split_compvis)
+from weights import (build, is_official, load_checkpoint, load_weights, read_stable_diffusion, read_torch,
+                     save_checkpoint)
 
 KV = r"\.attn2\.to_[kv]\.weight$"
 # what learns in the U-Net: the paper's method; its choice for faces; DreamBooth and "fine-tune all"; textual inversion
@@ -495,21 +495,18 @@ def read_base(path, bpe):
 
     bpe: CLIP's list of merges, for Stable Diffusion. Raises ValueError. Source: LDM §3.3.
     """
-    if pathlib.Path(path).is_dir() or pathlib.Path(path).suffix == ".safetensors":
-        parts = read_diffusers(path) if pathlib.Path(path).is_dir() else split_compvis(read_weights(path))
-    else:
+    if not is_official(path):
         state = load_checkpoint(path)
-        if "format" in state:
-            if "vocabulary" not in state.get("info", {}):
-                raise ValueError(f"{path} is no text-to-image checkpoint: --base wants the one that was personalised")
-            part = lambda prefix: {n.removeprefix(prefix): w.float() for n, w in state["ema"].items()
-                                   if n.startswith(prefix)}
-            tokenizer, unet = WordTokenizer.from_state(state["info"]["vocabulary"]), part("unet.")
-            width = next(w.shape[1] for n, w in unet.items() if re.search(KV, n))
-            text = TextEncoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=width)
-            load_weights(text, part("text."), path)
-            return unet, text.eval(), tokenizer, state["config"]["data"]
-        parts = split_compvis(state["model"])
+        if "vocabulary" not in state.get("info", {}):
+            raise ValueError(f"{path} is no text-to-image checkpoint: --base wants the one that was personalised")
+        part = lambda prefix: {n.removeprefix(prefix): w.float() for n, w in state["ema"].items()
+                               if n.startswith(prefix)}
+        tokenizer, unet = WordTokenizer.from_state(state["info"]["vocabulary"]), part("unet.")
+        width = next(w.shape[1] for n, w in unet.items() if re.search(KV, n))
+        text = TextEncoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=width)
+        load_weights(text, part("text."), path)
+        return unet, text.eval(), tokenizer, state["config"]["data"]
+    parts = read_stable_diffusion(path)
     missing = [part for part in ("unet", "text") if part not in parts]
     if missing:
         raise ValueError(f"{path} has no {missing[0]}: --base wants the whole model that was personalised")

@@ -32,13 +32,12 @@ from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from diffusion import randn
 from dit import DiT, infer_config
-from tasks import AUTOENCODERS, TASKS, DiffusionTask, TextToImage, load_first_stage
-from text import CLIPTokenizer
-from train import Config, flag, parse, resolve_device
+from tasks import AUTOENCODERS, TASKS, DiffusionTask, load_first_stage, stable_diffusion
+from train import SD_V1, Config, flag, parse, resolve_device
 from udit import UDiT, fold
 from udit import infer_config as infer_udit
-from weights import (build, load_checkpoint, load_weights, read_diffusers, read_weights, save_checkpoint,
-                     split_compvis)
+from weights import (build, is_official, load_checkpoint, load_weights, read_stable_diffusion, read_weights,
+                     save_checkpoint)
 
 
 @dataclasses.dataclass
@@ -90,8 +89,8 @@ def load(path, device="cpu", weights="ema", o=None):
     tensors; `o` are the Options that they need. Raises ValueError, also for a checkpoint that draws nothing.
     """
     o = o or Options()
-    if pathlib.Path(path).is_dir() or pathlib.Path(path).suffix == ".safetensors":
-        return load_official(path, None, device, o)
+    if is_official(path):
+        return load_official(path, device, o)
     state = load_checkpoint(path)
     if "adapter" in state:
         if not o.base:
@@ -102,8 +101,6 @@ def load(path, device="cpu", weights="ema", o=None):
         return task, model.to(device).requires_grad_(False)
     if "tensors" in state:
         raise ValueError(f"{path} is a concept: say --ckpt BASE --concept-weights {path}")
-    if "format" not in state:
-        return load_official(path, state["model"], device, o)
     if state["task"] in AUTOENCODERS:
         raise ValueError(f"{path} is an autoencoder: it does not draw by itself; give a diffusion model's checkpoint")
     if "opt" in state and (state["config"].get("adapter") or state["config"].get("concept")):
@@ -119,32 +116,22 @@ def load(path, device="cpu", weights="ema", o=None):
     return task, task.model
 
 
-def load_official(path, state, device, o):
+def load_official(path, device, o):
     """An official DiT, U-DiT or Stable Diffusion v1 file, or a diffusers folder -> (task, model). Raises ValueError.
 
-    state: its tensors, if they were read already. Source: the releases of DiT, U-DiT, Stable Diffusion v1.
+    Source: the releases of DiT, U-DiT, Stable Diffusion v1.
     """
     dtype = getattr(torch, o.dtype if o.dtype != "auto" else "float16" if device == "cuda" else "float32")
-    is_folder = lambda where: pathlib.Path(where).is_dir()
-    read_parts = lambda where: read_diffusers(where) if is_folder(where) else split_compvis(read_weights(where))
-    if state is None and not is_folder(path):
-        state = read_weights(path)
-    is_dit = state is not None and "x_embedder.proj.weight" in state
-    parts = {} if is_dit else split_compvis(state) if state is not None else read_diffusers(path)
+    state = {} if pathlib.Path(path).is_dir() else read_weights(path)
+    is_dit = "x_embedder.proj.weight" in state
+    parts = {} if is_dit else read_stable_diffusion(path)
     if o.vae:
-        parts["vae"] = read_parts(o.vae)["vae"]
-    models = {k: m.to(device).eval().requires_grad_(False) for k, m in build(parts, dtype).items()}
-    vae = models.get("vae")
-    if "unet" in parts:                             # Stable Diffusion: scaled linear schedule, eps, CLIP's words
-        missing = [name for name in ("vae", "text") if name not in models]
-        if missing:
-            raise ValueError(f"{path} has a U-Net but no {' and no '.join(missing)}: give the full file, or --vae")
-        tokenizer = CLIPTokenizer(o.bpe)
-        model = TextToImage(models["unet"], models["text"], tokenizer([""])[0], 0.1).to(device).eval()
-        config = Config(model="SD-v1", schedule="scaled_linear", prediction="eps", cfg_scale=7.5)
-        info = {"name": "", "class_names": [], "channels": 3, "image_size": o.image_size,
-                "examples": ["an astronaut riding a horse"]}
-        return DiffusionTask(config, info, model, vae, tokenizer), model
+        parts["vae"] = read_stable_diffusion(o.vae)["vae"]
+    if "unet" in parts:
+        config = Config(**SD_V1 | {"image_size": o.image_size})
+        task = stable_diffusion(config, parts, dtype, o.bpe, path)
+        return task, task.model.to(device).eval().requires_grad_(False)
+    vae = build(parts, dtype)["vae"].to(device).eval().requires_grad_(False) if "vae" in parts else None
     if not is_dit:
         raise ValueError(f"{path} holds {' and '.join(parts)} only: there is no model in it that draws")
     is_udit = "latent.0.attn1.to_qkv.weight" in state

@@ -24,14 +24,16 @@ import math
 import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import data
 from adapters import adapter_state, add_adapters
-from custom_diffusion import concept_loss, mix, personalise, rare_tokens, save_concept
+from custom_diffusion import (RARE, SIZE_WORDS, concept_loss, mix, personalise, rare_tokens, save_concept,
+                              select_prior)
 from data import save_grid, to_float, to_uint8
 from diffusion import GaussianDiffusion, RectifiedFlow, randn
 from dit import DIT_CONFIGS, DiT, dit_config
-from text import TextEncoder, WordTokenizer
+from text import CLIPTokenizer, TextEncoder, WordTokenizer
 from udit import UDIT_CONFIGS, UDiT
 from unet import UNET_CONFIGS, UNet
 from vae import AutoencoderKL, TinyAutoencoder
@@ -195,6 +197,7 @@ class DiffusionTask:
         self.process = RectifiedFlow(config.flow_shift) if config.schedule == "flow" else GaussianDiffusion(
             schedule=config.schedule, prediction=config.prediction, learn_sigma=config.learn_sigma)
         self.shape = model_shape(info, first_stage)
+        self.at_once = max(1, 1_024_000 // info["image_size"] ** 2)         # pictures that fit into a small memory
 
     @torch.no_grad()
     def prepare(self, dataset, device):
@@ -207,7 +210,7 @@ class DiffusionTask:
         x = torch.cat([x, x.flip(-1)]) if dataset.flip else x      # a latent cannot be mirrored: mirror before encoding
         if not vae.standardised:
             vae.standardise(to_float(x[:2000]).to(device))
-        z = torch.cat([vae.encode(to_float(c.to(device))) for c in x.split(1000)])          # (N, c, h, w)
+        z = torch.cat([vae.encode(to_float(c.to(device))) for c in x.split(self.at_once)])  # (N, c, h, w)
         labels = torch.cat([dataset.labels] * 2) if dataset.flip else dataset.labels
         return dataclasses.replace(dataset, images=z, labels=labels, flip=False)
 
@@ -397,10 +400,13 @@ class AdapterTask(DiffusionTask):
 
     def __init__(self, config, base, dataset):
         super().__init__(config, base.info, base.model, base.first_stage, base.tokenizer)
+        if dataset.captions is None:
+            raise ValueError(f"an adapter learns from captions, and {config.data} has none: give --data a folder with "
+                             "metadata.jsonl")
         read, _, add = config.adapter.partition("-")
         add_adapters(self.model, read, add, rank=config.rank)
         self.frozen = _not_learned(self.model)
-        self.info = {**base.info, "examples": (dataset.captions or [""])[:24]}
+        self.info = {**base.info, "examples": dataset.captions[:min(24, self.at_once)]}
 
     def finish(self, model, dataset, device):
         save_checkpoint(f"{self.config.out}/adapter.pt", {**adapter_state(model), "init": self.config.init})
@@ -412,61 +418,80 @@ class AdapterTask(DiffusionTask):
 class ConceptTask(DiffusionTask):
     """Teach the model of the task `base` things (config.concept, config.category) from a few pictures each.
 
-    dataset: pictures with captions, of which those that name a category are the prior. config.part: what learns
-    besides the new words <new1>, <new2>, ...: "kv" is Custom Diffusion, "all" is DreamBooth, "none" textual inversion.
+    dataset: the prior's pictures, or where to find them by their captions. config.part: what learns besides the new
+    words <new1>, <new2>, ...: "kv" is Custom Diffusion, "all" is DreamBooth, "none" textual inversion.
     concept.pt, in the run's folder, is what sample.py and custom_diffusion.py read. Raises ValueError for a category
     that the vocabulary or the prior does not know. Source: Custom Diffusion §3.
     """
 
     def __init__(self, config, base, dataset):
         super().__init__(config, base.info, base.model, base.first_stage, base.tokenizer)
-        unknown = [c for c in config.category if c not in self.tokenizer.ids]
+        self.small = isinstance(self.tokenizer, WordTokenizer)      # else CLIP, which can spell every word
+        unknown = [c for c in config.category if self.small and c not in self.tokenizer.ids]
         if unknown:
             near = difflib.get_close_matches(unknown[0], list(self.tokenizer.ids), 3)
             raise ValueError(f"--category {unknown[0]}: {config.init} does not know this word"
                              + (f"; near it: {', '.join(near)}" if near else ""))
-        self.W0 = {name: w.clone() for name, w in self.model.unet.state_dict().items()}
-        rare = rare_tokens(self.tokenizer, base.info["examples"] + (dataset.captions or []), len(config.concept))
+        if not self.small and len(config.concept) > len(RARE):
+            raise ValueError(f"{len(config.concept)} things at once, and {len(RARE)} rare tokens to start from: teach "
+                             "some of them apart, and merge")
+        self.W0 = {name: w.clone() for name, w in self.model.unet.state_dict().items() if ".attn2." in name}
+        rare = rare_tokens(self.tokenizer, base.info["examples"] + (dataset.captions or []),
+                           len(config.concept)) if self.small else RARE
         free = (f"<new{k}>" for k in range(1, 1000) if f"<new{k}>" not in self.tokenizer.ids)
-        self.words = dict(zip(free, rare))
-        self.things = [f"a {word} {category}" for word, category in zip(self.words, config.category)]
+        self.words, self.prompt = dict(zip(free, rare[:len(config.concept)])), "a {}" if self.small else "photo of a {}"
+        self.things = [f"{word} {category}" for word, category in zip(self.words, config.category)]
         self.pictures = [data.load(name, config.image_size, data_dir=config.data_dir) for name in config.concept]
         self.prior = self.select(dataset)
         personalise(self.model, self.tokenizer, self.words, config.part)
         self.frozen = _not_learned(self.model)
-        self.info = {**base.info, "examples": [t for t in (*self.things, *(f"a {c}" for c in config.category))] * 8}
+        asked = [self.prompt.format(thing) for thing in (*self.things, *config.category)]
+        self.info = {**base.info, "examples": (asked * 8)[:max(len(asked), min(8 * len(asked), self.at_once))]}
 
     @torch.no_grad()
     def select(self, dataset):
-        """The prior, (pictures (n, C, S, S), captions): those that name a category; or drawn by the base; or None."""
+        """The prior, (pictures (n, C, S, S), captions), or None: drawn by the base; a folder of pictures without
+        captions; or those whose captions name a category (for CLIP: are near to one). Source: details of training.
+        """
+        categories = self.config.category
+        bare = [self.prompt.format(category) for category in categories]
         if self.config.prior == "none":
             return None
         if self.config.prior == "generated":
-            captions = [f"a {self.config.category[k % len(self.config.category)]}" for k in range(200)]
-            seeds = [torch.Generator().manual_seed(k) for k in range(len(captions))]
-            model = copy.deepcopy(self.model).eval()
-            drawn = [self.to_pictures(self.sample(model, self.tokenizer(captions[k:k + 50]), generator=seeds[k:k + 50]))
-                     for k in range(0, len(captions), 50)]
+            device, n, captions = self.config.device, min(50, self.at_once), (bare * 200)[:200]
+            model, ids = copy.deepcopy(self.model).eval().to(device), self.tokenizer(captions).to(device)
+            seeds = [torch.Generator(device).manual_seed(k) for k in range(200)]
+            drawn = [self.to_pictures(self.sample(model, ids[k:k + n], generator=seeds[k:k + n])).cpu()
+                     for k in tqdm(range(0, 200, n), desc="prior", leave=False)]
             return to_float(torch.cat(drawn)), captions
-        wanted = set(self.config.category)
-        rows = [i for i, caption in enumerate(dataset.captions or []) if wanted & set(caption.split())][:2000]
+        if dataset.captions is None:
+            if len(categories) > 1:
+                raise ValueError(f"{dataset.name} has no captions: with two categories the prior's pictures need them")
+            return to_float(dataset.images), bare * len(dataset)
+        if not self.small:
+            rows = torch.cat([select_prior(self.model.text, self.tokenizer, dataset.captions, text) for text in bare])
+            return to_float(dataset.images[rows]), [dataset.captions[i] for i in rows.tolist()]
+        names = {i: [c for c in categories if c in caption.split()] for i, caption in enumerate(dataset.captions)}
+        rows = [i for i, named in names.items() if named][:2000]
         if not rows:
-            raise ValueError(f"no caption of {dataset.name} names {', '.join(sorted(wanted))}: choose another --prior, "
-                             "or --prior generated")
+            raise ValueError(f"no caption of {dataset.name} names {', '.join(sorted(categories))}: choose another "
+                             "--prior, or --prior generated")
         # every second one says the bare category, which is what would otherwise become the new thing
-        captions = [dataset.captions[i] if k % 2 else f"a {next(c for c in wanted if c in dataset.captions[i].split())}"
-                    for k, i in enumerate(rows)]
+        captions = [dataset.captions[i] if k % 2 else f"a {names[i][0]}" for k, i in enumerate(rows)]
         return to_float(dataset.images[rows]), captions
 
     @torch.no_grad()
     def prepare(self, dataset, device):
         """All pictures of the whole run, augmented and encoded at once, so that no step encodes anything."""
         c, factor, parts = self.config, self.first_stage.factor if self.first_stage else 1, []
-        things = [(to_float(d.images), d.captions or [thing] * len(d)) for d, thing in zip(self.pictures, self.things)]
+        things = [(to_float(d.images), d.captions or [self.prompt.format(thing)] * len(d))
+                  for d, thing in zip(self.pictures, self.things)]
         generator, total = torch.Generator().manual_seed(c.seed), c.steps * c.batch_size // 2
+        words = () if self.small else SIZE_WORDS
         for first in range(0, total, 500):
-            x, captions, mask = mix(things, self.prior, min(500, total - first), factor, (), c.augment, generator)
-            parts.append((self.encode(x.to(device)), self.tokenizer(captions), mask))
+            x, captions, mask = mix(things, self.prior, min(500, total - first), factor, words, c.augment, generator)
+            z = torch.cat([self.encode(some.to(device)) for some in x.split(self.at_once)])
+            parts.append((z, self.tokenizer(captions), mask))
         z, ids, mask = (torch.cat(column) for column in zip(*parts))
         self.mask = mask.to(device)                                                         # (N, 1, h, w)
         print(f"{', '.join(self.things)}: {total} target pictures will be seen ({sum(len(x) for x, _ in things)} "
@@ -482,7 +507,7 @@ class ConceptTask(DiffusionTask):
         W = {name.removeprefix("unet."): w for name, w in model.state_dict().items()
              if name.startswith("unet.") and name not in self.frozen}
         save_concept(f"{self.config.out}/concept.pt", W, dict(zip(self.words, model.text.rows)),
-                     [thing.removeprefix("a ") for thing in self.things], self.W0)
+                     self.things, self.W0)
 
     def state(self):
         return {}
@@ -533,6 +558,23 @@ def build_unet(config, info, first_stage=None):
     text = TextEncoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=unet.context_dim)
     model = TextToImage(unet, text, tokenizer([""])[0], config.class_dropout)
     return DiffusionTask(config, info, model, first_stage, tokenizer)
+
+
+def stable_diffusion(config, parts, dtype, bpe, path):
+    """Stable Diffusion v1's parts, from the file or folder `path`, see weights.build -> DiffusionTask.
+
+    config: SD_V1 of train.py, and the side of the pictures; bpe: CLIP's list of merges. Raises ValueError.
+    Source: LDM §4.3.1; its released code.
+    """
+    missing = [name for name in ("unet", "vae", "text") if name not in parts]
+    if missing:
+        raise ValueError(f"{path} has no {' and no '.join(missing)}: give the full file" +
+                         (", or a --vae" if "vae" in missing else ""))
+    models, tokenizer = build(parts, dtype), CLIPTokenizer(bpe)
+    model = TextToImage(models["unet"], models["text"], tokenizer([""])[0], config.class_dropout)
+    info = {"name": "", "class_names": [], "channels": 3, "image_size": config.image_size,
+            "examples": ["an astronaut riding a horse"]}
+    return DiffusionTask(config, info, model, models["vae"].eval().requires_grad_(False), tokenizer)
 
 
 def build_vqvae(config, info, first_stage=None):

@@ -8,6 +8,7 @@
     python train.py --model unet-tiny --data scenes    # text to image
     python train.py --model vq-tiny --data scenes      # the same on tokens: a VQ-VAE, then VQ-Diffusion
     python train.py --init assets/unet-scenes.pt --concept folder:my_thing --category circle    # a thing of your own
+    python train.py --init v1-5-pruned.safetensors --concept folder:my_dog --category dog --out out/dog     # on SD v1
     python train.py --out out/mine --resume            # after Ctrl-C, SIGTERM, or a crash: bit for bit the same run
     torchrun --nproc-per-node 2 train.py ...           # data-parallel: the same run on more devices
 
@@ -44,8 +45,8 @@ import data as data_module
 from data import Batches
 from dit import dit_config
 from tasks import (AUTOENCODERS, TASKS, AdapterTask, ConceptTask, build_first_stage, describe, load_first_stage,
-                   task_name)
-from weights import load_checkpoint, load_weights, save_checkpoint
+                   stable_diffusion, task_name)
+from weights import is_official, load_checkpoint, load_weights, read_stable_diffusion, save_checkpoint
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,16 +108,18 @@ class Config:
     compile: str = flag("auto", "torch.compile the model: on, off, auto (on for cuda)", choices=["auto", "on", "off"])
     out: str = flag("", "output folder; default out/MODEL-DATA")
     resume: bool = flag(False, "continue the run in --out")
-    init: str = flag("", "start from the (EMA) weights of this checkpoint")
+    init: str = flag("", "start from the (EMA) weights of this checkpoint; with --adapter or --concept also a file or "
+                         "diffusers folder of Stable Diffusion v1")
     adapter: str = flag("", "train only an adapter on --init: READ-ADD, such as ca_out-ffn_in (adapters.py)")
     rank: int = flag(16, "width of the adapter")
     concept: tuple = flag((), "teach --init a thing from these pictures, folder:PATH; may be repeated "
                               "(custom_diffusion.py)")
     category: tuple = flag((), "what the thing is, one --category per --concept, such as dog")
     prior: str = flag("", "pictures that keep the category what it was: a data set with captions, generated (drawn by "
-                          "--init), or none; default: the data of --init")
+                          "--init), or none; default: the data of --init, generated for Stable Diffusion")
     part: str = flag("kv", "--concept: what learns in the U-Net", choices=["kv", "crossattn", "all", "none"])
     word_lr: float = flag(1e-2, "--concept: learning rate of the new words")
+    bpe: str = flag("data/bpe_simple_vocab_16e6.txt.gz", "Stable Diffusion: CLIP's published list of merges")
     augment: bool = flag(True, "--concept: also shrink and enlarge its pictures")
     log_every: int = flag(10, "steps between rows of log.csv")
     sample_every: int = flag(500, "steps between previews; 0 = only at the end")
@@ -136,6 +139,8 @@ RECIPES = {  # what a recipe or a model changes among the defaults above
     "unet-tiny": dict(steps=2500, latent_channels=6, latent_noise=0.2, first_stage_steps=800, cfg_scale=3.0,
                       flow_shift=3.0)}
 RECIPES["unet-small"] = RECIPES["unet-tiny"]
+SD_V1 = dict(model="SD-v1", image_size=512, first_stage="none", schedule="scaled_linear", prediction="eps",
+             cfg_scale=7.5)                         # what its files do not say; their autoencoder comes with them
 RECIPES["vq-vae"] = dict(steps=1600, batch_size=32, lr=4e-3)
 RECIPES["vq-tiny"] = RECIPES["vq-small"] = dict(steps=3000, batch_size=32, first_stage_steps=1600, cfg_scale=3.0)
 
@@ -606,16 +611,21 @@ def presets(args):
 
 def small_run(args):
     """Defaults of --adapter and --concept: what --init is stays as it is; few steps, AdamW, a rate for its size."""
+    run = {"steps": 250, "optimizer": "adamw", "lr_decay": "constant", "warmup": 0, "ema": 0.9, "sample_every": 0}
+    if is_official(args.init):                      # the papers' own rates
+        rates = dict(lr=1e-4) if args.adapter else dict(
+            lr=8e-6 if args.part == "all" else 8e-5, word_lr=8e-5, weight_decay=0.01, prior="generated",
+            data=args.concept[0])
+        return {**SD_V1, "batch_size": 8, **run, **rates}
     state = load_checkpoint(args.init)
     if "vocabulary" not in state.get("info", {}):
-        raise ValueError(f"--init {args.init} is no text-to-image checkpoint of train.py, on which --adapter and "
-                         "--concept build: try assets/unet-scenes.pt")
+        raise ValueError(f"--init {args.init} is no text-to-image checkpoint, on which --adapter and --concept build: "
+                         "try assets/unet-scenes.pt")
     base = state["config"]
     same = ("model", "data", "image_size", "schedule", "flow_shift", "prediction", "latent_channels", "factor",
             "cfg_scale")
     rates = dict(lr=5e-3) if args.adapter else dict(lr=3e-3, weight_decay=0.01)     # measured on the tiny U-Net
-    return {**{k: base[k] for k in same if k in base}, "steps": 250, "batch_size": 16, "optimizer": "adamw",
-            "lr_decay": "constant", "warmup": 0, "ema": 0.9, "sample_every": 0, **rates}
+    return {**{k: base[k] for k in same if k in base}, "batch_size": 16, **run, **rates}
 
 
 def prepare_run(config):
@@ -699,13 +709,17 @@ def run(config, dataset):
     torch.manual_seed(config.seed)
     main, first_stage = int(os.environ.get("RANK", 0)) == 0, build_first_stage(config, dataset.images.shape[1])
     small = config.adapter or config.concept        # then the base's words are the words
-    info = load_checkpoint(config.init)["info"] if small else describe(dataset, config, first_stage)
-    task = TASKS[task_name(config.model)](config, info, first_stage)
+    official = small and is_official(config.init)
+    if official:
+        task = stable_diffusion(config, read_stable_diffusion(config.init), torch.float32, config.bpe, config.init)
+    else:
+        info = load_checkpoint(config.init)["info"] if small else describe(dataset, config, first_stage)
+        task = TASKS[task_name(config.model)](config, info, first_stage)
     if config.save_latents:
         return save_encoded(config, task, dataset)
     if config.resume and not (pathlib.Path(config.out) / "ckpt.pt").is_file():
         config.resume = False                       # it was stopped in its first stage: this part starts anew
-    if config.init:
+    if config.init and not official:
         load_weights(task.model, load_checkpoint(config.init)["ema"], config.init)
     if small:
         task = (AdapterTask if config.adapter else ConceptTask)(config, task, dataset)

@@ -12,12 +12,11 @@ The idea.  unet.py, vae.py and text.py keep the official names, so loading is th
 What a tensor cannot tell, the caller may state: heads, GroupNorm groups, the scale of the latents.
 
 Contents: read_safetensors, write_safetensors, read_weights; save_checkpoint, load_checkpoint, load_weights, for our own
-files; split_compvis; rename_unet, rename_vae, read_diffusers;
-infer_unet, infer_vae, infer_text, build.
+files; split_compvis; rename_unet, rename_vae, read_diffusers; infer_unet, infer_vae, infer_text; is_official,
+read_stable_diffusion, build.
 
     import weights                                     # a file, or a folder of diffusers
-    parts = weights.split_compvis(weights.read_weights("v1-5-pruned-emaonly.safetensors"))
-    parts = weights.read_diffusers("stable-diffusion-v1-5")
+    parts = weights.read_stable_diffusion("v1-5-pruned-emaonly.safetensors")
     models = weights.build(parts, dtype=torch.float32)  # {"unet": UNet, "vae": AutoencoderKL, "text": TextEncoder}
 
     python -m pytest tests/test_weights.py             # what it must do, on shrunk files of the full structure
@@ -499,6 +498,20 @@ def infer_text(state, **stated):
 
 
 PARTS = {"unet": (infer_unet, UNet), "vae": (infer_vae, AutoencoderKL), "text": (infer_text, TextEncoder)}
+
+
+def is_official(path):
+    """Is this a file or folder that somebody else published, and not by train.py? Raises ValueError. Source: none."""
+    path = pathlib.Path(path)
+    return path.is_dir() or path.suffix == ".safetensors" or "format" not in load_checkpoint(path)
+
+
+def read_stable_diffusion(path):
+    """A file of Stable Diffusion v1 (CompVis names) or a diffusers folder -> its parts, as build takes them.
+
+    Raises ValueError if it is neither. Source: LDM's and diffusers' released code.
+    """
+    return read_diffusers(path) if pathlib.Path(path).is_dir() else split_compvis(read_weights(path))
 
 
 def build(parts, dtype=None, stated=None):

@@ -11,7 +11,7 @@ Plain: 48 held-out captions about anything. Both: pairs that show each thing in 
 leaves behind: how far each kind of layer moved when all weights learned, and what a compressed change still draws.
 About 35 CPU-seconds a cell on one thread; 78 single cells (the ablations with one seed) and 54 pairs.
 
-    python -m studies.custom_concepts               # -> studies/results/custom_{concepts,pairs,compression}.{csv,md}
+    python -m studies.custom_concepts               # -> custom_{concepts,pairs,compression,change}.md, .csv; a figure
 """
 import contextlib
 import io
@@ -25,7 +25,7 @@ import data
 import sample
 from custom_diffusion import add_changes, average, gather, load_concept, save_concept, weight_change
 from evaluate import features, kernel_distance, prompt_accuracy, read_shapes, train_classifier
-from studies.common import Table, bootstrap, mean_se, parser, todo, write_markdown
+from studies.common import Table, bootstrap, figure, mean_se, parser, todo, write_markdown
 from studies.things import HARD, THINGS, Judge, photographs
 from tasks import ConceptTask
 from train import Config, parse, prepare_run, presets, step_maker
@@ -84,7 +84,7 @@ def learn(names, path, flags, seed, before=None):
     learned = {name: w for name, w in model.unet.state_dict().items()
                if f"unet.{name}" not in task.frozen or before and name in before[0]}
     rows = {**(before[1] if before else {}), **dict(zip(task.words, model.text.rows))}
-    concepts = (before[2] if before else []) + [thing.removeprefix("a ") for thing in task.things]
+    concepts = (before[2] if before else []) + task.things
     save_concept(path, learned, rows, concepts, original)
 
 
@@ -205,6 +205,19 @@ def summarise(table, key, names, baseline):
                    f"Hard things included ({', '.join(HARD)}). `python -m studies.custom_concepts`")
 
 
+def draw(sets, panels):
+    """The paper's figure 8: image alignment against text alignment, a point with its standard errors per method."""
+    for axes, (title, key, names, table) in zip(panels, sets):
+        for name in names:
+            values = [table.column(column, **{key: name}) for column in ("text", "alignment")]
+            if len(values[0]) > 1:
+                (x, dx), (y, dy) = map(mean_se, values)
+                axes.errorbar(x, y, dy, dx, fmt="o", capsize=2, label=name)
+        axes.set(xlabel="text alignment (size and background as asked)", title=title)
+        axes.legend(fontsize=8)
+    panels[0].set_ylabel("image alignment (0 base, 1 real)")
+
+
 def summarise_files(table):
     """What is left of a concept at each ratio; and, where the files of "all weights" are, how far each layer moved."""
     show = lambda values, form="{:.2f}": f"{form} ± {form}".format(*mean_se(values))
@@ -247,6 +260,8 @@ def main():
     summarise(singles, "method", METHODS, "K/V and word")
     summarise(pairs, "how", COMBINE, "average")
     summarise_files(squeezed)
+    sets = [("one thing", "method", METHODS, singles), ("two things", "how", COMBINE, pairs)]
+    figure("custom_concepts", lambda panels: draw(sets, panels), (9, 4), 2, sharey=True)
 
 
 if __name__ == "__main__":

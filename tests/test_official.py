@@ -4,10 +4,13 @@ import pathlib
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 import data
 import sample
+import tasks
+import train
 from conftest import fill_by_recipe
 from dit import DiT
 from text import CLIPTokenizer, TextEncoder
@@ -106,6 +109,73 @@ def test_a_file_without_a_part_says_which(parts, tmp_path, capsys, drop, words):
         sample.main(["--ckpt", str(path), "--prompt", "x", "--bpe", str(MERGES), "--out", str(tmp_path / "x.png")])
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and words in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def towers(tmp_path, monkeypatch):
+    """Three pictures of a thing; the rare tokens are some that the tiny list of merges knows."""
+    monkeypatch.setattr(tasks, "RARE", ("n", "lo", "ne"))
+    (tmp_path / "towers").mkdir()
+    for k, rgb in enumerate([(200, 30, 30), (30, 200, 30), (30, 30, 200)]):
+        Image.new("RGB", (20, 16), rgb).save(tmp_path / "towers" / f"{k}.png")
+    return f"folder:{tmp_path / 'towers'}"
+
+
+@pytest.mark.parametrize("prior", ["generated", "folder", "captions"])
+def test_stable_diffusion_learns_a_thing_through_the_one_loop(parts, towers, tmp_path, monkeypatch, prior):
+    """K/V and the word move, nothing else; the run resumes; the concept draws with the file that it was taught."""
+    path, out, seen = tmp_path / "v1-5-shrunk.safetensors", tmp_path / "out", []
+    write_safetensors(path, compvis(parts))
+    mix = tasks.mix
+    monkeypatch.setattr(tasks, "mix", lambda *given: seen.append(given) or mix(*given))
+    flags = ["--init", str(path), "--concept", towers, "--category", "tower", "--image-size", "16", "--steps", "4",
+             "--bpe", str(MERGES), "--save-every", "2", "--batch-size", "4", "--device", "cpu", "--lr", "1e-3"]
+    if prior != "generated":
+        flags += ["--prior", towers]
+    if prior == "captions":
+        near = ("photo of a tower", "photo of a tower", "lower lower lower lower lower newest newest widest")
+        lines = [f'{{"file_name": "{k}.png", "text": "{text}"}}\n' for k, text in enumerate(near)]
+        (tmp_path / "towers" / "metadata.jsonl").write_text("".join(lines))
+    train.main([*flags, "--out", str(out)])
+    things, (drawn, captions), count, factor, words, *_ = seen[0]
+    assert count == 8 and factor == 2 and words == tasks.SIZE_WORDS
+    assert len(things[0][0]) == 3 and (prior == "captions" or set(things[0][1]) == {"photo of a <new1> tower"})
+    assert set(captions) == {"photo of a tower"}
+    assert len(drawn) == {"generated": 200, "folder": 3, "captions": 2}[prior]      # of which two are near enough
+    learned = torch.load(out / "concept.pt", weights_only=True)
+    before = parts["model.diffusion_model."].state_dict()
+    assert learned["concepts"] == ["<new1> tower"] and all(".attn2.to_" in name for name in learned["tensors"])
+    assert all(not torch.equal(w, before[name]) for name, w in learned["tensors"].items())
+    config = (out / "config.json").read_text()
+    assert '"schedule": "scaled_linear"' in config and '"weight_decay": 0.01' in config
+    if prior == "generated":
+        first = torch.load(out / "ckpt.pt", weights_only=True)
+        train.main(["--out", str(out), "--resume", "--steps", "6"])
+        again = torch.load(out / "ckpt.pt", weights_only=True)
+        assert again["step"] == 6 and not torch.equal(again["model"]["text.rows.0"], first["model"]["text.rows.0"])
+    pictures = []
+    monkeypatch.setattr(sample, "save_grid", lambda images, *a, **k: pictures.append(images))
+    draw = ["--ckpt", str(path), "--bpe", str(MERGES), "--image-size", "16", "--steps", "3", "--device", "cpu",
+            "--out", str(tmp_path / "x.png"), "--prompt"]
+    sample.main([*draw, "photo of a <new1> tower", "--concept-weights", str(out / "concept.pt")])
+    sample.main([*draw, "photo of a tower"])
+    assert pictures[0].shape == (1, 3, 16, 16) and not torch.equal(*pictures)
+
+
+def test_stable_diffusion_takes_an_adapter_through_the_one_loop(parts, towers, tmp_path, capsys):
+    path, out = tmp_path / "v1-5-shrunk.ckpt", tmp_path / "out"
+    torch.save({"state_dict": compvis(parts)}, path)
+    flags = ["--init", str(path), "--adapter", "ca_out-ffn_in", "--rank", "4", "--data", towers, "--image-size", "16",
+             "--bpe", str(MERGES), "--steps", "2", "--batch-size", "2", "--device", "cpu", "--out", str(out)]
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    assert "has none: give --data a folder with metadata.jsonl" in capsys.readouterr().err
+    lines = [f'{{"file_name": "{k}.png", "text": "a low tower"}}\n' for k in range(3)]
+    (tmp_path / "towers" / "metadata.jsonl").write_text("".join(lines))
+    train.main(flags)
+    task, model = sample.load(str(out / "adapter.pt"), o=sample.Options(base=str(path), bpe=str(MERGES), image_size=16))
+    adapters = {name: p for name, p in model.named_parameters() if "adapter" in name}
+    assert task.shape == (4, 8, 8) and adapters and any("up" in name and p.any() for name, p in adapters.items())
 
 
 def test_the_merges_file_is_asked_for(parts, tmp_path, capsys):
