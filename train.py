@@ -611,12 +611,12 @@ def presets(args):
 
 def small_run(args):
     """Defaults of --adapter and --concept: what --init is stays as it is; few steps, AdamW, a rate for its size."""
-    run = {"steps": 250, "optimizer": "adamw", "lr_decay": "constant", "warmup": 0, "ema": 0.9, "sample_every": 0}
+    run = {"steps": 250, "optimizer": "adamw", "warmup": 0, "ema": 0.9, "sample_every": 0}
     if is_official(args.init):                      # the papers' own rates
         rates = dict(lr=1e-4) if args.adapter else dict(
             lr=8e-6 if args.part == "all" else 8e-5, word_lr=8e-5, weight_decay=0.01, prior="generated",
             data=args.concept[0])
-        return {**SD_V1, "batch_size": 8, **run, **rates}
+        return {**SD_V1, "batch_size": 8, "lr_decay": "constant", **run, **rates}
     state = load_checkpoint(args.init)
     if "vocabulary" not in state.get("info", {}):
         raise ValueError(f"--init {args.init} is no text-to-image checkpoint, on which --adapter and --concept build: "

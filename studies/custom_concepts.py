@@ -31,11 +31,10 @@ from tasks import ConceptTask
 from train import Config, parse, prepare_run, presets, step_maker
 
 BASE, OUT = "assets/unet-scenes.pt", pathlib.Path("out/studies/concepts")
-RATES = ["--lr", "6e-3", "--word-lr", "3e-2"]
-METHODS = {"K/V and word": RATES, "word alone": ["--part", "none", *RATES],
-           "all weights": ["--part", "all", "--lr", "5e-4"], "no prior": ["--prior", "none", *RATES],
-           "generated prior": ["--prior", "generated", *RATES], "no augmentation": ["--no-augment", *RATES],
-           "word not optimised": [*RATES, "--word-lr", "0"]}
+METHODS = {"K/V and word": [], "word alone": ["--part", "none", "--word-lr", "3e-2"],     # rates: those of train.py
+           "all weights": ["--part", "all", "--lr", "5e-4"], "no prior": ["--prior", "none"],
+           "generated prior": ["--prior", "generated"], "no augmentation": ["--no-augment"],
+           "word not optimised": ["--word-lr", "0"]}
 MAIN = ("K/V and word", "word alone", "all weights")            # with all seeds; the ablations with one
 PAIRS = (("hub ring", "gem cross"), ("target circle", "pearl star"), ("eye square", "hub ring"))
 COMBINE = ("joint", "merge", "merge with padding", "average", "sum", "sequential")
@@ -153,15 +152,15 @@ def combine(pair, how, seed, path):
     """One concept file for two things that were learned apart (or together, or in turn)."""
     own = [OUT / f"{name}-K V and word-{seed}.pt" for name in pair]
     for name, file in zip(pair, own):
-        learn([name], file, RATES, seed)
+        learn([name], file, [], seed)
     unet = sample.load(BASE)[1].unet.state_dict()
     if how == "joint":
-        learn(pair, path, [*RATES, "--batch-size", "32"], seed)         # as many pictures of each as apart
+        learn(pair, path, ["--batch-size", "32"], seed)         # as many pictures of each as apart
     elif how == "sequential":
-        learn(pair[1:], path, RATES, seed, before=load_concept(own[0], unet))
+        learn(pair[1:], path, [], seed, before=load_concept(own[0], unet))
     elif how.startswith("merge"):                               # the U-Net also reads the padding after a short caption
-        flags = ["--base", BASE, "--ridge", "0.1", "--out", str(path)]
-        flags += ["--padding", "--tolerance", "0.3"] if how.endswith("padding") else []
+        flags = ["--base", BASE, "--out", str(path)]
+        flags += ["--padding", "--ridge", "1", "--tolerance", "0.3"] if how.endswith("padding") else ["--ridge", "0.1"]
         with contextlib.redirect_stdout(io.StringIO()):
             custom_diffusion.main(["merge", *map(str, own), *flags])
     else:

@@ -29,7 +29,7 @@ SUBJECTS = {"dog6": "dog", "cat2": "cat"}
 TONES = (("dark", "bright"), ("cold", "warm"))
 BASE = ["--model", "unet-tiny", "--latent-channels", "12", "--latent-noise", "0.1", "--first-stage-steps", "1500",
         "--flow-shift", "1", "--steps", "6000", "--ema", "0.999"]
-METHODS = {"K/V and word": ["--lr", "6e-3", "--word-lr", "3e-2"], "all weights": ["--part", "all", "--lr", "5e-4"]}
+METHODS = {"K/V and word": [], "all weights": ["--part", "all", "--lr", "5e-4"]}
 
 
 def captioned(name):
@@ -106,7 +106,7 @@ def main():
             files[name, method] = run(f"{name}-{method.replace('/', '')}", *given, *flags) / "concept.pt"
     merged = OUT / "merged.pt"
     custom_diffusion.main(["merge", *(str(files[name, "K/V and word"]) for name in SUBJECTS), "--base", base,
-                           "--ridge", "0.1", "--padding", "--tolerance", "0.3", "--out", str(merged)])
+                           "--padding", "--ridge", "1", "--tolerance", "0.3", "--out", str(merged)])
     columns = {}
     for k, (name, category) in enumerate(SUBJECTS.items(), 1):
         photos = data.load(f"folder:{OUT / name}").images
