@@ -272,13 +272,19 @@ def make_optimizers(config, task):
     return optimizers
 
 
+def average_of(model):
+    """A copy of a model to average its weights in; what does not learn is shared, not copied."""
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, frozen).eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay, keep):
     """ema += (1 - decay) * keep * (model - ema), in a few kernels; keep (0-dim tensor, 0 or 1): was this step taken.
 
     Source: DiT §4.
     """
-    averaged, current = list(ema.parameters()), list(model.parameters())
+    averaged, current = zip(*((a, c) for a, c in zip(ema.parameters(), model.parameters()) if a is not c))
     delta = torch._foreach_sub(current, averaged)
     torch._foreach_mul_(delta, (1 - decay) * keep)
     torch._foreach_add_(averaged, delta)
@@ -408,7 +414,7 @@ def train(config, dataset, task):
     # --- what: data on the device, model (float32 master weights), its average, optimizers
     model = task.model.to(device)
     batches = Batches(task.prepare(dataset, device), config.batch_size, device, config.seed)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema = average_of(model)
     optimizers = make_optimizers(config, task)
     step = resume(out / "ckpt.pt", task, ema, optimizers) if config.resume else 0
 
@@ -513,7 +519,7 @@ def step_maker(config, dataset, task, fixed=False):
     """(run, model, its average): run(step) is one training step -> loss. fixed: the same batch and noise every time."""
     device, model = config.device, task.model.to(config.device)
     batches = Batches(task.prepare(dataset, device), config.batch_size, device, config.seed)
-    optimizers, ema = make_optimizers(config, task), copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers, ema = make_optimizers(config, task), average_of(model)
     autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()
     generator = torch.Generator(device)
 
