@@ -26,8 +26,8 @@ average, add_changes); merge; files; the command line.
 
 Trap: a merge may keep every constraint to 14 digits and still draw nothing. Where the target rows nearly lie in the
 span of few captions' rows, or of each other, dW is huge, and prompts that are in neither set are ruined. Compare ||dW||
-with the concepts' own ||W_n - W0||, both printed: a larger ridge (0.1, 1) and tolerance (0.3) make it smaller. On a
-small base, --padding --ridge 1 --tolerance 0.3; and no higher rate than it takes to learn the thing.
+with the concepts' own ||W_n - W0||, both printed: a larger ridge (0.1 to 10) and tolerance (to 0.5) make it smaller.
+On a small base, --padding --ridge 10 --tolerance 0.5; and no higher rate than it takes to learn the thing.
 
 Differences from the official code (adobe-research/custom-diffusion):
 1. V* is a parameter outside the table. There the table itself is in AdamW, whose weight decay shrinks every other row.
@@ -578,7 +578,7 @@ def _merge_files(o):
           f"||dW|| of the merge {r['dW']:.4g}")
     if r["dW"] > 3 * sum(r["changes"]):
         print("||dW|| is far larger than the concepts' own changes: other prompts may be ruined; try --padding "
-              "--ridge 1 --tolerance 0.3")
+              "--ridge 10 --tolerance 0.5")
 
 
 def _compress_file(o):

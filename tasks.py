@@ -693,5 +693,6 @@ def describe(dataset, config, first_stage=None):
         if dataset.captions is None:
             raise ValueError(f"{config.model} wants captions, and {config.data} has none: try --data scenes, or a "
                             "folder with metadata.jsonl")
-        info |= {"vocabulary": WordTokenizer.from_captions(dataset.captions).state(), "examples": dataset.captions[:24]}
+        spread = dataset.captions[::max(1, len(dataset) // 24)][:24]                # a folder may be sorted by kind
+        info |= {"vocabulary": WordTokenizer.from_captions(dataset.captions).state(), "examples": spread}
     return info

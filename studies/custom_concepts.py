@@ -160,7 +160,7 @@ def combine(pair, how, seed, path):
         learn(pair[1:], path, [], seed, before=load_concept(own[0], unet))
     elif how.startswith("merge"):                               # the U-Net also reads the padding after a short caption
         flags = ["--base", BASE, "--out", str(path)]
-        flags += ["--padding", "--ridge", "1", "--tolerance", "0.3"] if how.endswith("padding") else ["--ridge", "0.1"]
+        flags += ["--padding", "--ridge", "10", "--tolerance", "0.5"] if how.endswith("padding") else ["--ridge", "0.1"]
         with contextlib.redirect_stdout(io.StringIO()):
             custom_diffusion.main(["merge", *map(str, own), *flags])
     else:

@@ -1,7 +1,8 @@
 """Two real subjects, a dog and a cat from DreamBooth's photographs, on a base that knows nothing but CIFAR-10.
 
-Nothing is measured here: the base is small, and the pictures have 32 x 32 pixels. But one can see whether the subject
-arrives, whether other dogs stay what they were, and whether two subjects learned apart live together in a merged model.
+Nothing is measured here: the base is small, and the pictures have 32 x 32 pixels. But one can see what arrives of the
+subject (colours and ground, hardly the animal), whether other dogs stay what they were (with keys and values they do,
+with all weights they turn orange), and what is left of two subjects in a merged model (the dog, hardly the cat).
 CIFAR-10 gets captions, "a photo of a dog", and every second one says how light or how warm the photograph is, "a dark
 photo of a dog"; so there is something to ask of a subject that its few photographs do not show. The base takes about
 an hour of one core, a subject about a minute.
@@ -23,6 +24,7 @@ import data
 import sample
 import train
 from studies.common import RESULTS, parser
+from weights import load_checkpoint
 
 OUT = pathlib.Path("out/studies/dreambooth")
 SUBJECTS = {"dog6": "dog", "cat2": "cat"}
@@ -66,7 +68,9 @@ def subject(folder, category):
 def run(name, *flags):
     """One run of train.py, which goes on where it was stopped -> its folder."""
     out = OUT / name
-    train.main(["--out", str(out), "--resume"] if (out / "ckpt.pt").is_file() else [*flags, "--out", str(out)])
+    state = load_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").is_file() else None
+    if state is None or state["step"] < state["config"]["steps"]:
+        train.main([*(["--resume"] if state else flags), "--out", str(out)])
     return out
 
 
@@ -80,12 +84,12 @@ def draw(base, file, prompts):
 
 def show(columns):
     """columns: {subject: {line of text: pictures}} -> studies/results/dreambooth.png."""
-    fig = Figure(figsize=(11, 8.5), dpi=90)
+    fig = Figure(figsize=(12.5, 6), dpi=80)
     for axes, (name, lines) in zip(fig.subplots(1, len(columns)), columns.items()):
         blank = torch.full((6, *next(iter(lines.values())).shape[1:]), 255, dtype=torch.uint8)
         rows = [torch.cat([pictures[:6], blank])[:6] for pictures in lines.values()]
-        grid = data.make_grid(torch.cat(rows), nrow=6, scale=2)
-        axes.imshow(grid)
+        grid = data.make_grid(torch.cat(rows), nrow=6, scale=1)
+        axes.imshow(grid, interpolation="nearest")
         axes.set_yticks([len(grid) * (k + 0.5) / len(rows) for k in range(len(rows))], list(lines), fontsize=8)
         axes.set(xticks=(), title=name)
     fig.tight_layout()
@@ -106,7 +110,7 @@ def main():
             files[name, method] = run(f"{name}-{method.replace('/', '')}", *given, *flags) / "concept.pt"
     merged = OUT / "merged.pt"
     custom_diffusion.main(["merge", *(str(files[name, "K/V and word"]) for name in SUBJECTS), "--base", base,
-                           "--padding", "--ridge", "1", "--tolerance", "0.3", "--out", str(merged)])
+                           "--padding", "--ridge", "10", "--tolerance", "0.5", "--out", str(merged)])
     columns = {}
     for k, (name, category) in enumerate(SUBJECTS.items(), 1):
         photos = data.load(f"folder:{OUT / name}").images
