@@ -17,7 +17,7 @@ RESULTS = pathlib.Path(common.__file__).parent / "results"
 TABLES = {**{name: [name] for name in ("dit_conditioning", "dit_scaling", "udit_ablation", "vq_autoregressive",
                                        "adapter_sweep")},
           "vq_chain": ["vq_mask", "vq_samplers"],
-          "custom_concepts": ["custom_concepts", "custom_pairs", "custom_compression"]}
+          "custom_concepts": ["custom_concepts", "custom_pairs", "custom_compression", "custom_change"]}
 DONE = [name for name, tables in TABLES.items() if (RESULTS / f"{tables[-1]}.md").is_file()]
 
 
