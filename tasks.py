@@ -450,8 +450,9 @@ class ConceptTask(DiffusionTask):
 
     @torch.no_grad()
     def select(self, dataset):
-        """The prior, (pictures (n, C, S, S), captions), or None: drawn by the base; a folder of pictures without
-        captions; or those whose captions name a category (for CLIP: are near to one). Source: details of training.
+        """The prior, (pictures (n, C, S, S), captions), or None: drawn by the base, or those of the data set whose
+        captions name a category (for CLIP: are near to one). Where there are no captions, classes will do; and a folder
+        of pictures without either shows the one category. Source: the paper's details of training.
         """
         categories = self.config.category
         bare = [self.prompt.format(category) for category in categories]
@@ -464,20 +465,22 @@ class ConceptTask(DiffusionTask):
             drawn = [self.to_pictures(self.sample(model, ids[k:k + n], generator=seeds[k:k + n])).cpu()
                      for k in tqdm(range(0, 200, n), desc="prior", leave=False)]
             return to_float(torch.cat(drawn)), captions
-        if dataset.captions is None:
-            if len(categories) > 1:
-                raise ValueError(f"{dataset.name} has no captions: with two categories the prior's pictures need them")
-            return to_float(dataset.images), bare * len(dataset)
+        said, classes = dataset.captions, dataset.class_names
+        if said is None and len(classes) < 2 and len(categories) > 1:
+            raise ValueError(f"{dataset.name} has no captions: with two categories the prior's pictures need them")
+        if said is None:
+            said = [self.prompt.format(classes[k]) for k in dataset.labels.tolist()] if len(classes) > 1 else (
+                bare * len(dataset))
         if not self.small:
-            rows = torch.cat([select_prior(self.model.text, self.tokenizer, dataset.captions, text) for text in bare])
-            return to_float(dataset.images[rows]), [dataset.captions[i] for i in rows.tolist()]
-        names = {i: [c for c in categories if c in caption.split()] for i, caption in enumerate(dataset.captions)}
+            rows = torch.cat([select_prior(self.model.text, self.tokenizer, said, text) for text in bare])
+            return to_float(dataset.images[rows]), [said[i] for i in rows.tolist()]
+        names = {i: [c for c in categories if c in caption.split()] for i, caption in enumerate(said)}
         rows = [i for i, named in names.items() if named][:2000]
         if not rows:
             raise ValueError(f"no caption of {dataset.name} names {', '.join(sorted(categories))}: choose another "
                              "--prior, or --prior generated")
         # every second one says the bare category, which is what would otherwise become the new thing
-        captions = [dataset.captions[i] if k % 2 else f"a {names[i][0]}" for k, i in enumerate(rows)]
+        captions = [said[i] if k % 2 else f"a {names[i][0]}" for k, i in enumerate(rows)]
         return to_float(dataset.images[rows]), captions
 
     @torch.no_grad()

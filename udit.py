@@ -179,7 +179,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.kv_only = num_heads, downsample == "kv"
         self.query_factor = 1 if self.kv_only else down_factor
-        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0))) if cosine else None
+        self.logit_scale = nn.Parameter(torch.zeros(num_heads, 1, 1)) if cosine else None
         self.to_qkv = nn.Linear(dim, 3 * dim)
         self.to_out = nn.Conv2d(dim, dim, 1)
         self.downsampler = Downsampler(dim, down_factor, kernel_size, shortcut)
@@ -425,6 +425,8 @@ class UDiT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif "adaLN_modulation" in name or "out_proj" in name:
                 nn.init.zeros_(parameter)
+            elif "logit_scale" in name:
+                nn.init.constant_(parameter, math.log(10))
 
     # labels are hidden, and their absence named, exactly as in DiT
     drop_labels, null_condition = DiT.drop_labels, DiT.null_condition

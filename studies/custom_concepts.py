@@ -251,8 +251,8 @@ def main():
     for s in range(args.seeds):                                 # a study that is stopped early has whole comparisons
         plan += [(singles, single(MAIN, s)),
                  (pairs, [{"pair": " + ".join(p), "how": h, "seed": s} for p in PAIRS for h in COMBINE])]
-    plan += [(singles, single([m for m in METHODS if m not in MAIN], 0)),
-             (squeezed, [{"thing": t, "ratio": r} for t in list(THINGS)[:3] for r in RATIOS])]
+    plan += [(singles, single([m for m in METHODS if m not in MAIN], s)) for s in range(args.seeds)]
+    plan += [(squeezed, [{"thing": t, "ratio": r} for t in list(THINGS)[:3] for r in RATIOS])]
     bench = None if args.summary else Bench()
     for table, cells in plan:
         for cell in [] if args.summary else todo(cells, table, args.part):

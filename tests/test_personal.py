@@ -89,6 +89,26 @@ def test_a_concept_brings_its_words_and_leaves_other_prompts_nearly_alone(things
         sample.add_concept(concept, task, model, "cpu")
 
 
+def test_a_prior_without_captions_is_known_by_its_classes(things, tmp_path, monkeypatch, capsys):
+    import tasks
+    mix, seen = tasks.mix, []
+    monkeypatch.setattr(tasks, "mix", lambda *given: seen.append(given) or mix(*given))
+    for name, gray in (("circle", 90), ("square", 160), ("flat", 30)):
+        folder = tmp_path / ("flat" if name == "flat" else f"classes/{name}")
+        folder.mkdir(parents=True)
+        for k in range(3):
+            Image.new("RGB", (32, 32), (gray, gray, gray)).save(folder / f"{k}.png")
+    flags = ["--init", BASE, "--concept", things["plain"], "--category", "circle", *SHORT, "--steps", "1", "--prior"]
+    for name, gray in (("classes", 90), ("flat", 30)):
+        train.main([*flags, f"folder:{tmp_path / name}", "--out", str(tmp_path / f"out-{name}")])
+        drawn, captions = seen[-1][1]
+        assert captions == ["a circle"] * 3 and data.to_uint8(drawn).unique().tolist() == [gray]
+    with pytest.raises(SystemExit):
+        train.main([*flags, f"folder:{tmp_path / 'flat'}", "--concept", things["plain"], "--category", "square",
+                    "--out", str(tmp_path / "two")])
+    assert "with two categories the prior's pictures need them" in capsys.readouterr().err
+
+
 def test_the_prior_can_be_drawn_by_the_base(things, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("tasks.DiffusionTask.sample", lambda self, model, y, **options: drawn.append(len(y)) or
