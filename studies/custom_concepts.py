@@ -9,8 +9,8 @@ category's pictures that look like the thing, less the base's own share. Categor
 category, all attributes right, and the classifier-KID (x 1000) of these pictures to real ones, less that of the base.
 Plain: 48 held-out captions about anything. Both: pairs that show each thing in its half. Then, from the files that this
 leaves behind: how far each kind of layer moved when all weights learned, and what a compressed change still draws.
-The second merge's settings were chosen on two pairs with seed 0. About 35 CPU-seconds a cell on one thread; 78 single
-cells (the ablations with one seed) and 54 pairs.
+The second merge's settings were chosen on two pairs with seed 0. About 35 CPU-seconds a cell on one thread; 126 single
+cells and 54 pairs.
 
     python -m studies.custom_concepts               # -> custom_{concepts,pairs,compression,change}.md, .csv; a figure
 """
