@@ -523,20 +523,30 @@ def test_muon_gets_the_matrices_of_the_blocks():
                              "blocks.0.ln1_1.linear.weight"}
 
 
-def test_transformer_overfits_and_samples_what_it_learned():
-    torch.manual_seed(0)
-    data = torch.randint(8, (6, 16))
-    chain, model = MaskReplace(20, 8), VQTransformer(8, 4, 48, 2, 4, 20, "class", num_classes=6)
-    opt, generator, y = torch.optim.AdamW(model.parameters(), lr=5e-3), seeded(0), torch.arange(18) % 6
-    for _ in range(200):
+@pytest.mark.parametrize("seed", range(3))
+def test_transformer_overfits_and_samples_what_it_learned(seed):
+    """Six classes, each a fixed string of 16 tokens of 8 codes: a class determines all of its tokens.
+
+    The learning rate falls to zero and aux_weight is 1, so the result does not depend on the last batches. With 12
+    seeds and ATEN_CPU_CAPABILITY=default, avx2 and unset, at least 0.982 of the tokens are right and vlb is 0.02 at
+    most; the limits below are five times as far from the ideal.
+    """
+    torch.manual_seed(seed)
+    data, steps = torch.randint(8, (6, 16)), 250
+    chain, model = MaskReplace(20, 8, aux_weight=1.0), VQTransformer(8, 4, 48, 2, 4, 20, "class", num_classes=6)
+    opt, generator, y = torch.optim.AdamW(model.parameters()), seeded(seed), torch.arange(18) % 6
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
         labels = model.drop_labels(y, rand((18,), generator))
-        loss, metrics = chain.loss(model, data[y], labels, **chain.draw((18, 16), generator))
+        loss, _ = chain.loss(model, data[y], labels, **chain.draw((18, 16), generator))
         opt.zero_grad(), loss.backward(), opt.step()
-    assert metrics["vlb"] < 0.5                                             # untrained: ln 8 = 2.1
-    y = torch.arange(6)
+    y = torch.arange(600) % 6
+    with torch.no_grad():
+        metrics = chain.loss(model, data[y], y, **chain.draw((600, 16), seeded(seed)))[1]
+    assert metrics["vlb"] < 0.1                                             # untrained: ln 8 = 2.1
     for options in (dict(steps=20), dict(steps=5, cfg_scale=2.0), dict(sampler="purity", steps=6)):
-        out = chain.sample(model, (6, 16), y, model.null_condition(6), generator=seeded(1), **options)
-        assert (out == data).float().mean() > 0.95, options
+        out = chain.sample(model, (60, 16), y[:60], model.null_condition(60), generator=seeded(1), **options)
+        assert (out == data[y[:60]]).float().mean() > 0.9, options
 
 
 # ----------------------------------------------------------------------------------------------------------------------
