@@ -1,0 +1,288 @@
+"""Tests of worlds.py: drawing against a brute-force rasteriser, captions against pixels."""
+import hashlib
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import worlds
+
+EIGHT = worlds.SHAPES + worlds.NEW_SHAPES
+
+# ---------------------------------------------------------------- drawing
+
+
+def polygon(x, y, corners):
+    """Are the points inside?  Even-odd rule."""
+    hit = np.zeros(x.shape, bool)
+    for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1]):
+        if y1 != y2:
+            hit ^= ((y1 > y) != (y2 > y)) & (x < x1 + (y - y1) * (x2 - x1) / (y2 - y1))
+    return hit
+
+
+def inside(name, x, y):
+    """Is the point (x, y), in units of r, y down, in the shape?  Corner lists and circles only."""
+    def disc(cx, cy, radius):
+        return (x - cx) ** 2 + (y - cy) ** 2 < radius ** 2
+
+    def box(w, h):
+        return (abs(x) < w) & (abs(y) < h)
+
+    if name == "circle":
+        return disc(0, 0, 0.86)
+    if name == "square":
+        return box(0.76, 0.76)
+    if name == "triangle":
+        return polygon(x, y, [(0, -0.95), (1, 0.95), (-1, 0.95)])
+    if name == "star":
+        radii, angles = [1.05, 0.55] * 5, [math.radians(36 * i) for i in range(10)]
+        return polygon(x, y, [(r * math.sin(a), 0.1 - r * math.cos(a))
+                              for r, a in zip(radii, angles)])
+    if name == "cross":
+        return box(0.36, 0.98) | box(0.98, 0.36)
+    if name == "ring":
+        return disc(0, 0, 0.99) & ~disc(0, 0, 0.55)
+    if name == "heart":
+        q, up = 0.8, 0.08
+        return (polygon(x, y, [(0, up - q), (q, up), (0, up + q), (-q, up)])
+                | disc(q / 2, up - q / 2, q / 2**0.5) | disc(-q / 2, up - q / 2, q / 2**0.5))
+    return polygon(x, y, [(0, -1), (1, 0), (0, 1), (-1, 0)])  # diamond
+
+
+def brute_force(name, cx, cy, r, size):
+    """Coverage by 8 x 8 points a pixel."""
+    points = (np.arange(8 * size) + 0.5) / 8 * 32 / size
+    x, y = np.meshgrid((points - cx) / r, (points - cy) / r)
+    return inside(name, x, y).reshape(size, 8, size, 8).mean((1, 3))
+
+
+@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("size", [32, 64])
+def test_coverage_matches_brute_force(index, size):
+    random = np.random.default_rng(index)
+    for r in (4.5, 5.0, 8.0, 11.0):
+        cx, cy = random.uniform(12, 20, 2)
+        got = worlds.shape_coverage(index, *(torch.tensor([v]) for v in (cx, cy, r)), size)[0]
+        got, want = got.numpy(), brute_force(EIGHT[index], cx, cy, r, size)
+        assert abs(got - want).sum() / want.sum() < 0.07, r  # of the area; all of it at the outline
+        assert abs(got.sum() / want.sum() - 1) < 0.04, r
+        assert abs(got - want).max() < 0.5, r
+
+
+def test_shapes_are_comparable_and_distinct():
+    five = torch.full((8,), 5.0)
+    masks = worlds.shape_coverage(torch.arange(8), five * 3.2, five * 3.2, five)
+    area = masks.sum((1, 2))
+    assert area.max() / area.min() < 1.5
+    for a, b in itertools.combinations(range(8), 2):
+        assert (masks[a] - masks[b]).abs().sum() / area.mean() > 0.15, (EIGHT[a], EIGHT[b])
+
+
+def test_render_places_colours_and_layers():
+    shape = torch.tensor([[1, 1], [1, -1], [-1, -1]])
+    color = torch.tensor([[[200, 10, 30], [7, 250, 90]]] * 3, dtype=torch.uint8)
+    cx, cy, r = torch.tensor([[10.0, 14.0]] * 3), torch.full((3, 2), 12.0), torch.full((3, 2), 5.0)
+    ground = torch.tensor([[1, 2, 3]] * 3, dtype=torch.uint8)
+    images = worlds.render_shapes(shape, color, cx, cy, r, ground)
+    assert images.shape == (3, 3, 32, 32) and images.dtype == torch.uint8
+
+    def pixel(i, x, y):
+        return images[i, :, y, x].tolist()
+
+    assert pixel(0, 7, 12) == [200, 10, 30]      # only the first square reaches here
+    assert pixel(0, 12, 12) == [7, 250, 90]      # both do, the later one lies on top
+    assert pixel(1, 12, 12) == [200, 10, 30] and pixel(1, 16, 12) == [1, 2, 3]
+    assert pixel(0, 12, 25) == [1, 2, 3]         # x is not y
+    assert (images[2] == torch.tensor([1, 2, 3]).view(3, 1, 1)).all()
+
+
+def test_edges_are_blended_and_rounded():
+    """A square of half side 0.76 * 5 = 3.8 at 16 ends at 12.2 and covers 0.8 of column 12."""
+    one = torch.ones(1, 1)
+    image = worlds.render_shapes(one.long(), torch.full((1, 1, 3), 202).byte(), 16 * one, 16 * one,
+                                 5 * one, torch.zeros(1, 3).byte())
+    assert image[0, 0, 16, 10:15].tolist() == [0, 0, 162, 202, 202]  # 0.8 * 202 = 161.6
+
+
+def test_chunks_do_not_show():
+    """Drawing 600 at once equals drawing them one by one."""
+    args = [torch.arange(600)[:, None] % 8, torch.randint(256, (600, 1, 3)).byte(),
+            *torch.rand(2, 600, 1) * 32, torch.rand(600, 1) * 6 + 4,
+            torch.randint(256, (600, 3)).byte()]
+    whole = worlds.render_shapes(*args)
+    for i in (0, 255, 256, 511, 512, 599):
+        assert torch.equal(whole[i:i + 1], worlds.render_shapes(*(a[i:i + 1] for a in args)))
+
+
+def test_palette_is_well_apart():
+    def distance(a, b):
+        a, b = (np.array(list(names.values()), float) for names in (a, b))
+        apart = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
+        return apart[apart > 0].min()
+
+    assert len(worlds.COLORS) == 8 and len(worlds.BACKGROUNDS) == 4
+    assert distance(worlds.COLORS, worlds.BACKGROUNDS) >= 90
+    assert distance(worlds.BACKGROUNDS, worlds.BACKGROUNDS) >= 45
+    assert distance(worlds.COLORS, worlds.COLORS) >= 90
+
+
+# ---------------------------------------------------------------- the worlds
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return worlds.draw_world("scenes", count=2000)
+
+
+def test_shapes_world():
+    images, labels, captions = worlds.draw_world("shapes", count=480)
+    assert images.shape == (480, 3, 32, 32)
+    assert Counter(labels.tolist()) == dict.fromkeys(range(48), 10)
+    for label, caption, image in zip(labels.tolist(), captions, images):
+        shape, color = worlds.SHAPES[label // 8], list(worlds.COLORS)[label % 8]
+        assert worlds.CLASS_NAMES[label] == f"{color} {shape}"
+        assert caption == f"{'an' if color == 'orange' else 'a'} {color} {shape}"
+        distance = (image.float() - torch.tensor(worlds.COLORS[color]).view(3, 1, 1)).abs().amax(0)
+        assert (distance < 1).sum() > 60     # an area of 1.7 * 8^2 = 109 at least, less its edges
+    assert len(worlds.draw_world("shapes", split="test")[0]) == 2000
+
+
+def test_the_worlds_do_not_change():
+    """The default run's data, once for all: captions and labels hold no rounding."""
+    for name, split, want in (
+            ("shapes", "train", "b1b8eb483c3cdc33"), ("shapes", "test", "215ab2b8c033c057"),
+            ("scenes", "train", "3d2bf37b49f3e97b"), ("scenes", "test", "936c6fe479d89cd5")):
+        _, labels, captions = worlds.draw_world(name, 4, split, count=300)
+        text = f"{labels.tolist()} {captions}"
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == want, (name, split)
+
+
+def seen(image, facts):
+    """Masks of the stated objects, by colour: pixels nearer to the object's than to the others."""
+    colors = [worlds.BACKGROUNDS[facts["background"]]]
+    colors += [worlds.COLORS[thing["color"]] for thing in facts["objects"]]
+    colors = torch.tensor(colors)[:, :, None, None].float()                  # (1 + K, 3, 1, 1)
+    distance = ((image[None].float() - colors) ** 2).sum(1)                  # (1 + K, H, W)
+    return [distance.argmin(0) == k for k in range(1, len(colors))]
+
+
+def look(image, facts):
+    """Centre (x, y) from the middle of the picture, and extent, of each object; by colour alone."""
+    found = []
+    for mask in seen(image, facts):
+        y, x = mask.nonzero().float().T
+        centre = [((v.min() + v.max()) / 2 - 15.5).item() for v in (x, y)]
+        found.append((*centre, max(x.max() - x.min(), y.max() - y.min()).item() + 1))
+    return found
+
+
+def test_scenes_look_as_captioned(scenes):
+    """Place, size, relation, background and colour, all measured from the pixels."""
+    kinds = Counter()
+    for image, label, caption in zip(scenes[0], scenes[1].tolist(), scenes[2]):
+        facts = worlds.parse_caption(caption)
+        first, *others = facts["objects"]
+        assert worlds.caption_of(**facts) == caption
+        assert worlds.CLASS_NAMES[label] == f"{first['color']} {first['shape']}"
+        kinds[facts.get("relation")] += 1
+        corners = image[:, [0, 0, -1, -1], [0, -1, 0, -1]].T
+        ground = torch.tensor(worlds.BACKGROUNDS[facts["background"]])
+        assert (corners == ground).all(1).sum() >= 2
+        assert first not in others
+        if others and others[0]["color"] == first["color"]:
+            continue  # colour alone cannot part them
+        (x, y, extent), *second = look(image, facts)
+        if others:
+            dx, dy = x - second[0][0], y - second[0][1]
+            relation = ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else \
+                ("above" if dy < 0 else "below")
+            assert relation == facts["relation"], caption
+        else:
+            place = ("on the left" if x < -2.5 else "on the right" if x > 2.5 else
+                     "at the top" if y < -2.5 else "at the bottom" if y > 2.5 else "in the middle")
+            assert place == first["place"], caption
+            assert (extent > 12.6) == (first["size"] == "large"), caption
+    assert 0.55 < kinds[None] / 2000 < 0.65
+    assert all(kinds[relation] > 50 for relation in worlds.RELATIONS)
+
+
+def test_training_prefers_left_of_and_above_and_tests_do_not():
+    for split, share in (("train", 0.2), ("test", 0.5)):
+        captions = worlds.draw_world("scenes", 4, split, count=2000)[2]
+        said = Counter(worlds.parse_caption(caption).get("relation") for caption in captions)
+        for plain, converse in (("left of", "right of"), ("above", "below")):
+            both = said[plain] + said[converse]
+            deviation = (share * (1 - share) / both) ** 0.5
+            assert both > 300 and abs(said[converse] / both - share) < 4 * deviation
+
+
+@pytest.mark.parametrize("name", ["shapes", "scenes"])
+def test_objects_are_inside_and_disjoint(name, monkeypatch):
+    """Each object is drawn alone, with a margin, from the arguments that render_shapes got."""
+    calls = []
+    monkeypatch.setattr(worlds, "render_shapes", lambda *args: calls.append(args))
+    worlds.draw_world(name, count=1500)
+    shape, _, cx, cy, r, _, _ = calls[0]
+    present = shape >= 0
+    for centre in (cx, cy):
+        assert (centre - r)[present].min() >= 0 and (centre + r)[present].max() <= 32
+    pairs = 0
+    for i in range(0, 1500, 5):
+        masks = []
+        for s, x, y, size in zip(*(v[i].tolist() for v in (shape, cx, cy, r))):
+            if s >= 0:  # half the size, with a margin of 8 pixels of 64 on each side
+                masks.append(brute_force(EIGHT[s], (x + 16) / 2, (y + 16) / 2, size / 2, 64) > 0)
+                assert masks[-1].sum() == masks[-1][16:48, 16:48].sum() > 0
+        if len(masks) == 2:
+            assert not (masks[0] & masks[1]).any()
+            pairs += 1
+    assert pairs > 90 or name == "shapes"
+
+
+def test_seeds_splits_and_sizes():
+    a, b = worlds.draw_world("scenes", count=64), worlds.draw_world("scenes", count=64)
+    assert torch.equal(a[0], b[0]) and a[2] == b[2]
+    for change in ({"seed": 1}, {"split": "test"}):
+        other = worlds.draw_world("scenes", count=64, **change)
+        assert other[2] != a[2] and not torch.equal(other[0], a[0])
+    big = worlds.draw_world("scenes", 64, count=64)          # the same scenes, sharper
+    assert big[2] == a[2]
+    shrunk = big[0].float().view(64, 3, 32, 2, 32, 2).mean((3, 5))
+    assert (shrunk - a[0].float()).abs().mean() < 1.0
+
+
+@pytest.mark.parametrize("name", ["shapes", "scenes"])
+def test_hold_out(name):
+    shapes, colors = zip(*worlds.HELD_OUT)
+    assert sorted(shapes) == sorted(worlds.SHAPES) and len(set(colors)) == 6
+    held = set(worlds.HELD_OUT)
+
+    def pairs(captions):
+        return {(thing["shape"], thing["color"]) for caption in captions
+                for thing in worlds.parse_caption(caption)["objects"]}
+
+    _, labels, captions = worlds.draw_world(name, 4, count=4200, hold_out=True)
+    assert not pairs(captions) & held and len(pairs(captions)) == 42
+    assert set(Counter(labels.tolist()).values()) == {100}
+    assert held <= pairs(worlds.draw_world(name, 4, "test", count=2000, hold_out=True)[2])
+    assert held <= pairs(worlds.draw_world(name, 4, count=2000)[2])
+
+
+def test_parse_caption():
+    assert worlds.parse_caption("a small red circle on the left on black") == {
+        "objects": [{"shape": "circle", "color": "red", "size": "small", "place": "on the left"}],
+        "background": "black"}
+    assert worlds.parse_caption("an orange ring right of a blue heart") == {
+        "objects": [{"shape": "ring", "color": "orange"}, {"shape": "heart", "color": "blue"}],
+        "relation": "right of"}
+    assert worlds.parse_caption("a red circle") == {
+        "objects": [{"shape": "circle", "color": "red"}]}
+    for bad in ("", "red circle", "a red", "a circle red", "a red circle near a blue square",
+                "a pink circle", "a red circle ", "a red circle on pink", "A red circle",
+                "a red circle left of", "a red circle left of a small blue square"):
+        with pytest.raises(ValueError, match="not a caption"):
+            worlds.parse_caption(bad)

@@ -1,0 +1,308 @@
+"""worlds.py: two worlds of drawn pictures, so that the first run needs no download.
+
+The idea
+    `shapes` shows one object on black, in 48 classes.  `scenes` shows one or two objects with
+    sizes, places, relations, backgrounds and a caption.  An object is the signed distance d to its
+    outline, in pixels; it covers clamp(0.5 - d, 0, 1) of a pixel: soft edges at any image size.
+    Because the program draws the pictures, it knows what is true of each of them, and evaluate.py
+    can read a sampled picture back and compare it with its caption, exactly.
+    A world is a function of (name, image size, split, count, seed, hold_out) and of nothing else.
+
+Contents
+    SHAPES ... PLACES, CONVERSE, HELD_OUT      the vocabulary
+    shape_coverage, render_shapes              outlines to pixels
+    caption_of, parse_caption                  facts to a caption, and back
+    draw_world                                 a whole data set
+
+How to use
+    python train.py --data scenes --image-size 32
+    images, labels, captions = draw_world("scenes", image_size=32, count=1000)
+    parse_caption(captions[0])                 # {"objects": [{"shape": "ring", ...}], ...}
+"""
+import math
+import re
+
+import torch
+
+# ---------------------------------------------------------------- the vocabulary
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+NEW_SHAPES = ("heart", "diamond")  # indices 6, 7: in no training set, for new concepts
+COLORS = {
+    "red": (230, 40, 40), "green": (50, 180, 60), "blue": (60, 100, 255), "yellow": (250, 220, 40),
+    "orange": (255, 125, 10), "purple": (160, 60, 220), "cyan": (40, 215, 230),
+    "white": (250, 250, 250),
+}
+# Dull colours, so that every object can be seen: at RGB distance >= 90 from each colour above.
+BACKGROUNDS = {"black": (20, 20, 26), "gray": (110, 110, 115), "navy": (20, 30, 90),
+               "brown": (90, 55, 25)}
+SIZES = ("small", "large")
+PLACES = ("in the middle", "on the left", "on the right", "at the top", "at the bottom")
+RELATIONS = ("left of", "right of", "above", "below")
+# The share of "right of" among "left of" and "right of", and of "below" among "above" and "below".
+# With even shares neither the order of the objects nor the relation tells by itself which object is
+# where, only both together (an exclusive or): a U-Net did not learn that in 4,000 steps.
+CONVERSE = {"train": 0.2, "test": 0.5}
+# Pairs that hold_out removes from training, to test whether a model can combine what it has seen
+# apart: each shape once, with six different colours.
+HELD_OUT = (("circle", "purple"), ("square", "cyan"), ("triangle", "orange"),
+            ("star", "blue"), ("cross", "yellow"), ("ring", "red"))
+
+CLASS_NAMES = [f"{color} {shape}" for shape in SHAPES for color in COLORS]  # shape * 8 + color
+CANVAS = 32.0  # cx, cy, r are pixels of a 32-pixel picture, whatever the image size
+
+# ---------------------------------------------------------------- outlines to pixels
+
+
+def _star(x, y):
+    # Fold the plane into one wedge of 36 degrees: there the outline is a single straight edge.
+    tip, notch, wedge = 1.05, 0.55, math.pi / 5
+    y = y - 0.1                                              # the bounding box is centred
+    angle = torch.remainder(torch.atan2(x, -y) + wedge, 2 * wedge).sub_(wedge).abs_()
+    radius = torch.hypot(x, y)
+    edge = (notch * math.cos(wedge) - tip, notch * math.sin(wedge))  # from the tip to the notch
+    length = math.hypot(*edge)
+    return ((radius * angle.cos() - tip) * (edge[1] / length)
+            - radius * angle.sin() * (edge[0] / length))
+
+
+def _heart(x, y):
+    # A square standing on its corner, and a disc on each of its two upper sides.
+    q = 0.8                                                  # half the diagonal of the square
+    y = y - 0.1 * q
+    x = x.abs()
+    square = (x + y.abs() - q) * math.sqrt(0.5)
+    disc = torch.hypot(x - q / 2, y + q / 2) - q * math.sqrt(0.5)
+    return torch.minimum(square, disc)
+
+
+def _triangle(x, y):
+    # Apex (0, -0.95), base from (-1, 0.95) to (1, 0.95).
+    slope = math.hypot(1.9, 1.0)
+    return torch.maximum((1.9 * x.abs() - (y + 0.95)) / slope, y - 0.95)
+
+
+def _cross(x, y):
+    x, y = x.abs(), y.abs()
+    return torch.minimum(torch.maximum(x - 0.36, y - 0.98), torch.maximum(x - 0.98, y - 0.36))
+
+
+# Signed distance, negative inside, of a shape of r = 1 around the origin.
+# x (n, 1, W), y (n, H, 1), y points down.  Every shape lies in the square |x|, |y| <= 1 and has an
+# area between 1.7 and 2.4.  Beyond a sharp corner the distance is that to the extended edges, which
+# is a little too small.
+OUTLINES = (
+    lambda x, y: torch.hypot(x, y) - 0.86,                   # circle
+    lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.76,     # square
+    _triangle,
+    _star,
+    _cross,
+    lambda x, y: (torch.hypot(x, y) - 0.77).abs_() - 0.22,   # ring: radii 0.55 to 0.99
+    _heart,
+    lambda x, y: (x.abs() + y.abs() - 1.0) * math.sqrt(0.5),  # diamond
+)
+
+
+def shape_coverage(shape_index, cx, cy, r, image_size=32):
+    """How much of each pixel a shape covers.
+
+    shape_index: (B,) int64 into SHAPES + NEW_SHAPES, or one int; -1 = absent, covers nothing.
+    cx, cy, r: (B,) float, centre and half extent in pixels of a 32-pixel picture, [0, 32].
+    Returns (B, H, W) float32 in [0, 1].
+    """
+    shape_index = torch.as_tensor(shape_index, device=cx.device).expand_as(cx)       # (B,)
+    scale = image_size / CANVAS
+    grid = (torch.arange(image_size, device=cx.device) + 0.5) / scale                # (W,) centres
+    coverage = torch.zeros(len(cx), image_size, image_size, device=cx.device)        # (B, H, W)
+    for index, outline in enumerate(OUTLINES):
+        rows = (shape_index == index).nonzero()[:, 0]                                # (n,)
+        if len(rows) == 0:
+            continue
+        size = r[rows, None, None].float()                                           # (n, 1, 1)
+        x = (grid - cx[rows, None].float())[:, None, :] / size                       # (n, 1, W)
+        y = (grid - cy[rows, None].float())[:, :, None] / size                       # (n, H, 1)
+        distance = outline(x, y) * (size * scale)         # (n, H, W) in pixels of this image size
+        coverage[rows] = (0.5 - distance).clamp_(0, 1)
+    return coverage
+
+
+def render_shapes(shape, color, cx, cy, r, background, image_size=32):
+    """Draw B pictures of up to K objects each; later objects lie over earlier ones.
+
+    shape: (B, K) int64, -1 = absent.  color: (B, K, 3) uint8.  background: (B, 3) uint8.
+    cx, cy, r: (B, K) float, pixels of a 32-pixel picture.  Works on any device.
+    Returns (B, 3, H, W) uint8.
+    """
+    side, chunk = image_size, max(1, 256 * 1024 // image_size ** 2)  # a chunk fits into the cache
+    images = torch.empty(len(shape), 3, side, side, dtype=torch.uint8, device=shape.device)
+    for i in range(0, len(shape), chunk):
+        rows = slice(i, i + chunk)
+        canvas = background[rows, :, None, None].float().repeat(1, 1, side, side)    # (b, 3, H, W)
+        for k in range(shape.shape[1]):
+            # (b, H, W)
+            alpha = shape_coverage(shape[rows, k], cx[rows, k], cy[rows, k], r[rows, k], side)
+            canvas.lerp_(color[rows, k, :, None, None].float(), alpha[:, None])      # (b, 3, H, W)
+        images[rows] = canvas.add_(0.5).to(torch.uint8)  # + 0.5: conversion to uint8 rounds down
+    return images
+
+
+# ---------------------------------------------------------------- facts to a caption, and back
+
+
+def caption_of(objects, relation=None, background=None):
+    """The caption of a scene, e.g. "a red circle left of a blue square on gray".
+
+    objects: one or two dicts with shape, color and, for a single object, optionally size and place.
+    Returns str.  The inverse of parse_caption: caption_of(**parse_caption(text)) == text.
+    """
+    phrases = []
+    for thing in objects:
+        words = [thing[key] for key in ("size", "color", "shape", "place") if key in thing]
+        phrases.append(" ".join(["an" if words[0] == "orange" else "a"] + words))
+    return f" {relation} ".join(phrases) + (f" on {background}" if background else "")
+
+
+def parse_caption(caption):
+    """The facts that a caption of `shapes` or `scenes` states.
+
+    Returns {"objects": [{"shape", "color", "size"?, "place"?}, ...], "relation"?, "background"?};
+    a key with ? is there only if the caption states it.
+    Raises ValueError for a caption outside the grammar.
+    """
+    colors, shapes = "|".join(COLORS), "|".join(SHAPES + NEW_SHAPES)
+    one = (rf"an? (?:(?P<size>{'|'.join(SIZES)}) )?(?P<color>{colors}) (?P<shape>{shapes})"
+           rf"(?: (?P<place>{'|'.join(PLACES)}))?")
+    two = (rf"an? (?P<color>{colors}) (?P<shape>{shapes}) (?P<relation>{'|'.join(RELATIONS)}) "
+           rf"an? (?P<color2>{colors}) (?P<shape2>{shapes})")
+    ground = rf"(?: on (?P<background>{'|'.join(BACKGROUNDS)}))?"
+    match = re.fullmatch(one + ground, caption) or re.fullmatch(two + ground, caption)
+    if match is None:
+        raise ValueError(f"not a caption of this world: {caption!r}; expected for example "
+                         '"a small red circle on the left on black" or '
+                         '"a red circle left of a blue square on gray"')
+    found = {key: value for key, value in match.groupdict().items() if value is not None}
+    keys = [key for key in ("shape", "color", "size", "place") if key in found]
+    facts = {"objects": [{key: found[key] for key in keys}]}
+    if "shape2" in found:
+        facts["objects"].append({"shape": found["shape2"], "color": found["color2"]})
+    return facts | {key: found[key] for key in ("relation", "background") if key in found}
+
+
+# ---------------------------------------------------------------- a whole data set
+
+
+def draw_world(name, image_size=32, split="train", count=None, seed=0, hold_out=False):
+    """Draw the world `shapes` or `scenes`.
+
+    count: pictures; None = 48,000 for split "train" and 2,000 for "test".
+    hold_out: leave the pairs of HELD_OUT out of the training split.
+    Returns images (N, 3, H, W) uint8, labels (N,) int64 into CLASS_NAMES (the class of the first
+    object), captions (N strings).
+    """
+    count = count or (48_000 if split == "train" else 2_000)
+    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    first, second = _draw_classes(count, hold_out and split == "train", generator)
+    if name == "shapes":
+        world = _shapes_world(first, generator)
+    else:
+        world = _scenes_world(first, second, generator, CONVERSE[split])
+    classes, cx, cy, r, ground, captions = world
+    palette = torch.tensor(list(COLORS.values()), dtype=torch.uint8)                 # (8, 3)
+    grounds = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.uint8)            # (4, 3)
+    shape = torch.where(classes < 0, -1, classes // len(COLORS))                     # (N, K)
+    color = palette[classes % len(COLORS)]                                           # (N, K, 3)
+    images = render_shapes(shape, color, cx, cy, r, grounds[ground], image_size)
+    return images, first, captions
+
+
+def _draw_classes(count, hold_out, generator):
+    """Classes of the first and second object, (count,) int64 each, never the same two.
+
+    Each allowed class is the first object equally often.
+    """
+    removed = {f"{color} {shape}" for shape, color in HELD_OUT} if hold_out else set()
+    allowed = torch.tensor([i for i, name in enumerate(CLASS_NAMES) if name not in removed])
+    first = torch.arange(count)[torch.randperm(count, generator=generator)] % len(allowed)
+    distance = torch.randint(1, len(allowed), (count,), generator=generator)
+    return allowed[first], allowed[(first + distance) % len(allowed)]
+
+
+def _uniform(shape, low, high, generator):
+    """Uniform draws in [low, high) of this shape; the ends may be tensors."""
+    return low + (high - low) * torch.rand(shape, generator=generator)
+
+
+def _object(label):
+    color, shape = CLASS_NAMES[label].split()
+    return {"shape": shape, "color": color}
+
+
+def _shapes_world(first, generator):
+    """One large object near the centre, on black.
+
+    Returns class, cx, cy, r (N, 1), background (N,), captions.
+    """
+    count = len(first)
+    cx, cy = (_uniform((count, 1), 13.0, 19.0, generator) for _ in range(2))
+    r = _uniform((count, 1), 8.0, 11.0, generator)
+    captions = [caption_of([_object(label)]) for label in first.tolist()]
+    return first[:, None], cx, cy, r, torch.zeros(count, dtype=torch.int64), captions
+
+
+def _scenes_world(first, second, generator, converse):
+    """One object (60 %) or two (40 %).
+
+    Returns class, cx, cy, r (N, 2), background (N,), captions.
+    """
+    count = len(first)
+    two = torch.rand(count, generator=generator) < 0.4                               # (N,)
+    small, place, upright, ground = (torch.randint(n, (count,), generator=generator)
+                                     for n in (2, 5, 2, 4))
+    small = small.bool()
+    swapped = torch.rand(count, generator=generator) < converse
+    relation = 2 * upright + swapped                              # (N,) in the order of RELATIONS
+
+    # One object: a small one has more room, so it goes further to the side.
+    r1 = torch.where(small | two, _uniform(count, 4.5, 6.0, generator),
+                     _uniform(count, 8.5, 10.5, generator))
+    side = torch.tensor([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])[place]  # (N, 2), as PLACES
+    jitter = _uniform((count, 2), -1.0, 1.0, generator) * torch.where(small, 1.5, 1.0)[:, None]
+    alone = 16.0 + side * torch.where(small, 8.0, 5.0)[:, None] + jitter             # (N, 2) x, y
+    alone = torch.maximum(torch.minimum(alone, CANVAS - r1[:, None]), r1[:, None])  # fully inside
+
+    r2 = _uniform(count, 4.5, 6.0, generator)
+    pair_x, pair_y = _place_pair(relation, r1, r2, generator)                        # (N, 2) each
+    cx = torch.where(two[:, None], pair_x, alone[:, :1])  # (N, 2); an absent object's is not used
+    cy = torch.where(two[:, None], pair_y, alone[:, 1:])
+    classes = torch.stack([first, torch.where(two, second, -1)], 1)                  # (N, 2)
+    captions = _scene_captions(first, second, two, small, place, relation, ground)
+    return classes, cx, cy, torch.stack([r1, r2], 1), ground, captions
+
+
+def _place_pair(relation, r1, r2, generator):
+    """Centres of two objects in their relation: x (N, 2), y (N, 2).
+
+    Along the axis of the relation each object stays in its half, at least one pixel apart; on the
+    other axis they nearly agree.
+    """
+    count = len(relation)
+    near, far = (_uniform(count, r + 0.5, 15.5 - r, generator) for r in (r1, r2))
+    level = (_uniform(count, 10.0, 22.0, generator)[:, None]
+             + _uniform((count, 2), -1.0, 1.0, generator))                           # (N, 2)
+    along = torch.stack([near, CANVAS - far], 1)     # (N, 2): first object low, second object high
+    along = torch.where((relation % 2 == 0)[:, None], along, CANVAS - along)  # right of, below
+    sideways = (relation < 2)[:, None]
+    return torch.where(sideways, along, level), torch.where(sideways, level, along)
+
+
+def _scene_captions(*columns):
+    """Captions of N scenes; columns: first, second, two, small, place, relation, ground (N,)."""
+    captions = []
+    for a, b, two, small, place, relation, ground in zip(*(column.tolist() for column in columns)):
+        on = tuple(BACKGROUNDS)[ground]
+        if two:
+            captions.append(caption_of([_object(a), _object(b)], RELATIONS[relation], on))
+        else:
+            thing = _object(a) | {"size": SIZES[not small], "place": PLACES[place]}
+            captions.append(caption_of([thing], None, on))
+    return captions
