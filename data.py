@@ -155,7 +155,6 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
         return _take(_official(name, image_size, split, data_dir), image_size, None, count, seed)
     if name == "emoji":
         return _take(_emoji(), image_size, split, count, seed)
-    path = os.path.expanduser(path)
     if kind == "folder" and path:
         *found, left_out = read_folder(path, image_size, split, count, seed, skip_bad)
         # A caption may say left or right: flips only without captions.
@@ -286,7 +285,7 @@ def _dataset(name, images, labels, captions, class_names):
 def _read_arrays(path, needed):
     """First array of `needed`, labels or None, captions or None, class names of an npz file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(os.path.expanduser(path), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
             if not arrays.keys() >= set(needed) or file.zip.testzip():  # compares all checksums
                 raise ValueError(f"damaged, or only {', '.join(arrays) or 'nothing'} in it")

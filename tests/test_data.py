@@ -64,7 +64,7 @@ def test_the_order_does_not_change():
 
 def test_rows_slice_the_whole_batch():
     batches = data.Batches(numbered(10, flip=True), 8, seed=1)
-    draws = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.49, 0.5, 0.0, 0.99])
+    draws = torch.tensor([0.1, 0.2, 0.9, 0.8, 0.49, 0.5, 0.99, 0.0])
     for step in range(4):
         whole = batches.batch(step, flip_draws=draws)
         parts = [batches.batch(step, slice(r * 2, r * 2 + 2), draws) for r in range(4)]
@@ -383,6 +383,15 @@ def test_bad_latents(tmp_path):
             data.load(f"latents:{path}")
     np.savez(path, latents=z)
     with pytest.raises(ValueError, match="only latents in it"):
+        data.load(f"latents:{path}")
+
+
+def test_every_byte_is_compared_with_its_checksum(tmp_path):
+    """numpy alone reads as much as the header says, and then compares nothing."""
+    path = tmp_path / "z.npz"
+    data.save_latents(path, torch.randn(2, 4, 64, 64))
+    path.write_bytes(path.read_bytes().replace(b"(2, 4, 64, 64)", b"(1, 4, 64, 64)"))
+    with pytest.raises(ValueError, match="damaged"):
         data.load(f"latents:{path}")
 
 
