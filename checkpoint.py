@@ -1,0 +1,120 @@
+"""A run's file: written whole or not at all, read without running code, checked before use.
+
+The idea. A checkpoint is a dict of tensors and plain values, saved by torch.save.
+  write  into a second file beside the old one, which replaces it in one step when it is complete.
+         A crash, a kill or a full disk therefore leaves the old file as it was.
+  read   with torch's restricted unpickler (weights_only), which builds tensors and plain values
+         and runs nothing. Before that, the checksums that every zip file carries are compared: a
+         flipped bit would otherwise load silently, as a wrong number.
+  check  names and shapes against the model, before anything is copied into it.
+
+Contents: save_checkpoint, load_checkpoint, load_weights, mismatch, and what they are made of.
+
+    save_checkpoint("out/ckpt.pt", {"step": 100, "model": model.state_dict()})
+    load_weights(model, load_checkpoint("out/ckpt.pt")["model"], "out/ckpt.pt")
+    python -m pytest tests/test_checkpoint.py
+"""
+import contextlib
+import os
+import pathlib
+import pickle
+import re
+import zipfile
+
+import torch
+
+FORMAT = 2                              # of our own files; 1 was the first edition's
+
+
+def save_checkpoint(path, state):
+    """Write the dict `state`, with "format": 2, whole or not at all. Raises ValueError."""
+    with written_whole(path) as file:
+        torch.save({**state, "format": FORMAT}, file)
+
+
+def load_checkpoint(path):
+    """A file of save_checkpoint as it was saved; an official file as {"model", "ema"}, the same.
+
+    Raises ValueError for a file that is missing, damaged, unsafe, or of another format.
+    """
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}: train first (python train.py)")
+    state = read_torch(path)
+    if not isinstance(state, dict) or "format" not in state:
+        return dict.fromkeys(("model", "ema"), named_tensors(state, path))
+    if state["format"] != FORMAT:
+        raise ValueError(f"{path} has format {state['format']}, expected {FORMAT} (1 was the first "
+                         "edition's): train again, or export it anew with this code")
+    return state
+
+
+def load_weights(model, weights, path):
+    """Copy a state_dict, read from `path`, into model. Raises ValueError if it does not fit."""
+    wrong = mismatch(model.state_dict(), weights)
+    if wrong:
+        raise ValueError(f"{path} does not fit this model, {len(wrong)} tensors differ: "
+                         + "; ".join(wrong[:5]))
+    model.load_state_dict(weights)
+
+
+def mismatch(have, given):
+    """A line for each name whose shape differs between {name: tensor} of a model and of a file."""
+    have, given = ({name: tuple(tensor.shape) for name, tensor in state.items()}
+                   for state in (have, given))
+    return [f"{name}: file {given.get(name, 'has none')}, model {have.get(name, 'has none')}"
+            for name in sorted(have.keys() | given.keys()) if have.get(name) != given.get(name)]
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A binary file to write to, which takes the place of `path` if the block ends without error.
+
+    Otherwise nothing changes and nothing is left behind. Raises ValueError for a failed write.
+    """
+    part = pathlib.Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())     # on the disk before the old file goes
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
+        raise ValueError(f"could not write {path} ({str(error).splitlines()[0]}); the previous "
+                         "file, if any, is intact") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_torch(path):
+    """What torch.save wrote, mapped if it can be. Raises ValueError if damaged or unsafe."""
+    try:
+        zipped = zipfile.is_zipfile(path)           # since torch 1.6
+        if zipped and zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("a checksum inside it does not match")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:                      # a damaged file may fail in any way
+        # "operand": bytes that are no pickle; what else the unpickler refuses is code or a class
+        refused = isinstance(error, pickle.UnpicklingError)
+        if refused and "Unsupported operand" not in str(error):
+            raise ValueError(f"{path} holds more than tensors and plain values, so it was not "
+                             "loaded (it could run code): take its .safetensors edition, or if you "
+                             "trust its source, x = torch.load(path, weights_only=False); "
+                             "torch.save({'state_dict': x['state_dict']}, new_path)") from error
+        reason = type(error).__name__ if refused else str(error).partition("\n")[0][:120]
+        raise ValueError(f"{path} is damaged, truncated or no torch file ({reason}): copy or "
+                         "download it again") from error
+
+
+def named_tensors(state, path):
+    """The state_dict in what a file held, without the prefixes of DDP and compile.
+
+    Of {"ema" | "model" | "state_dict": ...} the first there is. Raises ValueError if there is none.
+    """
+    state = state if isinstance(state, dict) else {}
+    wrappers = ("ema", "model", "state_dict")
+    state = next((state[key] for key in wrappers if isinstance(state.get(key), dict)), state)
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()
+             if isinstance(name, str) and torch.is_tensor(tensor)}
+    if not state:
+        raise ValueError(f"{path} holds no named tensors: it is no file of weights")
+    return state
