@@ -1,44 +1,29 @@
-"""Captions to vectors: words become token ids, and a causal transformer turns ids into states for an image model.
+"""Captions to vectors: tokenizers and the causal transformer whose states an image model reads.
 
-Papers: CLIP (Radford et al. 2021, arXiv 2103.00020) for the transformer; Sennrich et al. 2016 (1508.07909) for
-byte-pair encoding; LDM (Rombach et al. 2022) for the use made of it; Custom Diffusion (Kumari et al. 2022,
-2212.04488) for V*.
+Papers: CLIP (Radford et al. 2021, arXiv 2103.00020); for byte pairs Sennrich et al. 2016
+(1508.07909); LDM (Rombach et al. 2022); for V* Custom Diffusion (Kumari et al. 2022, 2212.04488).
 
-The idea. A caption is a row of tokens: start, words, end, padding. Each token has a learned vector, each place in the
-row another; their sum goes through pre-norm transformer layers in which token i sees tokens 0..i only (causal), and a
-last LayerNorm. The image model reads every row of the result, padding included: the rows from the end token on have
-seen it all.
-  Which tokens? A small world has some fifty words: one word, one token, and a word never seen is an error that names
-  its neighbours (WordTokenizer). The real world needs every string: CLIP starts from single bytes and glues the pair
-  that comes first in a published list of 48,894 merges, until none applies (CLIPTokenizer). No string is unknown to
-  it.
-  What can it tell apart? Word and place enter at equal size and every layer starts as the identity, so a fresh state
-  is its own word in its own place, and mixing is what training adds. Width 64 and two layers (one can find a
-  neighbour by its place, the next relates phrases) read every slot of unseen recombinations from the end token alone
-  within 200 steps, as the test shows.
-  A new word (V*)? It is a parameter of its own, outside the table: forward(ids, modifiers={id: row}) puts `row`
-  wherever `id` stands. No other row can change, whatever the optimizer does, and weight decay has nothing else to
-  pull.
+The idea. A caption becomes a row of token ids: start, words, end, padding. Every token has a
+learned vector and so has every position; their sum goes through pre-norm transformer layers, in
+which token i sees tokens 0..i only (causal), and a LayerNorm. The image model's cross-attention
+reads the whole row of states, padding too: those from the end token on have seen every word.
+  WordTokenizer, for data sets with a small vocabulary: one word is one token.
+  CLIPTokenizer, for any string: a word is split into its bytes; then the pair of neighbours that
+comes first in a published list of 48,894 merges is joined, until no pair is in the list.
+  V*, a new word, is a parameter outside the table: forward(ids, modifiers={id: row}) uses `row`
+wherever `id` stands, so training it cannot change the vector of any other word.
 
-Contents: WordTokenizer, CLIPTokenizer, attention, MLP and layer, TextEncoder, the named sizes.
-Both tokenizers: encode(caption) -> ids without start and end, tokenizer([captions]) -> (B, L) int64, add_token,
-vocab_size, max_length.
+Contents: CausalAttention, Layer, TextEncoder, TextConditional, WordTokenizer, CLIPTokenizer.
+Tokenizers: tokenizer([captions]) -> (B, L) int64; encode, add_token, ids, vocab_size, max_length.
 
-    tokenizer = WordTokenizer.from_captions(dataset.captions)
-    encoder = TextEncoder(tokenizer.vocab_size, tokenizer.max_length)
-    context = encoder(tokenizer(["a red circle", ""]))              # (2, L, 64); "" is the null caption
-    python -m pytest tests/test_text.py                             # all that is promised here
+    states = TextEncoder(60, 18)(WordTokenizer.from_captions(captions)(["a red circle", ""]))
+    python -m pytest tests/test_text.py
 
-Differences from the official code (openai/CLIP, and CLIPTextModel of transformers; state_dict names and numbers are
-the same):
-1. Python's own `re` instead of the package `regex`: \\p{L} and \\p{N} are rebuilt from unicodedata, once per
-   tokenizer.
-2. The package ftfy is absent: of its repairs only Unicode's NFC form is kept. Curly quotes, full-width letters,
-   ligatures and garbled encodings are tokenised as they stand, and may get other ids than in the official code.
-3. Initialisation, for training from scratch (table in initialize_weights): the own word explains 62 % of the variance
-   of a fresh state, 30 % with CLIP's. A head start, no more: on the test's toy task both were right within 200 steps.
-4. No pooled vector and no projection: Stable Diffusion uses neither. `embeddings.position_ids` of older files is not
-   a weight.
+Differences from the official code (openai/CLIP; CLIPTextModel of transformers):
+1. Python's `re` instead of the package `regex`; letters and numbers come from unicodedata.
+2. Without the package ftfy: text is brought into Unicode's NFC form and not repaired otherwise.
+3. Initialisation for training from scratch: each layer starts as the identity.
+4. No pooled vector and no projection, which Stable Diffusion does not use.
 """
 import difflib
 import gzip
@@ -54,228 +39,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def _frame(rows, start, end, pad, length):
-    """Lists of ids -> (B, length) int64: start, ids, end, then pad."""
-    framed = torch.full((len(rows), length), pad)                                           # (B, L)
-    for row, ids in zip(framed, rows):
-        row[:len(ids) + 2] = torch.tensor([start, *ids, end])
-    return framed
-
-
-def _several(captions):
-    if isinstance(captions, str):
-        raise ValueError(f"a tokenizer takes a list of captions, not one string: write [{captions!r}]")
-    return list(captions)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# one word, one token
-
-class WordTokenizer:
-    """Tokenizer of a small world: pad 0, start 1, end 2, then the words from a to z, then rows kept free for new ones.
-
-    words: list of known words; reserved: free rows after them; max_length: L of every row, start and end included.
-    A word is a run of letters or digits in lower case, or a modifier such as <new1> or V*; all else separates words.
-    Source: Custom Diffusion §3.2 (modifier tokens); the rest is the simplest thing that works.
-    """
-    PAD, START, END = 0, 1, 2
-    WORD = re.compile(r"<\w+>|\b[^\W\d_]\*(?!\w)|[^\W_]+")
-    ROOM = 4                # a caption may be 4 words longer than the longest seen, as in "a very small V* ..."
-
-    def __init__(self, words, reserved, max_length):
-        self.words, self.reserved, self.max_length = list(words), reserved, max_length
-        self.ids = {word: 3 + i for i, word in enumerate(self.words)}
-
-    @classmethod
-    def from_captions(cls, captions, reserved=8, max_length=None):
-        """A tokenizer that knows every word of `captions`, a list of N strings; max_length None = longest + 2 + ROOM.
-
-        Raises ValueError if a caption does not fit max_length. Source: Custom Diffusion §3.2 (reserved rows).
-        """
-        captions = _several(captions)
-        split = [cls.WORD.findall(caption.lower()) for caption in captions]
-        longest = max(map(len, split), default=0)
-        tokenizer = cls(sorted(set().union(*split)), reserved, max_length or longest + 2 + cls.ROOM)
-        for caption, words in zip(captions, split):
-            tokenizer._check_length(caption, len(words))
-        return tokenizer
-
-    @property
-    def vocab_size(self):
-        """Rows of the embedding table, named and free; add_token does not change it. Source: Custom Diffusion §3.2."""
-        return 3 + len(self.words) + self.reserved
-
-    def _check_length(self, caption, count):
-        if count > self.max_length - 2:
-            raise ValueError(f"caption of {count} words, only {self.max_length - 2} fit (max_length {self.max_length} "
-                             f"with start and end): shorten it, or build the tokenizer with a larger one: {caption!r}")
-
-    def add_token(self, name):
-        """Give the next free row a name, such as "<new1>" or "V*" -> its id.
-
-        Raises ValueError if it is known already, could not be read back from a caption, or no row is free.
-        Source: Custom Diffusion §3.2.
-        """
-        name = name.lower()
-        if name in self.ids:
-            raise ValueError(f"token {name!r} exists already, as id {self.ids[name]}: choose another name")
-        if not self.WORD.fullmatch(name):
-            raise ValueError(f"{name!r} is not a single word: write it like <new1> or V*, or in letters and digits")
-        if not self.reserved:
-            raise ValueError(f"no row left for {name!r}: this vocabulary was built with too few reserved rows")
-        self.ids[name] = 3 + len(self.words)
-        self.words.append(name)
-        self.reserved -= 1
-        return self.ids[name]
-
-    def encode(self, caption):
-        """Caption -> list of word ids, without start and end; "" gives [].
-
-        Raises ValueError for an unknown word, with the nearest known ones. Source: none, one word is one token.
-        """
-        words = self.WORD.findall(caption.lower())
-        for word in words:
-            if word not in self.ids:
-                near = ", ".join(difflib.get_close_matches(word, self.words, n=3, cutoff=0.0))
-                raise ValueError(f"unknown word {word!r} in the caption {caption!r}: the nearest known words are "
-                                 f"{near} (a new word needs add_token first)")
-        return [self.ids[word] for word in words]
-
-    def __call__(self, captions):
-        captions = _several(captions)
-        rows = [self.encode(caption) for caption in captions]
-        for caption, row in zip(captions, rows):
-            self._check_length(caption, len(row))
-        return _frame(rows, self.START, self.END, self.PAD, self.max_length)
-
-    def state(self):
-        """The vocabulary as plain builtins, for a checkpoint; from_state is its inverse. Source: none."""
-        return {"words": list(self.words), "reserved": self.reserved, "max_length": self.max_length}
-
-    @classmethod
-    def from_state(cls, state):
-        """The tokenizer whose `state()` this is. Source: none."""
-        return cls(**state)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# every string: byte-level byte-pair encoding
-
-def _byte_symbols():
-    """256 printable characters, one per byte, as {byte: character} in the order of CLIP's ids.
-
-    Printable Latin-1 bytes stand for themselves and come first; the other 68 become chr(256), chr(257), ...
-    """
-    symbols = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
-    rest = [b for b in range(256) if b not in symbols]
-    return symbols | {b: chr(256 + i) for i, b in enumerate(rest)}
-
-
-class CLIPTokenizer:
-    """CLIP's byte-level BPE: any string -> ids below 49,408; start 49406, end 49407, which is the padding too.
-
-    path: the published list of merges, bpe_simple_vocab_16e6.txt.gz, or Stable Diffusion's tokenizer/merges.txt.
-    Raises ValueError if it is missing or no such list. Source: CLIP §2.4; Sennrich et al. 2016, algorithm 1.
-    """
-    MERGES = 48_894                                         # 49,408 ids - 2 x 256 single bytes - start and end
-
-    def __init__(self, path="data/bpe_simple_vocab_16e6.txt.gz"):
-        self.symbols, self.max_length = _byte_symbols(), 77
-        merges = self._read(Path(path))
-        self.ranks = {pair: i for i, pair in enumerate(merges)}
-        single = list(self.symbols.values())
-        # "</w>" marks the end of a word: "at</w>" ends one, "at" does not
-        vocab = single + [s + "</w>" for s in single] + ["".join(pair) for pair in merges]
-        vocab += ["<|startoftext|>", "<|endoftext|>"]
-        self.vocab, self.ids = vocab, {token: i for i, token in enumerate(vocab)}
-        self.vocab_size, self.start, self.end = len(vocab), len(vocab) - 2, len(vocab) - 1
-        self.special = {token: self.ids[token] for token in vocab[-2:]}
-        # Python's \w is L + N + "_" and its \d is Nd: missing are the numbers of Nl and No (Roman numerals, fractions)
-        other = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
-        self.pieces = rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{other}]+|[\d{other}]|(?:[^\s\w]|_)+"
-        self.pattern = self._compile()
-
-    def _read(self, path):
-        if not path.is_file():
-            raise ValueError(f"no list of BPE merges at {path}: fetch bpe_simple_vocab_16e6.txt.gz, 1.4 MB, from "
-                             "clip/ of the GitHub repository openai/CLIP; save it as data/bpe_simple_vocab_16e6.txt.gz")
-        data = path.read_bytes()
-        try:
-            lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode().split("\n")
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged or no list of BPE merges: {error}") from error
-        # line 1 is a version; the public file goes on far beyond the merges that CLIP uses
-        merges = [tuple(line.split()) for line in lines[1:self.MERGES + 1] if line]
-        if "version" not in lines[0] or any(len(pair) != 2 for pair in merges):
-            raise ValueError(f"{path} is no list of BPE merges: expected a version line, then two symbols a line")
-        return merges
-
-    def _compile(self):
-        names = sorted(self.special, key=len, reverse=True)  # the longest first: <new1>0 must not hide in <new1>
-        return re.compile("|".join([*map(re.escape, names), self.pieces]))
-
-    def add_token(self, name):
-        """Make `name`, such as "<new1>", one token -> its id, the first free one from vocab_size on (beyond the table).
-
-        The encoder has no row for it: pass one as forward(..., modifiers={id: row}).
-        Raises ValueError if it exists or holds spaces. Source: Custom Diffusion §3.2.
-        """
-        name = name.lower()
-        if name in self.special or not name or re.search(r"\s", name):
-            raise ValueError(f"token {name!r} exists already, is empty, or contains a space: choose another name")
-        self.special[name] = len(self.vocab)
-        self.vocab.append(name)
-        self.pattern = self._compile()
-        return self.special[name]
-
-    def _merge(self, symbols):
-        """Glue the neighbours whose merge comes first in the list, everywhere, until no pair is in the list."""
-        while len(symbols) > 1:
-            first = min(zip(symbols, symbols[1:]), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-            if first not in self.ranks:
-                break
-            merged = []
-            for symbol in symbols:
-                # from the left: once glued, merged[-1] is longer than first[0] and cannot match again
-                if merged and (merged[-1], symbol) == first:
-                    merged[-1] += symbol
-                else:
-                    merged.append(symbol)
-            symbols = merged
-        return symbols
-
-    def encode(self, caption):
-        """Caption -> list of ids, without start and end. Source: CLIP §2.4 and its released tokenizer."""
-        text = html.unescape(html.unescape(unicodedata.normalize("NFC", caption)))
-        text = " ".join(text.split()).lower()
-        ids = []
-        for piece in self.pattern.findall(text):
-            if piece in self.special:
-                ids.append(self.special[piece])
-            else:
-                symbols = [self.symbols[b] for b in piece.encode()]
-                symbols[-1] += "</w>"
-                ids += [self.ids[token] for token in self._merge(symbols)]
-        return ids
-
-    def decode(self, ids):
-        """Ids -> text, single spaces between words, no start and end tokens. Source: CLIP's released tokenizer."""
-        tokens = [self.vocab[i] for i in map(int, ids) if i not in (self.start, self.end)]
-        text = "".join(token if token not in self.special else token + "</w>" for token in tokens).replace("</w>", " ")
-        back = {symbol: bytes([b]) for b, symbol in self.symbols.items()}
-        return b"".join(back.get(c, c.encode()) for c in text).decode(errors="replace").strip()
-
-    def __call__(self, captions, length=77):
-        """Captions -> (B, length) int64: start, ids, end, then end again; too many ids are cut, the end token stays."""
-        rows = [self.encode(caption)[:length - 2] for caption in _several(captions)]
-        return _frame(rows, self.start, self.end, self.end, length)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the transformer
-
 class CausalAttention(nn.Module):
-    """Multi-head self-attention in which token i sees tokens 0..i, (B, L, D) -> (B, L, D). Source: CLIP §2.4."""
+    """Self-attention, token i sees tokens 0..i only, (B, L, D) -> same. Source: CLIP §2.4."""
 
     def __init__(self, hidden_size, num_heads):
         super().__init__()
@@ -287,69 +52,61 @@ class CausalAttention(nn.Module):
 
     def forward(self, x):
         B, L, D = x.shape
-        q, k, v = (proj(x).view(B, L, self.num_heads, -1).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))                     # 3x (B, h, L, d)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)                         # (B, h, L, d)
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, D))                            # (B, L, D)
-
-
-class Mlp(nn.Module):
-    """Two linear layers and quick GELU x sigmoid(1.702 x) between, (B, L, D) -> same. Source: CLIP's released code."""
-
-    def __init__(self, hidden_size, mlp_hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_hidden)
-        self.fc2 = nn.Linear(mlp_hidden, hidden_size)
-
-    def forward(self, x):
-        x = self.fc1(x)                                                                     # (B, L, 4D)
-        return self.fc2(x * torch.sigmoid(1.702 * x))                                       # (B, L, D)
+        q, k, v = (proj(x).view(B, L, self.num_heads, -1).transpose(1, 2)       # 3x (B, h, L, d)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)                 # (B, h, L, d)
+        return self.out_proj(x.transpose(1, 2).reshape(B, L, D))                    # (B, L, D)
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer, (B, L, D) -> (B, L, D). Source: CLIP §2.4; GPT-2."""
+    """Pre-norm layer with quick GELU, x sigmoid(1.702 x), (B, L, D) -> same. Source: CLIP §2.4."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
+        wide = int(hidden_size * mlp_ratio)
         self.self_attn = CausalAttention(hidden_size, num_heads)
         self.layer_norm1 = nn.LayerNorm(hidden_size, eps=1e-5)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(hidden_size, wide),
+                                  "fc2": nn.Linear(wide, hidden_size)})
         self.layer_norm2 = nn.LayerNorm(hidden_size, eps=1e-5)
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        hidden = self.mlp.fc1(self.layer_norm2(x))                                  # (B, L, 4D)
+        return x + self.mlp.fc2(hidden * torch.sigmoid(1.702 * hidden))             # (B, L, D)
 
 
 class TextEncoder(nn.Module):
-    """Token ids to states, one per token: what cross-attention reads.
+    """Token ids (B, L) to states (B, L, D), one per token: what cross-attention reads.
 
-    vocab_size, max_length: of the tokenizer; hidden_size: D, the image model's context width; depth: layers.
-    Raises ValueError for sizes that do not fit together. Source: CLIP §2.4; LDM §3.3.
+    vocab_size, max_length: of the tokenizer; hidden_size: D, the image model's context width;
+    depth: layers. Raises ValueError for sizes that do not fit together.
+    Source: CLIP §2.4; LDM §3.3.
     """
 
     def __init__(self, vocab_size, max_length, hidden_size=64, depth=2, num_heads=4, mlp_ratio=4.0):
         super().__init__()
         if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}: change one of them")
+            raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
         self.vocab_size, self.max_length, self.hidden_size = vocab_size, max_length, hidden_size
         # the nesting is that of the official names, text_model.encoder.layers.0. ...
         layers = nn.ModuleList(Layer(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.text_model = nn.ModuleDict({
-            "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(vocab_size, hidden_size),
-                                         "position_embedding": nn.Embedding(max_length, hidden_size)}),
+            "embeddings": nn.ModuleDict({
+                "token_embedding": nn.Embedding(vocab_size, hidden_size),
+                "position_embedding": nn.Embedding(max_length, hidden_size)}),
             "encoder": nn.ModuleDict({"layers": layers}),
             "final_layer_norm": nn.LayerNorm(hidden_size, eps=1e-5)})
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Every initial value of the model, in one place. Source: CLIP's released code, but for difference 3.
+        """Every initial value of the model. Source: CLIP's released code, except difference 3.
 
-        | what                     | how             | why                                                    |
-        | token and position table | normal(0, 0.02) | equal: the place of a word is as visible as the word   |
-        | out_proj, fc2            | 0               | each layer starts as the identity                      |
-        | all other Linear layers  | Xavier uniform  | unit scale in, unit scale out                          |
-        | all biases               | 0               | LayerNorms stay as PyTorch makes them: weight 1, bias 0 |
+        | what                       | how             | why                               |
+        | token and position vectors | normal(0, 0.02) | word and position weigh the same  |
+        | out_proj, fc2              | 0               | each layer starts as the identity |
+        | all other Linear layers    | Xavier uniform  | the variance stays about the same |
+        | all biases                 | 0               | LayerNorms: PyTorch's 1 and 0     |
         """
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -361,37 +118,243 @@ class TextEncoder(nn.Module):
             nn.init.zeros_(layer.self_attn.out_proj.weight)
             nn.init.zeros_(layer.mlp.fc2.weight)
 
-    def embed(self, ids, modifiers=None):
-        """Token + place vectors, (B, L) -> (B, L, D); see forward. Source: CLIP §2.4; Custom Diffusion §3.2."""
-        table = self.text_model.embeddings.token_embedding
-        places = self.text_model.embeddings.position_embedding.weight                       # (max_length, D)
-        modifiers, known = modifiers or {}, ids
-        for token in modifiers:
-            known = torch.where(ids == token, 0, known)     # it may lie beyond the table: look up row 0, then overwrite
-        x = table(known)                                                                    # (B, L, D)
-        for token, row in modifiers.items():
-            x = torch.where((ids == token)[..., None], row.to(x.dtype), x)                  # (B, L, D)
-        return x + places[:ids.shape[1]]                                                    # (B, L, D)
-
     def forward(self, ids, modifiers=None):
         """ids (B, L) int64 -> states (B, L, D), after the final LayerNorm.
 
-        modifiers: {token id: row (D,)}. `row` stands in for the table's row of that id: V* is its own Parameter,
-        and no gradient reaches the row that it hides. The id may lie beyond the table.
+        modifiers: {token id: row (D,)}; `row` is used in place of the table's row of that id, which
+        then gets no gradient. The id may lie beyond the table.
         Raises ValueError if L > max_length. Source: CLIP §2.4; Custom Diffusion §3.2.
         """
         if ids.shape[1] > self.max_length:
-            raise ValueError(f"{ids.shape[1]} tokens, this encoder has {self.max_length} positions: "
-                             "use the tokenizer it was built for")
-        x = self.embed(ids, modifiers)                                                      # (B, L, D)
+            raise ValueError(f"{ids.shape[1]} tokens, expected at most {self.max_length}: use the "
+                             "tokenizer that this encoder was built for")
+        embeddings, modifiers, known = self.text_model.embeddings, modifiers or {}, ids
+        for token in modifiers:         # it may lie beyond the table: look up row 0, then overwrite
+            known = torch.where(ids == token, 0, known)                             # (B, L)
+        x = embeddings.token_embedding(known)                                       # (B, L, D)
+        for token, row in modifiers.items():
+            x = torch.where((ids == token)[..., None], row.to(x.dtype), x)          # (B, L, D)
+        x = x + embeddings.position_embedding.weight[:ids.shape[1]]                 # (B, L, D)
         for layer in self.text_model.encoder.layers:
-            x = layer(x)                                                                    # (B, L, D)
-        return self.text_model.final_layer_norm(x)                                          # (B, L, D)
+            x = layer(x)                                                            # (B, L, D)
+        return self.text_model.final_layer_norm(x)                                  # (B, L, D)
 
 
-TEXT_CONFIGS = {
-    # small worlds: on the test's task as good as width 128; vocab_size and max_length come from the tokenizer
-    "text-64x2": dict(hidden_size=64, depth=2, num_heads=4),
-    # the text encoder of Stable Diffusion v1: 123,060,480 parameters
-    "CLIP-ViT-L/14": dict(vocab_size=49_408, max_length=77, hidden_size=768, depth=12, num_heads=12),
-}
+class TextConditional(nn.Module):
+    """A text encoder and a denoiser that reads its states: model(x, t, y) with captions y.
+
+    denoiser: denoiser(x, t, context (B, L, D)), a UNet or VQTransformer; text: ids (B, L) ->
+    states (B, L, D); null_ids (L,): ids of the empty caption, which replaces a share
+    class_dropout_prob of the captions in training, so that guidance can compare with it.
+    Source: LDM §3.3; VQ-Diffusion §4.3.
+    """
+
+    def __init__(self, denoiser, text, null_ids, class_dropout_prob):
+        super().__init__()
+        self.denoiser, self.text, self.class_dropout_prob = denoiser, text, class_dropout_prob
+        self.register_buffer("null_ids", null_ids, persistent=False)
+        # Muon's share of the parameters
+        self.matrices = rf"denoiser\.{denoiser.matrices}|text\.text_model\.encoder\.layers\."
+
+    def forward(self, x, t, y):
+        """x noised images or tokens; t (B,); y ids (B, L) int64, or encoded text (B, L, D)."""
+        context = y if y.is_floating_point() else self.text(y)                      # (B, L, D)
+        x = x.to(context.dtype) if x.is_floating_point() else x     # tokens stay whole numbers
+        return self.denoiser(x, t, context)
+
+    @property
+    def can_guide(self):
+        """Was the empty caption trained, so that guidance has something to compare with?"""
+        return self.class_dropout_prob > 0
+
+    def null_condition(self, count, device="cpu"):
+        """The empty caption's ids, (count, L)."""
+        return self.null_ids.to(device).expand(count, -1)
+
+    def drop_labels(self, y, draws):
+        """Captions y (B, L), the empty one where draws (B,), uniform in [0, 1), says so."""
+        return torch.where((draws < self.class_dropout_prob)[:, None], self.null_ids, y)    # (B, L)
+
+
+# --------------------------------------------------------------------------------------------------
+# one word, one token
+
+def _rows(captions, encode, start, end, pad, length):
+    """Captions -> (B, length) int64: start, the ids that `encode` gives, end, then pad."""
+    if isinstance(captions, str):
+        raise ValueError(f"a tokenizer takes a list of captions, not a string: [{captions!r}]")
+    rows = torch.full((len(captions), length), pad)                                 # (B, length)
+    for row, caption in zip(rows, captions):
+        ids = [start, *encode(caption), end]
+        row[:len(ids)] = torch.tensor(ids)
+    return rows
+
+
+class WordTokenizer:
+    """One word, one token. Ids: 0 padding, 1 start, 2 end, then the words, then free rows.
+
+    words: list of known words; reserved: number of free rows, for add_token; max_length: L of every
+    row, start and end included. A word is a run of letters or digits in lower case, or a new word
+    such as <new1> or V*; all else separates words. Source: Custom Diffusion §3.2 for new words.
+    """
+    PAD, START, END = 0, 1, 2
+    WORD = re.compile(r"<\w+>|\b[^\W\d_]\*(?!\w)|[^\W_]+")
+    ROOM, RESERVED = 4, 8       # words that a prompt may have more than any caption; free rows
+
+    def __init__(self, words, reserved, max_length):
+        self.words, self.reserved, self.max_length = list(words), reserved, max_length
+        self.ids = {word: 3 + i for i, word in enumerate(self.words)}
+
+    @classmethod
+    def from_captions(cls, captions):
+        """The tokenizer that knows every word of a list of captions."""
+        split = [cls.WORD.findall(caption.lower()) for caption in captions]
+        longest = max(map(len, split), default=0)
+        return cls(sorted(set().union(*split)), cls.RESERVED, longest + 2 + cls.ROOM)
+
+    def __call__(self, captions):
+        return _rows(captions, self.encode, self.START, self.END, self.PAD, self.max_length)
+
+    def encode(self, caption):
+        """Caption -> list of ids, without start and end. Raises ValueError for an unknown word."""
+        words = self.WORD.findall(caption.lower())
+        for word in words:
+            if word not in self.ids:
+                near = ", ".join(difflib.get_close_matches(word, self.words, n=3, cutoff=0.0))
+                raise ValueError(f"unknown word {word!r} in the caption {caption!r}: the nearest "
+                                 f"known words are {near} (a new word needs add_token first)")
+        if len(words) > self.max_length - 2:
+            raise ValueError(f"caption of {len(words)} words, expected at most "
+                             f"{self.max_length - 2}: shorten {caption!r}")
+        return [self.ids[word] for word in words]
+
+    @property
+    def vocab_size(self):
+        """Rows of the embedding table, named and free."""
+        return 3 + len(self.words) + self.reserved
+
+    def add_token(self, name):
+        """Give the next free row a name, such as "<new1>" or "V*" -> its id.
+
+        Raises ValueError if that cannot be. Source: Custom Diffusion §3.2.
+        """
+        name = name.lower()
+        if name in self.ids or not self.WORD.fullmatch(name):
+            raise ValueError(f"token {name!r} exists already, or is not a single word: choose "
+                             "another name, such as <new1>, V* or letters and digits")
+        if not self.reserved:
+            raise ValueError(f"no row left for {name!r}: all reserved rows are taken")
+        self.ids[name] = 3 + len(self.words)
+        self.words.append(name)
+        self.reserved -= 1
+        return self.ids[name]
+
+    def state(self):
+        """The vocabulary as plain values, for a checkpoint."""
+        return {"words": list(self.words), "reserved": self.reserved, "max_length": self.max_length}
+
+    @classmethod
+    def from_state(cls, state):
+        """The tokenizer whose `state()` this is."""
+        return cls(**state)
+
+
+# --------------------------------------------------------------------------------------------------
+# any string: byte-level byte-pair encoding
+
+class CLIPTokenizer:
+    """CLIP's byte pairs: any string -> ids below 49,408; 49406 starts, 49407 ends and pads.
+
+    path: the published list of merges, bpe_simple_vocab_16e6.txt.gz, or Stable Diffusion's
+    tokenizer/merges.txt. Raises ValueError if it is missing or no such list.
+    Source: CLIP §2.4; Sennrich et al. 2016, algorithm 1.
+    """
+    MERGES = 48_894                     # 49,408 ids - 2 x 256 single bytes - start and end
+
+    def __init__(self, path="data/bpe_simple_vocab_16e6.txt.gz"):
+        merges, self.max_length = self._read(Path(path)), 77
+        self.ranks = {pair: i for i, pair in enumerate(merges)}
+        # one character per byte: printable Latin-1 for itself, then chr(256), ... for the other 68
+        self.symbols = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+        rest = [b for b in range(256) if b not in self.symbols]
+        self.symbols |= {b: chr(256 + i) for i, b in enumerate(rest)}
+        # "</w>" marks the end of a word: "at</w>" ends one, "at" does not
+        vocab = [symbol + end for end in ("", "</w>") for symbol in self.symbols.values()]
+        vocab += ["".join(pair) for pair in merges]
+        self.special = ["<|startoftext|>", "<|endoftext|>"]
+        self.ids = {token: i for i, token in enumerate(vocab + self.special)}
+        self.start, self.end, self.vocab_size = len(vocab), len(vocab) + 1, len(vocab) + 2
+        self.pattern = self._pattern()
+
+    def __call__(self, captions):
+        cut = lambda caption: self.encode(caption)[:self.max_length - 2]    # the end token stays
+        return _rows(captions, cut, self.start, self.end, self.end, self.max_length)
+
+    def encode(self, caption):
+        """Caption -> list of ids, without start and end. Source: CLIP's released tokenizer."""
+        text = html.unescape(html.unescape(unicodedata.normalize("NFC", caption)))
+        ids = []
+        for piece in self.pattern.findall(" ".join(text.split()).lower()):
+            if piece in self.special:
+                ids.append(self.ids[piece])
+            else:
+                symbols = [self.symbols[byte] for byte in piece.encode()]
+                symbols[-1] += "</w>"
+                ids += [self.ids[symbol] for symbol in self._merge(symbols)]
+        return ids
+
+    def _merge(self, symbols):
+        """Join, everywhere, the pair that comes first in the list of merges; repeat."""
+        while len(symbols) > 1:
+            first = min(zip(symbols, symbols[1:]), key=lambda p: self.ranks.get(p, len(self.ranks)))
+            if first not in self.ranks:
+                break
+            merged = []
+            for symbol in symbols:
+                # from the left: what has been joined is longer than first[0], it cannot join again
+                if merged and (merged[-1], symbol) == first:
+                    merged[-1] += symbol
+                else:
+                    merged.append(symbol)
+            symbols = merged
+        return symbols
+
+    def add_token(self, name):
+        """Make `name`, such as "<new1>", one token -> its id, the next one beyond the table.
+
+        The encoder has no row for it: pass one as forward(..., modifiers={id: row}).
+        Raises ValueError if it exists or holds spaces. Source: Custom Diffusion §3.2.
+        """
+        name = name.lower()
+        if name in self.special or not name or re.search(r"\s", name):
+            raise ValueError(f"token {name!r} exists, is empty or has a space: choose another name")
+        self.ids[name] = self.vocab_size + len(self.special) - 2
+        self.special.append(name)
+        self.pattern = self._pattern()
+        return self.ids[name]
+
+    def _pattern(self):
+        """Special tokens; English endings; runs of letters; single numbers; runs of the rest."""
+        # longest first, or <new1> would be found inside <new1>0
+        names = map(re.escape, sorted(self.special, key=len, reverse=True))
+        # Python's \w is letters, numbers and "_", and its \d only Nd: add the numbers of Nl and No
+        other = "".join(c for c in map(chr, range(sys.maxunicode + 1))
+                        if unicodedata.category(c) in ("Nl", "No"))
+        pieces = rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{other}]+|[\d{other}]|(?:[^\s\w]|_)+"
+        return re.compile("|".join([*names, pieces]))
+
+    def _read(self, path):
+        if not path.is_file():
+            raise ValueError(f"no list of BPE merges at {path}: fetch bpe_simple_vocab_16e6.txt.gz "
+                             "(1.4 MB) from clip/ of github.com/openai/CLIP, save it in data/")
+        data = path.read_bytes()
+        try:
+            data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+            lines = data.decode().split("\n")
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged or no list of BPE merges: {error}") from error
+        # line 1 is a version; the public file has more merges than CLIP uses
+        merges = [tuple(line.split()) for line in lines[1:self.MERGES + 1] if line]
+        if "version" not in lines[0] or any(len(pair) != 2 for pair in merges):
+            raise ValueError(f"{path} is no list of BPE merges (a version line, then pairs)")
+        return merges

@@ -1,4 +1,4 @@
-"""text.py against CLIP's published ids and figures, a brute-force BPE, and what a causal encoder promises."""
+"""text.py against CLIP's published ids and figures, brute-force BPE, and what causality means."""
 import gzip
 import json
 import os
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from conftest import GOLDEN, fill_by_recipe, golden_case
-from text import TEXT_CONFIGS, CLIPTokenizer, TextEncoder, WordTokenizer
+from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
 
 HERE = pathlib.Path(__file__).parent
 TINY_MERGES = HERE / "tiny_merges.txt"
@@ -35,12 +35,12 @@ def public():
                 "it is too large for the repository")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # byte-pair encoding
 
 def brute_force_ids(caption, path):
-    """BPE another way: pieces cut character by character by Unicode category, every merge of the file applied once,
-    in its order."""
+    """BPE another way: pieces cut character by character by Unicode category, then every merge of
+    the file applied once, in its order."""
     raw = pathlib.Path(path).read_bytes()
     lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()[1:48895]
     printable = "".join(map(chr, range(256)))
@@ -55,7 +55,8 @@ def brute_force_ids(caption, path):
     while text:
         kind = " " if text[0].isspace() else unicodedata.category(text[0])[0]
         kind = kind if kind in " LN" else "other"
-        end = next((s for s in ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d") if text.startswith(s)), None)
+        endings = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+        end = next((s for s in endings if text.startswith(s)), None)
         if end and last != "other":                         # inside a run such as !'s the run wins
             pieces, text, last = [*pieces, end], text[len(end):], " "
             continue
@@ -81,10 +82,11 @@ def test_clip_ids_are_the_published_ones(public, caption, want):
 
 def test_bpe_equals_brute_force_on_a_tiny_list_of_merges():
     tokenizer, draw = CLIPTokenizer(TINY_MERGES), random.Random(0)
-    captions = TRICKY + ["".join(draw.choices("aaabelnoqrstuw é1!'  ", k=draw.randrange(1, 24))) for _ in range(300)]
+    captions = TRICKY + ["".join(draw.choices("aaabelnoqrstuw é1!'  ", k=draw.randrange(1, 24)))
+                         for _ in range(300)]
     for caption in captions:
         assert tokenizer.encode(caption) == brute_force_ids(caption, TINY_MERGES), caption
-    assert any(len(tokenizer.encode(c)) < len(c.replace(" ", "")) for c in captions)        # merges did happen
+    assert any(len(tokenizer.encode(c)) < len(c.replace(" ", "")) for c in captions)
     assert (tokenizer.vocab_size, tokenizer.start, tokenizer.end) == (512 + 48 + 2, 560, 561)
     # pairs are taken from the left
     assert tokenizer.encode("aaaaa") == [tokenizer.ids["aa"], tokenizer.ids["aaa</w>"]]
@@ -96,12 +98,11 @@ def test_bpe_equals_brute_force_on_the_public_list(public):
 
 
 def test_letters_numbers_and_the_rest_are_those_of_unicode():
-    pieces = CLIPTokenizer(TINY_MERGES).pieces.split("|", 7)[7]    # what follows the seven contractions
-    letters, numbers, rest = map(re.compile, pieces.split("|", 2))
+    cut = CLIPTokenizer(TINY_MERGES).pattern.findall
     for c in map(chr, range(sys.maxunicode + 1)):
-        kind = unicodedata.category(c)[0]
-        assert bool(letters.fullmatch(c)) == (kind == "L") and bool(numbers.fullmatch(c)) == (kind == "N"), ascii(c)
-        assert bool(rest.fullmatch(c)) == (kind not in "LN" and not c.isspace()), ascii(c)
+        kind = "space" if c.isspace() else unicodedata.category(c)[0]
+        known = {"space": ["a", "!"], "L": [f"a{c}", "!"], "N": ["a", c, "!"]}
+        assert cut(f"a{c}!") == known.get(kind, ["a", f"{c}!"]), ascii(c)
 
 
 def test_clip_rows_end_with_end_tokens(public):
@@ -111,9 +112,9 @@ def test_clip_rows_end_with_end_tokens(public):
     assert ids[0].tolist() == [49406, 320, 1125, 539, 320, 2368] + [49407] * 71
     assert ids[1].tolist() == [49406] + [49407] * 76
     assert ids[2].tolist() == [49406] + [1929] * 75 + [49407]
-    assert tokenizer(["dog " * 100], length=8).tolist() == [[49406] + [1929] * 6 + [49407]]
-    for text in ("a red circle left of a blue square", "naïve café 😀", "한국어 프롬프트"):
-        assert tokenizer.decode(tokenizer([text])[0]) == text
+    tokenizer.max_length = 8
+    assert tokenizer(["dog " * 100]).tolist() == [[49406] + [1929] * 6 + [49407]]
+    tokenizer.max_length = 77
 
 
 def test_clip_tokens_can_be_added():
@@ -122,15 +123,18 @@ def test_clip_tokens_can_be_added():
     first, second = tokenizer.add_token("<new1>"), tokenizer.add_token("V*")
     # beyond the table, which has not grown
     assert (first, second, tokenizer.vocab_size) == (562, 563, 562)
-    assert tokenizer.encode("a <NEW1> red V* square") == [plain[0], first, plain[1], second, *plain[2:]]
-    assert tokenizer.decode([plain[0], first, *plain[1:]]) == "a <new1> red square"
+    assert tokenizer.encode("a <NEW1> red V* square") == [plain[0], first, plain[1], second,
+                                                          *plain[2:]]
+    # a longer name is not taken for the shorter one inside it
+    third = tokenizer.add_token("<new1>0")
+    assert tokenizer.encode("<new1>0 <new1>") == [third, first] and tokenizer.ids["v*"] == second
     for bad in ("<new1>", "two words", ""):
         with pytest.raises(ValueError, match="choose another name"):
             tokenizer.add_token(bad)
 
 
 def test_files_that_are_no_merges_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="bpe_simple_vocab_16e6.txt.gz.*openai/CLIP.*save it as data/"):
+    with pytest.raises(ValueError, match="bpe_simple_vocab_16e6.txt.gz.*openai/CLIP"):
         CLIPTokenizer(tmp_path / "nothing.gz")
     whole = gzip.compress(TINY_MERGES.read_bytes())
     for content in (whole[:-20], b"\xff\xfe", b"hello", b"#version\na b c\n"):
@@ -142,52 +146,63 @@ def test_files_that_are_no_merges_are_refused(tmp_path):
     assert good.encode("a low square") == plain.encode("a low square")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_a_row_is_cut_before_its_end_token():
+    """The same with the small list of merges, which is always here."""
+    tokenizer = CLIPTokenizer(TINY_MERGES)
+    ids = tokenizer(["a", "a " * 100])
+    a = tokenizer.ids["a</w>"]
+    assert ids.dtype == torch.int64 and ids[0].tolist() == [560, a] + [561] * 75
+    assert ids[1].tolist() == [560] + [a] * 75 + [561]
+
+
+# --------------------------------------------------------------------------------------------------
 # words
 
 def test_words_ids_and_rows():
-    tokenizer = WordTokenizer.from_captions(["A red circle, left of a blue square!", "a ring"], reserved=3)
+    captions = ["A red circle, left of a blue square!", "a ring"]
+    tokenizer = WordTokenizer.from_captions(captions)
     assert tokenizer.words == ["a", "blue", "circle", "left", "of", "red", "ring", "square"]
-    assert tokenizer.vocab_size == 3 + 8 + 3 and tokenizer.max_length == 8 + 2 + 4
+    assert tokenizer.vocab_size == 3 + 8 + 8 and tokenizer.max_length == 8 + 2 + 4
     assert tokenizer.encode("RING of... red-blue") == [9, 7, 8, 4]
     ids = tokenizer(["a ring", ""])
-    assert ids.dtype == torch.int64 and ids.tolist() == [[1, 3, 9, 2] + [0] * 10, [1, 2] + [0] * 12]
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [[1, 3, 9, 2] + [0] * 10, [1, 2] + [0] * 12]
     assert [tokenizer.add_token(name) for name in ("<new1>", "V*", "heart")] == [11, 12, 13]
-    assert tokenizer.encode("a <new1> ring, a v* heart") == [3, 11, 9, 3, 12, 13] and tokenizer.vocab_size == 14
+    assert tokenizer.encode("a <new1> ring, a v* heart") == [3, 11, 9, 3, 12, 13]
+    assert tokenizer.vocab_size == 19
     words = WordTokenizer.WORD.findall("5*3 a*b under_score it's <x")
     assert words == ["5", "3", "a", "b", "under", "score", "it", "s", "x"]
 
 
 def test_vocabulary_travels_in_a_checkpoint(tmp_path):
-    tokenizer = WordTokenizer.from_captions(["a red circle", "a blue square"], reserved=2)
+    tokenizer = WordTokenizer.from_captions(["a red circle", "a blue square"])
     tokenizer.add_token("<new1>")
     torch.save(tokenizer.state(), tmp_path / "state.pt")
     again = WordTokenizer.from_state(torch.load(tmp_path / "state.pt", weights_only=True))
     caption = ["a <new1> square", ""]
     assert torch.equal(again(caption), tokenizer(caption)) and again.state() == tokenizer.state()
-    assert again.add_token("<new2>") == tokenizer.add_token("<new2>") and again.vocab_size == tokenizer.vocab_size
+    assert again.add_token("<new2>") == tokenizer.add_token("<new2>") == 9
+    assert again.vocab_size == tokenizer.vocab_size == 3 + 5 + 8
 
 
 def test_captions_that_cannot_be_read_are_named():
-    tokenizer = WordTokenizer.from_captions(["a red circle", "a blue square"], reserved=1, max_length=7)
-    with pytest.raises(ValueError, match=r"unknown word 'sqare' in the caption 'a red sqare'.* square"):
+    tokenizer = WordTokenizer(["a", "blue", "circle", "red", "square"], reserved=1, max_length=7)
+    with pytest.raises(ValueError, match=r"word 'sqare' in the caption 'a red sqare'.* square"):
         tokenizer(["a red circle", "a red sqare"])
-    with pytest.raises(ValueError, match="caption of 6 words, .*5 fit"):
+    assert len(tokenizer(["a red a red a"])) == 1
+    with pytest.raises(ValueError, match="caption of 6 words, .* 5"):
         tokenizer(["a red a red a red"])
-    with pytest.raises(ValueError, match="caption of 3 words, .*2 fit"):
-        WordTokenizer.from_captions(["a red circle"], max_length=4)
     with pytest.raises(ValueError, match="list of captions"):
         tokenizer("a red circle")
-    with pytest.raises(ValueError, match="exists already, as id"):
-        tokenizer.add_token("Red")
-    with pytest.raises(ValueError, match="not a single word"):
-        tokenizer.add_token("my dog")
+    for name in ("Red", "my dog"):
+        with pytest.raises(ValueError, match="choose another name"):
+            tokenizer.add_token(name)
     tokenizer.add_token("<new1>")
     with pytest.raises(ValueError, match="no row left for '<new2>'"):
         tokenizer.add_token("<new2>")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the encoder
 
 def lively(vocab_size=20, length=10):
@@ -197,42 +212,51 @@ def lively(vocab_size=20, length=10):
 def test_states_match_official():
     d, g = golden_case("clip_text_tiny")
     c = d["config"]
-    model = TextEncoder(c["vocab_size"], c["max_position_embeddings"], c["hidden_size"], c["num_hidden_layers"],
-                        c["num_attention_heads"])
+    model = TextEncoder(c["vocab_size"], c["max_position_embeddings"], c["hidden_size"],
+                        c["num_hidden_layers"], c["num_attention_heads"])
     # official names, order and shapes
     assert [[k, list(v.shape)] for k, v in model.state_dict().items()] == d["params"]
     fill_by_recipe(model).eval()
-    stages, ids = {}, g["in_ids"]
-    model.text_model.encoder.layers[0].register_forward_hook(lambda m, i, o: stages.update(hidden_0=i[0], hidden_1=o))
-    stages["last_hidden_state"] = model(ids)
-    for k, v in stages.items():
-        assert_close(v.detach(), g[f"out_{k}"], rtol=1e-5, atol=2e-6, msg=lambda m: f"{k}: {m}")
+
+    def states(model):
+        found, first = {}, model.text_model.encoder.layers[0]
+        hook = first.register_forward_hook(lambda m, i, o: found.update(hidden_0=i[0], hidden_1=o))
+        found["last_hidden_state"] = model(g["in_ids"])
+        hook.remove()
+        return {name: state.detach() for name, state in found.items()}
+    single, double = states(model), states(model.double())
+    for name, state in double.items():
+        # float64 is exact here: what is left is the rounding of the official float32 figures,
+        # some ten operations of 2^-24 on numbers up to about 4
+        assert_close(state, g[f"out_{name}"].double(), rtol=0, atol=4 * 10 * 2 ** -24, msg=name)
+        assert_close(single[name].double(), state, rtol=0, atol=1e-5, msg=name)
 
 
 def test_counts():
     with torch.device("meta"):
-        big, small = TextEncoder(**TEXT_CONFIGS["CLIP-ViT-L/14"]), TextEncoder(60, 18, **TEXT_CONFIGS["text-64x2"])
-    assert sum(p.numel() for p in big.parameters()) == 123_060_480                          # the released model
+        big = TextEncoder(49_408, 77, hidden_size=768, depth=12, num_heads=12)
+        small = TextEncoder(60, 18)
+    assert sum(p.numel() for p in big.parameters()) == 123_060_480          # the released model
     assert big.text_model.encoder.layers[11].self_attn.q_proj.weight.shape == (768, 768)
     # two tables, per layer 4 D^2 + 4 D attention, 8 D^2 + 5 D MLP, 4 D norms, and the last norm
-    assert sum(p.numel() for p in small.parameters()) == (60 + 18) * 64 + 2 * (12 * 64 ** 2 + 13 * 64) + 2 * 64
+    assert sum(p.numel() for p in small.parameters()) == (
+        (60 + 18) * 64 + 2 * (12 * 64 ** 2 + 13 * 64) + 2 * 64)
 
 
 def test_a_state_sees_only_what_came_before():
-    model, ids = lively(), torch.randint(20, (2, 10), generator=torch.Generator().manual_seed(0))
+    model = lively().double()                           # float64: equal means within 1e-12
+    ids = torch.randint(20, (2, 10), generator=torch.Generator().manual_seed(0))
     out = model(ids)
     changed = ids.clone()
     changed[:, 6] = (ids[:, 6] + 1) % 20
     moved = (model(changed) - out).abs().amax(dim=(0, 2))
-    assert moved[:6].max() == 0 and moved[6:].min() > 1e-4
-    assert_close(model(ids[:, :6]), out[:, :6], rtol=1e-5, atol=1e-6)
-    # nor does it see its neighbours in the batch
-    assert_close(model(ids[1:]), out[1:], rtol=1e-5, atol=1e-6)
-    swapped = ids.clone()
-    swapped[:, [2, 3]] = torch.tensor([4, 5])
-    other = ids.clone()
-    other[:, [2, 3]] = torch.tensor([5, 4])
-    assert (model(swapped) - model(other))[:, 9].abs().max() > 1e-3                         # order matters to the end
+    assert moved[:6].max() < 1e-12 and moved[6:].min() > 1e-4
+    assert_close(model(ids[:, :6]), out[:, :6], rtol=0, atol=1e-12)
+    # nor does it see the other captions of the batch
+    assert_close(model(ids[1:]), out[1:], rtol=0, atol=1e-12)
+    one, other = ids.clone(), ids.clone()
+    one[:, [2, 3]], other[:, [2, 3]] = torch.tensor([4, 5]), torch.tensor([5, 4])
+    assert (model(one) - model(other))[:, 9].abs().max() > 1e-3             # order matters
 
 
 def test_a_modifier_is_a_parameter_of_its_own():
@@ -242,7 +266,8 @@ def test_a_modifier_is_a_parameter_of_its_own():
     # the same row, the same states
     assert torch.equal(model(ids, {5: v_star}), model(ids))
     model(ids, {5: v_star}).square().sum(dim=2)[0, -1].backward()
-    assert v_star.grad.abs().max() > 0 and table.grad[5].abs().max() == 0 and table.grad[7].abs().max() > 0
+    assert v_star.grad.abs().max() > 0
+    assert table.grad[5].abs().max() == 0 and table.grad[7].abs().max() > 0
     # an id past the table, as CLIPTokenizer hands out
     beyond = torch.where(ids == 5, 23, ids)
     assert torch.equal(model(beyond, {23: v_star}), model(ids))
@@ -253,20 +278,86 @@ def test_a_modifier_is_a_parameter_of_its_own():
 
 def test_a_fresh_state_is_its_own_word_and_place():
     torch.manual_seed(0)
-    model, ids = TextEncoder(20, 10), torch.randint(20, (64, 10))
-    # every layer starts as the identity
-    assert torch.equal(model(ids), model.text_model.final_layer_norm(model.embed(ids)))
+    model, ids = TextEncoder(200, 100), torch.randint(200, (64, 10))
     embeddings = model.text_model.embeddings
     table, places = embeddings.token_embedding.weight, embeddings.position_embedding.weight
-    assert table.std().item() == pytest.approx(0.02, rel=0.1) and places.std().item() == pytest.approx(0.02, rel=0.1)
+    # every layer starts as the identity
+    assert torch.equal(model(ids), model.text_model.final_layer_norm(table[ids] + places[:10]))
+    # n normal numbers: their standard deviation is 0.02 within 0.02 / sqrt(2 n), five times that
+    for weight in (table, places):
+        assert abs(weight.std().item() - 0.02) < 5 * 0.02 / (2 * weight.numel()) ** 0.5
 
 
 def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="num_heads 3"):
         TextEncoder(20, 10, hidden_size=64, num_heads=3)
-    with pytest.raises(ValueError, match="11 tokens, this encoder has 10 positions"):
+    with pytest.raises(ValueError, match="11 tokens, expected at most 10"):
         lively()(torch.zeros(1, 11, dtype=torch.int64))
 
+
+# --------------------------------------------------------------------------------------------------
+# a denoiser that reads captions
+
+class Recorder(nn.Module):
+    """A denoiser that keeps what it was given."""
+    matrices = r"blocks\."
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(2, 2)])
+        self.first = nn.Linear(2, 2)
+
+    def forward(self, x, t, context):
+        self.given = x, t, context
+        return x + 1
+
+
+def conditional(dropout=0.25):
+    return TextConditional(Recorder(), lively(), torch.tensor([1, 2] + [0] * 8), dropout)
+
+
+def test_a_conditional_model_encodes_ids_and_takes_states_as_they_are():
+    model, t = conditional(), torch.tensor([3., 5.])
+    ids = torch.randint(20, (2, 10), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    out = model(x, t, ids)
+    assert out.dtype == torch.float32 and torch.equal(out, x.float() + 1)   # the context's dtype
+    assert model.denoiser.given[1] is t
+    assert torch.equal(model.denoiser.given[2], model.text(ids))
+    states = model.text(ids).detach()
+    model(x, t, states)
+    assert model.denoiser.given[2] is states
+    tokens = torch.tensor([[2 ** 24 + 1, 5], [0, 7]])                       # float32 would round
+    assert torch.equal(model(tokens, t, ids), tokens + 1)
+    assert model.denoiser.given[0].dtype == torch.int64
+    model(x, t, ids).square().sum()
+    model.denoiser.given[2].square().sum().backward()                       # the encoder learns
+    assert model.text.text_model.embeddings.token_embedding.weight.grad.abs().sum() > 0
+
+
+def test_the_null_condition_is_the_empty_caption():
+    model = conditional()
+    null = torch.tensor([1, 2] + [0] * 8)
+    assert torch.equal(model.null_condition(3), torch.stack([null] * 3))
+    ids = torch.randint(3, 20, (5, 10), generator=torch.Generator().manual_seed(0))
+    kept = model.drop_labels(ids, torch.tensor([0.0, 0.2, 0.2499, 0.25, 0.9]))  # < 0.25: dropped
+    assert torch.equal(kept, torch.cat([null.expand(3, -1), ids[3:]]))
+    assert torch.equal(conditional(0).drop_labels(ids, torch.zeros(5)), ids)
+    assert model.can_guide and not conditional(0).can_guide
+    # the row of the empty caption is not a weight
+    assert {name.partition(".")[0] for name in model.state_dict()} == {"denoiser", "text"}
+
+
+def test_muon_takes_the_matrices_of_both():
+    model = conditional()
+    chosen = {name for name, p in model.named_parameters() if re.match(model.matrices, name)}
+    assert "denoiser.blocks.0.weight" in chosen and "denoiser.first.weight" not in chosen
+    assert "text.text_model.encoder.layers.1.mlp.fc2.weight" in chosen
+    assert not any("embedding" in name or "final" in name for name in chosen)
+
+
+# --------------------------------------------------------------------------------------------------
+# what it can learn
 
 COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "cyan", "white")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -275,22 +366,26 @@ SLOTS = (SIZES, COLORS, SHAPES, RELATIONS, SIZES, COLORS, SHAPES)
 
 
 def test_word_order_and_slots_can_be_read_off_the_end_token():
-    """Two objects, optional size words (so places shift): all seven slots of combinations never trained on,
-    from one linear layer."""
+    """Two objects, with or without size words, so that positions shift: after 200 steps one linear
+    layer names all seven slots of captions never trained on. (A set of words without order does
+    not say which colour is whose.) Measured: at least 0.99 for seeds 0 to 3."""
     draw, order = random.Random(0), torch.Generator().manual_seed(0)
     labels = torch.tensor([[draw.randrange(len(slot)) for slot in SLOTS] for _ in range(4000)])
-    captions = ["a {} {} {} {} a {} {} {}".format(*(slot[i] for slot, i in zip(SLOTS, row))) for row in labels.tolist()]
+    captions = ["a {} {} {} {} a {} {} {}".format(*(slot[i] for slot, i in zip(SLOTS, row)))
+                for row in labels.tolist()]
     # a fifth of (colour, shape, relation, colour, shape)
     held_out = (labels * torch.tensor([0, 1, 1, 1, 0, 2, 3])).sum(1) % 5 == 0
     tokenizer = WordTokenizer.from_captions(captions)
     ids = tokenizer(captions)
     torch.manual_seed(0)
-    model, head = TextEncoder(tokenizer.vocab_size, tokenizer.max_length), nn.Linear(64, sum(map(len, SLOTS)))
+    model = TextEncoder(tokenizer.vocab_size, tokenizer.max_length)
+    head = nn.Linear(64, sum(map(len, SLOTS)))
     opt = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-3)
 
     def read(rows):
         end = (ids[rows] == tokenizer.END).int().argmax(1)
-        return head(model(ids[rows])[torch.arange(len(rows)), end]).split([len(slot) for slot in SLOTS], dim=1)
+        logits = head(model(ids[rows])[torch.arange(len(rows)), end])
+        return logits.split([len(slot) for slot in SLOTS], dim=1)
 
     train, test = torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
     for _ in range(200):
@@ -298,5 +393,6 @@ def test_word_order_and_slots_can_be_read_off_the_end_token():
         loss = sum(F.cross_entropy(logits, labels[rows, k]) for k, logits in enumerate(read(rows)))
         opt.zero_grad(), loss.backward(), opt.step()
     with torch.no_grad():
-        right = torch.stack([logits.argmax(1) == labels[test, k] for k, logits in enumerate(read(test))])
-    assert len(test) > 700 and right.all(), right.float().mean(1)
+        right = torch.stack([(logits.argmax(1) == labels[test, k]).float().mean()
+                             for k, logits in enumerate(read(test))])
+    assert len(test) > 700 and right.min() > 0.95, right
