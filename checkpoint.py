@@ -3,9 +3,8 @@
 The idea. A checkpoint is a dict of tensors and plain values, saved by torch.save.
   write  into a second file beside the old one, which replaces it in one step when it is complete.
          A crash, a kill or a full disk therefore leaves the old file as it was.
-  read   with torch's restricted unpickler (weights_only), which builds tensors and plain values
-         and runs nothing. Before that, the checksums that every zip file carries are compared: a
-         flipped bit would otherwise load silently, as a wrong number.
+  read   with torch's restricted unpickler (weights_only), which runs nothing. The zip file's
+         checksums are compared first: a flipped bit would otherwise load as a wrong number.
   check  names and shapes against the model, before anything is copied into it.
 
 Contents: save_checkpoint, load_checkpoint, load_weights, mismatch, and what they are made of.
@@ -59,8 +58,7 @@ def load_weights(model, weights, path):
 
 def mismatch(have, given):
     """A line for each name whose shape differs between {name: tensor} of a model and of a file."""
-    have, given = ({name: tuple(tensor.shape) for name, tensor in state.items()}
-                   for state in (have, given))
+    have, given = ({k: tuple(v.shape) for k, v in state.items()} for state in (have, given))
     return [f"{name}: file {given.get(name, 'has none')}, model {have.get(name, 'has none')}"
             for name in sorted(have.keys() | given.keys()) if have.get(name) != given.get(name)]
 
@@ -91,15 +89,17 @@ def read_torch(path):
         zipped = zipfile.is_zipfile(path)           # since torch 1.6
         if zipped and zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("a checksum inside it does not match")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        # torch reads any path that ends so as safetensors, but not an open file
+        mapped = zipped and pathlib.Path(path).suffix != ".safetensors"
+        with open(path, "rb") as file:
+            return torch.load(path if mapped else file, "cpu", weights_only=True, mmap=mapped)
     except Exception as error:                      # a damaged file may fail in any way
         # "operand": bytes that are no pickle; what else the unpickler refuses is code or a class
         refused = isinstance(error, pickle.UnpicklingError)
         if refused and "Unsupported operand" not in str(error):
-            raise ValueError(f"{path} holds more than tensors and plain values, so it was not "
-                             "loaded (it could run code): take its .safetensors edition, or if you "
-                             "trust its source, x = torch.load(path, weights_only=False); "
-                             "torch.save({'state_dict': x['state_dict']}, new_path)") from error
+            raise ValueError(f"{path} holds more than tensors and plain values, may run code: take"
+                             " its .safetensors edition, or if you trust it, x = torch.load(path, "
+                             "weights_only=False); torch.save(x['state_dict'], new)") from error
         reason = type(error).__name__ if refused else str(error).partition("\n")[0][:120]
         raise ValueError(f"{path} is damaged, truncated or no torch file ({reason}): copy or "
                          "download it again") from error

@@ -133,7 +133,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, zipped):
         with pytest.raises(ValueError, match=f"{name} holds more than tensors .*torch.save") as err:
             load_checkpoint(name)
         assert one_line(err)
-    pathlib.Path("evil.pkl").write_bytes(pickle.dumps(Evil()))
+    pathlib.Path("evil.pkl").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(ValueError):
         load_checkpoint("evil.pkl")
     assert not os.path.exists("executed")
