@@ -1,22 +1,32 @@
-"""diffusion.py against the official implementation's figures, closed forms, and a world whose exact score is known."""
+"""diffusion.py against official figures, closed forms, and a Gaussian of known score."""
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from conftest import GOLDEN, golden_case
-from diffusion import (GaussianDiffusion, LossSecondMoment, RectifiedFlow, discretized_gaussian_log_likelihood, guided,
-                       make_betas, normal_kl, randn, respaced_steps)
+from diffusion import (DEFAULTS, GaussianDiffusion, RectifiedFlow, check_options,
+                       discretized_gaussian_log_likelihood, guided, make_betas, normal_kl, randn,
+                       respaced_steps)
 
-TOLERANCE = dict(rtol=3e-4, atol=1e-5)
-SCHEDULES = {"linear1000": "linear", "cosine1000": "cosine"}
+TOLERANCE = dict(rtol=3e-4, atol=1e-5)      # of the golden files: see their README
+OFFICIAL = {"linear1000": "linear", "cosine1000": "cosine"}
+SCHEDULES = ("linear", "cosine", "scaled_linear")
+SAMPLERS = [(GaussianDiffusion, s) for s in GaussianDiffusion.samplers]
+SAMPLERS += [(RectifiedFlow, s) for s in RectifiedFlow.samplers]
 
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --------------------------------------------------------------------------------------------------
+# the official implementation's figures
 
 def toy(learn_sigma=True, theta=(1.0, 1.0)):
-    """The closed-formula network of the golden files; remembers the timesteps it was shown."""
+    """The closed-formula network of the golden files; it records the timesteps that it receives."""
     def model(x, t, cond=None):
         model.saw.append(t.clone())
         u = (t.float() / 1000).view(-1, 1, 1, 1)
@@ -27,342 +37,348 @@ def toy(learn_sigma=True, theta=(1.0, 1.0)):
     return model
 
 
-@pytest.mark.parametrize("case", SCHEDULES)
+def official(case, variance="LEARNED_RANGE", **options):
+    """The process of a golden case, by the official name of its variance."""
+    learned = variance == "LEARNED_RANGE"
+    return GaussianDiffusion(schedule=OFFICIAL[case], learn_sigma=learned,
+                             variance="fixed_large" if learned else variance.lower(), **options)
+
+
+@pytest.mark.parametrize("case", OFFICIAL)
 def test_forward_process_matches_official(case):
     _, g = golden_case(f"diffusion_{case}")
-    p, x0, t, eps = GaussianDiffusion(schedule=SCHEDULES[case]), g["in_x0"], g["in_t"], g["in_noise"]
-    xt = p.q_sample(x0, t, eps)
+    p, x0, t = official(case), g["in_x0"], g["in_t"]
+    xt = p.q_sample(x0, t, g["in_noise"])
     assert_close(xt, g["q_sample"], **TOLERANCE)
-    mean, var, logvar = p.q_posterior(x0, xt, t)
+    mean, logvar = p.q_posterior(x0, xt, t)
     assert_close(mean, g["q_post_mean"], **TOLERANCE)
-    assert_close(var.expand_as(x0), g["q_post_var"], **TOLERANCE)
     assert_close(logvar.expand_as(x0), g["q_post_logvar"], **TOLERANCE)
+    var, later = logvar.exp().expand_as(x0), t > 0  # at t = 0 the variance is 0, its logarithm not
+    assert_close(var[later], g["q_post_var"].expand_as(x0)[later], **TOLERANCE)
 
 
-@pytest.mark.parametrize("case", SCHEDULES)
+@pytest.mark.parametrize("case", OFFICIAL)
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_LARGE", "FIXED_SMALL"])
 def test_p_mean_variance_matches_official(case, variance, clip):
     _, g = golden_case(f"diffusion_{case}")
-    learned = variance == "LEARNED_RANGE"
-    p = GaussianDiffusion(schedule=SCHEDULES[case], learn_sigma=learned,
-                          variance="fixed_large" if learned else variance.lower())
-    out = p.p_mean_variance(toy(learned)(g["in_x"], g["in_t"]), g["in_x"], g["in_t"], clip)
-    for ours, theirs in (("mean", "mean"), ("var", "variance"), ("logvar", "log_variance"), ("x0", "pred_xstart")):
-        assert_close(out[ours], g[f"pmv_{variance}_clip{int(clip)}_{theirs}"], **TOLERANCE)
+    x, t, name = g["in_x"], g["in_t"], f"pmv_{variance}_clip{int(clip)}"
+    model = toy(variance == "LEARNED_RANGE")
+    mean, logvar, x0 = official(case, variance).p_mean_variance(model(x, t), x, t, clip)
+    assert_close(mean, g[f"{name}_mean"], **TOLERANCE)
+    assert_close(logvar, g[f"{name}_log_variance"], **TOLERANCE)
+    assert_close(logvar.exp()[t > 0], g[f"{name}_variance"][t > 0], **TOLERANCE)
+    assert_close(x0, g[f"{name}_pred_xstart"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("case", SCHEDULES)
-def test_losses_and_their_gradients_match_official(case):
+@pytest.mark.parametrize("case", OFFICIAL)
+@pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_LARGE"])
+@pytest.mark.parametrize("mean", ["EPSILON", "START_X"])
+def test_losses_and_their_gradients_match_official(case, variance, mean):
     _, g = golden_case(f"diffusion_{case}")
-    names = {k[5:-5] for k in g if k.startswith("loss_") and k.endswith("_loss")}
-    assert len(names) == 8
-    for name in names:
-        variance, mean, objective = next(
-            (v, m, name.removeprefix(f"{v}_{m}_")) for v in ("LEARNED_RANGE", "FIXED_LARGE", "FIXED_SMALL")
-            for m in ("EPSILON", "START_X") if name.startswith(f"{v}_{m}_"))
-        learned = variance == "LEARNED_RANGE"
-        p = GaussianDiffusion(schedule=SCHEDULES[case], prediction={"EPSILON": "eps", "START_X": "x0"}[mean],
-                              learn_sigma=learned, variance="fixed_large" if learned else variance.lower())
+    name, prediction = f"loss_{variance}_{mean}_MSE", {"EPSILON": "eps", "START_X": "x0"}[mean]
+    p, theta = official(case, variance, prediction=prediction), torch.ones(2, requires_grad=True)
+    model = toy(variance == "LEARNED_RANGE", theta)
+    x0, t, eps = g["in_x0"], g["in_t"], g["in_noise"]
+    for i in range(len(x0)):                        # the golden losses are those of single samples
+        row = slice(i, i + 1)
+        loss, terms = p.loss(model, x0[row], None, t=t[row], eps=eps[row])
+        assert_close(loss.detach(), g[f"{name}_loss"][i], **TOLERANCE)
+        assert set(terms) == ({"mse", "vb"} if variance == "LEARNED_RANGE" else {"mse"})
+        for term, value in terms.items():
+            assert_close(value, g[f"{name}_{term}"][i], **TOLERANCE)
+    grad = torch.autograd.grad(p.loss(model, x0, None, t=t, eps=eps)[0], theta)[0]
+    assert_close(grad, g[f"{name}_dtheta"], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", OFFICIAL)
+@pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_SMALL"])
+def test_the_bound_and_its_gradient_match_official(case, variance):
+    _, g = golden_case(f"diffusion_{case}")
+    p, theta = official(case, variance), torch.ones(2, requires_grad=True)
+    x0, t, eps = g["in_x0"], g["in_t"], g["in_noise"]
+    xt = p.q_sample(x0, t, eps)
+    term = p.vb_term(toy(variance == "LEARNED_RANGE", theta)(xt, t), x0, xt, t)
+    assert_close(term.detach(), g[f"loss_{variance}_EPSILON_KL_loss"], **TOLERANCE)
+    grad = torch.autograd.grad(term.mean(), theta)[0]
+    assert_close(grad, g[f"loss_{variance}_EPSILON_KL_dtheta"], rtol=1e-3, atol=1e-5)
+    log_scale = -2.5 + 0.2 * eps.flip(-1)
+    log_p = discretized_gaussian_log_likelihood(x0, x0 + 0.05 * eps, log_scale)
+    assert_close(log_p, g["dgll"], rtol=1e-3, atol=1e-4)
+    assert_close(normal_kl(x0, log_scale, eps, 0.5 * log_scale - 0.1), g["normal_kl"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("case", OFFICIAL)
+def test_the_bound_in_the_loss_trains_the_variance_only(case):
+    """Improved DDPM §3.1: no gradient of vb reaches the mean (theta[0])."""
+    _, g = golden_case(f"diffusion_{case}")
+    draws = {"t": g["in_t"], "eps": g["in_noise"]}
+    gradient = {}
+    for learned in (True, False):
         theta = torch.ones(2, requires_grad=True)
-        terms = p.losses(toy(learned, theta), g["in_x0"], None, g["in_t"], g["in_noise"], objective=objective.lower())
-        for k, v in terms.items():
-            assert_close(v.detach(), g[f"loss_{name}_{k}"], **TOLERANCE)
-        grad = torch.autograd.grad(terms["loss"].mean(), theta)[0]
-        assert_close(grad, g[f"loss_{name}_dtheta"], rtol=1e-3, atol=1e-5)
-    theta = torch.ones(2, requires_grad=True)       # the bound trains the variance alone: nothing reaches the mean
-    p = GaussianDiffusion(schedule=SCHEDULES[case], learn_sigma=True)
-    vb = p.losses(toy(True, theta), g["in_x0"], None, g["in_t"], g["in_noise"])["vb"].mean()
-    grad = torch.autograd.grad(vb, theta)[0]
-    assert grad[0] == 0 and grad[1] != 0
+        p = GaussianDiffusion(schedule=OFFICIAL[case], learn_sigma=learned)
+        loss, _ = p.loss(toy(learned, theta), g["in_x0"], None, **draws)
+        gradient[learned] = torch.autograd.grad(loss, theta)[0]
+    assert_close(gradient[True][0], gradient[False][0])
+    assert gradient[True][1] != 0
 
 
-@pytest.mark.parametrize("case", SCHEDULES)
-def test_likelihood_pieces_match_official(case):
-    d, g = golden_case(f"diffusion_{case}")
-    x0, noise, t = g["in_x0"], g["in_noise"], g["in_t"]
-    log_scales = -2.5 + 0.2 * noise.flip(-1)
-    log_likelihood = discretized_gaussian_log_likelihood(x0, x0 + 0.05 * noise, log_scales)
-    assert_close(log_likelihood, g["dgll"], rtol=1e-3, atol=1e-4)
-    assert_close(normal_kl(x0, log_scales, noise, 0.5 * log_scales - 0.1), g["normal_kl"], **TOLERANCE)
-    p = GaussianDiffusion(schedule=SCHEDULES[case], learn_sigma=True)
-    xt = p.q_sample(x0, t, noise)
-    assert_close(p.vb_term(toy()(xt, t), x0, xt, t, clip=True), g["vb_clip1_output"], **TOLERANCE)
-    bpd = p.respaced(d["config"]["chain_respacing"]).bits_per_dim(toy(), x0, clip=True, noise=g["in_chain_noise"])
-    for ours, theirs in (("total", "total_bpd"), ("prior", "prior_bpd"), ("vb", "vb"), ("x0_mse", "xstart_mse"),
-                         ("eps_mse", "mse")):
-        assert_close(bpd[ours], g[f"bpd_{theirs}"], **TOLERANCE)
-
-
-@pytest.mark.parametrize("case", SCHEDULES)
+@pytest.mark.parametrize("case", OFFICIAL)
 def test_respaced_process_matches_official(case):
     d, g = golden_case(f"diffusion_{case}")
-    short = GaussianDiffusion(schedule=SCHEDULES[case], learn_sigma=True).respaced(d["config"]["loss_respacing"])
-    t = torch.tensor(d["config"]["loss_respacing_t"])
-    for objective in ("MSE", "RESCALED_MSE"):
-        model = toy()
-        for k, v in short.losses(model, g["in_x0"], None, t, g["in_noise"], objective=objective.lower()).items():
-            assert_close(v, g[f"respaced_{objective}_{k}"], **TOLERANCE)
-        assert model.saw[0].tolist() == d["respaced_model_saw_t"]
-    chain = GaussianDiffusion(schedule=SCHEDULES[case]).respaced(d["config"]["chain_respacing"])
+    short, model = official(case).respaced(d["config"]["loss_respacing"]), toy()
+    for i, t in enumerate(torch.tensor(d["config"]["loss_respacing_t"])):
+        row = slice(i, i + 1)
+        loss, terms = short.loss(model, g["in_x0"][row], t=t[None], eps=g["in_noise"][row])
+        assert_close(loss, g["respaced_MSE_loss"][i], **TOLERANCE)
+        assert_close(terms["vb"], g["respaced_MSE_vb"][i], **TOLERANCE)
+    assert torch.cat(model.saw).tolist() == d["respaced_model_saw_t"]
+    chain = official(case, "FIXED_LARGE").respaced(d["config"]["chain_respacing"])
     assert chain.timestep_map.tolist() == d["chain_timestep_map"]
     assert_close(chain.betas, g["spaced_betas"], rtol=1e-9, atol=0)
     assert_close(chain.alpha_bar, g["spaced_alphas_cumprod"], rtol=1e-9, atol=0)
-    tables = {"sqrt_recip_ab": "sqrt_recip_alphas_cumprod", "sqrt_recipm1_ab": "sqrt_recipm1_alphas_cumprod",
-              "post_var": "posterior_variance", "post_logvar": "posterior_log_variance_clipped",
-              "post_mean_x0": "posterior_mean_coef1", "post_mean_xt": "posterior_mean_coef2"}
-    for ours, theirs in tables.items():
-        assert_close(chain._float64[ours], g[f"spaced_{theirs}"], rtol=1e-9, atol=1e-15)
+    names = {"ab_prev": "alphas_cumprod_prev", "sqrt_ab": "sqrt_alphas_cumprod",
+             "sqrt_1m_ab": "sqrt_one_minus_alphas_cumprod",
+             "sqrt_recip_ab": "sqrt_recip_alphas_cumprod",
+             "sqrt_recipm1_ab": "sqrt_recipm1_alphas_cumprod",
+             "post_logvar": "posterior_log_variance_clipped",
+             "post_mean_x0": "posterior_mean_coef1", "post_mean_xt": "posterior_mean_coef2"}
+    for ours, theirs in names.items():
+        assert_close(chain.tables[ours], g[f"spaced_{theirs}"], rtol=1e-9, atol=1e-15)
+    later = chain.tables["post_logvar"].exp()[1:]
+    assert_close(later, g["spaced_posterior_variance"][1:], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("case", SCHEDULES)
+@pytest.mark.parametrize("case", OFFICIAL)
 def test_chains_match_official_step_by_step(case):
     d, g = golden_case(f"diffusion_{case}")
-    spec, noise, xT = d["config"]["chain_respacing"], g["in_chain_noise"], g["in_xT"]
-    learned = GaussianDiffusion(schedule=SCHEDULES[case], learn_sigma=True).respaced(spec)
-    fixed = GaussianDiffusion(schedule=SCHEDULES[case]).respaced(spec)
+    spec, noise = d["config"]["chain_respacing"], g["in_chain_noise"]
+    learned, fixed = official(case).respaced(spec), official(case, "FIXED_LARGE").respaced(spec)
 
     def walk(p, step, model):
-        x, path = xT, []
+        x, path = g["in_xT"], []
         for k, i in enumerate(reversed(range(p.steps))):
             t = torch.full((len(x),), i)
-            x, _ = step(p, model(x, p.timestep_map[t]), x, t, noise[k])
+            x, _ = step(model(x, p.timestep_map[t]), x, t, noise[k])
             path.append(x)
         return torch.stack(path)
-    chain_tolerance = dict(rtol=1e-3, atol=1e-4)                # float32 rounding over ten steps, |x| up to a few dozen
+    tolerance = dict(rtol=1e-3, atol=1e-4)          # float32 rounding of ten steps, |x| up to 50
     for clip in (False, True):
         model = toy()
-        path = walk(learned, lambda p, out, x, t, z: p.ddpm_step(out, x, t, z, clip), model)
-        assert_close(path, g[f"p_chain_clip{int(clip)}"], **chain_tolerance)
+        path = walk(learned, lambda *x: learned.ddpm_step(*x, clip=clip), model)
+        assert_close(path, g[f"p_chain_clip{int(clip)}"], **tolerance)
         assert [s[0].item() for s in model.saw] == d["chain_model_saw_t"]
-    path = walk(fixed, lambda p, out, x, t, z: p.ddpm_step(out, x, t, z, True), toy(False))
-    assert_close(path, g["p_chain_FIXED_LARGE_clip1"], **chain_tolerance)
-    etas = [float(k.removeprefix("ddim_chain_eta")) for k in g if k.startswith("ddim_chain_eta")]
-    assert len(etas) == 3
-    for eta in etas:
-        path = walk(learned, lambda p, out, x, t, z: p.ddim_step(out, x, t, z, eta), toy())
-        assert_close(path, g[f"ddim_chain_eta{eta}"], **chain_tolerance)
-    x, path = g["in_x0"], []
-    for i in range(learned.steps):
-        t = torch.full((len(x),), i)
-        x, _ = learned.ddim_reverse_step(toy()(x, learned.timestep_map[t]), x, t)
-        path.append(x)
-    assert_close(torch.stack(path), g["ddim_reverse_chain"], **chain_tolerance)
-    assert_close(GaussianDiffusion(schedule=SCHEDULES[case], learn_sigma=True).invert(toy(), g["in_x0"], steps=spec),
-                 g["ddim_reverse_chain"][-1], **chain_tolerance)
-
-
-@pytest.mark.parametrize("case", SCHEDULES)
-def test_classifier_guidance_matches_official(case):
-    d, g = golden_case(f"diffusion_{case}")
-    p = GaussianDiffusion(schedule=SCHEDULES[case], learn_sigma=True).respaced(d["config"]["chain_respacing"])
-    t, x, z = torch.full((5,), 2), g["in_xT"], g["in_chain_noise"][0]
-    saw = []
-
-    def cond_fn(x, t):
-        saw.append(t)
-        return -0.3 * x * (1 + t.float() / 1000).view(-1, 1, 1, 1)
-    out = toy()(x, p.timestep_map[t])
-    assert_close(p.ddpm_step(out, x, t, z, cond_fn=cond_fn)[0], g["cond_p_sample"], **TOLERANCE)
-    assert saw[0].tolist() == d["cond_seen_t"]
-    assert_close(p.ddim_step(out, x, t, z, d["config"]["eta"], cond_fn=cond_fn)[0], g["cond_ddim_sample"], **TOLERANCE)
+    path = walk(fixed, lambda *x: fixed.ddpm_step(*x, clip=True), toy(False))
+    assert_close(path, g["p_chain_FIXED_LARGE_clip1"], **tolerance)
+    names = [name for name in g if name.startswith("ddim_chain_eta")]
+    assert len(names) == 3
+    for name in names:
+        eta = float(name.removeprefix("ddim_chain_eta"))
+        path = walk(learned, lambda *x: learned.ddim_step(*x, eta=eta), toy())
+        assert_close(path, g[name], **tolerance)
 
 
 def test_schedules_match_official_in_float64():
     _, g = golden_case("diffusion_schedules")
-    for name, ours in (("linear", "linear"), ("squaredcos_cap_v2", "cosine")):
-        p, at = GaussianDiffusion(schedule=ours), g[f"{name}_1000_index"].long()
+    for theirs, ours in (("linear", "linear"), ("squaredcos_cap_v2", "cosine")):
+        p, some = GaussianDiffusion(schedule=ours), g[f"{theirs}_1000_index"].long()
         assert p.betas.dtype == p.alpha_bar.dtype == torch.float64
-        assert_close(p.betas[at], g[f"{name}_1000_betas"], rtol=1e-10, atol=0)
-        for k, v in {"alphas_cumprod": p.alpha_bar, "alphas_cumprod_prev": p.alpha_bar_prev,
-                     "alphas_cumprod_next": p.alpha_bar_next, "posterior_variance": p.posterior_variance,
-                     "posterior_mean_coef1": p._float64["post_mean_x0"],
-                     "posterior_mean_coef2": p._float64["post_mean_xt"],
-                     "sqrt_recipm1_alphas_cumprod": p._float64["sqrt_recipm1_ab"],
-                     "posterior_log_variance_clipped": p._float64["post_logvar"]}.items():
-            assert_close(v[at], g[f"{name}_1000_{k}"], rtol=1e-10, atol=1e-16)
-    sd = make_betas("scaled_linear", 1000)
-    assert_close(sd[[0, 999]], torch.tensor([0.00085, 0.012], dtype=torch.float64))
-    # Stable Diffusion's known last value
-    assert_close(torch.cumprod(1 - sd, 0)[-1].item(), 0.00466, rtol=1e-3, atol=0)
+        assert_close(p.betas[some], g[f"{theirs}_1000_betas"], rtol=1e-10, atol=0)
+        names = {"ab": "alphas_cumprod", "ab_prev": "alphas_cumprod_prev",
+                 "post_mean_x0": "posterior_mean_coef1", "post_mean_xt": "posterior_mean_coef2",
+                 "sqrt_recipm1_ab": "sqrt_recipm1_alphas_cumprod",
+                 "post_logvar": "posterior_log_variance_clipped"}
+        for name, value in names.items():
+            want = g[f"{theirs}_1000_{value}"]
+            assert_close(p.tables[name][some], want, rtol=1e-10, atol=1e-16)
 
 
 def test_respacing_lists_and_errors():
     d = json.loads((GOLDEN / "diffusion_timesteps.json").read_text())
     for row in d["respacing"]:
-        assert respaced_steps(row["T"], row["respacing"]) == row["steps"], row["respacing"]
+        asked = row["respacing"]
+        asked = ",".join(map(str, asked)) if isinstance(asked, list) else asked
+        assert respaced_steps(row["T"], asked) == row["steps"], asked
     for row in d["errors"]:
         with pytest.raises(ValueError):
             respaced_steps(row["T"], row["respacing"])
-    assert respaced_steps(7, "") == list(range(7)) and respaced_steps(1000, 250) == respaced_steps(1000, "250")
+    assert respaced_steps(7, "") == respaced_steps(7, None) == list(range(7))
+    assert respaced_steps(1000, 250) == respaced_steps(1000, "250")
+    for bad in ("many", "2.5", 2.5, -3, "10,,20", [1, 2]):
+        with pytest.raises(ValueError, match="cannot read"):
+            respaced_steps(1000, bad)
 
 
-def test_second_moment_sampler_matches_official():
-    d = json.loads((GOLDEN / "diffusion_timesteps.json").read_text())
-    sampler = LossSecondMoment(6)
-    for (t, losses), want in zip(d["second_moment"]["updates"], d["second_moment"]["weights_after_each"]):
-        sampler.update(torch.tensor(t), torch.tensor(losses, dtype=torch.float64))
-        np.testing.assert_allclose(sampler.weights(), want, rtol=1e-6)
-    t, w = sampler.draw(200_000, torch.Generator().manual_seed(0))                  # weights undo the uneven drawing
-    share = torch.bincount(t, minlength=6) / len(t)
-    assert_close(share.double(), sampler.weights() / sampler.weights().sum(), rtol=0.05, atol=0)
-    assert abs(w.mean() - 1) < 0.01
+# --------------------------------------------------------------------------------------------------
+# schedules and the forward process
+
+@pytest.mark.parametrize("steps", [50, 1000])
+@pytest.mark.parametrize("schedule,end", [("linear", (1e-6, 5e-5)), ("cosine", (1e-10, 1e-5)),
+                                          ("scaled_linear", (0.004, 0.8))])
+def test_schedules_are_monotone_and_end_where_they_promise(schedule, end, steps):
+    p = GaussianDiffusion(steps=steps, schedule=schedule)
+    assert (p.betas > 0).all() and (p.betas < 1).all() and (p.betas.diff() >= 0).all()
+    assert (p.alpha_bar.diff() < 0).all() and p.alpha_bar[0] > 0.99
+    assert end[0] < p.alpha_bar[-1] < end[1], p.alpha_bar[-1]
+    assert p.timestep_map.tolist() == list(range(steps))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# a world whose exact score is known: x0 ~ N(m, s^2) per coordinate, so E[eps | xt] has a closed form
-
-M, S = 0.7, 0.4
-
-
-def exact(process, kind):
-    """The exact network for x0 ~ N(M, S^2): E[x0 | xt], told as eps, v or x0."""
-    def model(x, t, cond=None):
-        ab = process.alpha_bar[t].float().view(-1, 1)
-        x0 = M + S ** 2 * ab.sqrt() / (ab * S ** 2 + 1 - ab) * (x - ab.sqrt() * M)
-        eps = (x - ab.sqrt() * x0) / (1 - ab).sqrt()
-        return {"x0": x0, "eps": eps, "v": ab.sqrt() * eps - (1 - ab).sqrt() * x0}[kind]
-    return model
+def test_schedules_have_the_published_ends():
+    assert_close(make_betas("linear", 1000)[[0, -1]], torch.tensor([1e-4, 0.02]).double())
+    assert math.isclose(make_betas("linear", 100)[-1], 0.2)
+    sd = make_betas("scaled_linear", 1000)
+    assert_close(sd[[0, -1]], torch.tensor([0.00085, 0.012]).double())
+    assert_close(torch.cumprod(1 - sd, 0)[-1].item(), 0.00466, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("sampler,steps,options,mean_tol,std_tol", [
-    ("ddpm", 1000, {}, 0.01, 0.01), ("ddim", 100, {}, 0.01, 0.02), ("ddim", 100, {"eta": 1.0}, 0.01, 0.06),
-    ("dpm++", 20, {}, 0.01, 0.02), ("ddim", 20, {}, 0.01, 0.08)])
-def test_samplers_reach_the_known_gaussian(schedule, sampler, steps, options, mean_tol, std_tol):
-    p = GaussianDiffusion(schedule=schedule, variance="fixed_small")
-    gen = torch.Generator().manual_seed(0)
-    x = p.sample(exact(p, "eps"), (40_000, 1), sampler=sampler, steps=steps, generator=gen, **options)
-    assert abs(x.mean() - M) < mean_tol and abs(x.std() - S) < std_tol, (x.mean(), x.std())
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_posterior_is_bayes_rule(schedule):
+    """q(x_{t-1} | xt, x0) by summing q(xt | x_{t-1}) q(x_{t-1} | x0) over a grid."""
+    p, x0, xt = GaussianDiffusion(steps=30, schedule=schedule), 0.6, -0.3
+    grid = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    for i in (1, 5, 17, 29):
+        beta, before = p.betas[i], p.alpha_bar[i - 1]
+        log_q = (-(xt - (1 - beta).sqrt() * grid) ** 2 / (2 * beta)
+                 - (grid - before.sqrt() * x0) ** 2 / (2 * (1 - before)))
+        weight = torch.softmax(log_q, 0)
+        mean = (weight * grid).sum()
+        logvar = (weight * (grid - mean) ** 2).sum().log()
+        row = lambda v: torch.tensor([[v]])
+        got = p.q_posterior(row(x0), row(xt), torch.tensor([i]))
+        assert_close(got[0].item(), mean.item(), rtol=1e-5, atol=1e-6)
+        assert_close(got[1].item(), logvar.item(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "ddpm"])
-def test_the_three_predictions_are_one_guess(sampler):
-    paths = []
-    for kind in ("eps", "v", "x0"):
-        p = GaussianDiffusion(schedule="cosine", prediction=kind)
-        gen = torch.Generator().manual_seed(1)
-        paths.append(p.sample(exact(p, kind), (64, 3), sampler=sampler, steps=10, generator=gen))
-    assert_close(paths[0], paths[1], rtol=1e-3, atol=1e-3)
-    assert_close(paths[0], paths[2], rtol=1e-3, atol=1e-3)
+def test_a_flow_goes_from_the_picture_to_the_noise():
+    x0, eps, t = torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0.0, 250.0, 1000.0])
+    xt = RectifiedFlow().q_sample(x0, t, eps)
+    assert torch.equal(xt[0], x0[0]) and torch.equal(xt[2], eps[2])
+    assert_close(xt[1], 0.75 * x0[1] + 0.25 * eps[1])
 
 
-def test_v_prediction_loss_targets_the_velocity_of_the_noise():
-    p, gen = GaussianDiffusion(prediction="v"), torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(6, 2, generator=gen), torch.randn(6, 2, generator=gen)
-    t = torch.tensor([0, 1, 10, 200, 700, 999])
-    a, s = p.alpha_bar[t].sqrt().float()[:, None], (1 - p.alpha_bar[t]).sqrt().float()[:, None]
-    seen = p.losses(lambda x, t, c: a * eps - s * x0, x0, None, t, eps)["mse"]
-    assert_close(seen, torch.zeros(6), atol=1e-10, rtol=0)
+@pytest.mark.parametrize("kind,sampler", SAMPLERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_sampling_goes_down_to_zero_noise(kind, sampler, schedule, steps):
+    process = kind() if kind is RectifiedFlow else kind(schedule=schedule)
+    chain, path = process.path(sampler, steps)
+    levels = [level for _, level in path]
+    assert levels == sorted(set(levels), reverse=True) and levels[-1] == 0
+    assert len(path) == steps + 1
+    if kind is GaussianDiffusion:           # begins with noise, but not where x0 cannot be computed
+        assert levels[0] == (0.996 if schedule == "cosine" else 1.0)
+        assert_close(chain.alpha_bar, process.alpha_bar[chain.timestep_map], rtol=1e-12, atol=0)
+        assert [t for t, _ in path] == list(range(steps - 1, -2, -1))
+    else:
+        assert_close(levels, [1 - k / steps for k in range(steps + 1)])
+        assert [t for t, _ in path] == [1000 * u for u in levels]
 
 
-def test_ddim_eta_one_on_every_step_is_ddpm():
-    p = GaussianDiffusion(schedule="cosine", steps=60, variance="fixed_small")
-    draw = lambda **o: p.sample(exact(p, "eps"), (16, 4), steps="", generator=torch.Generator().manual_seed(5), **o)
-    assert_close(draw(sampler="ddim", eta=1.0), draw(sampler="ddpm"), rtol=1e-4, atol=1e-4)
+# --------------------------------------------------------------------------------------------------
+# training
+
+def test_random_numbers_of_a_step():
+    """A run is repeated bit for bit only while their order stays: first t, then eps."""
+    shape, g = (4, 2, 3), seeded(5)
+    t, eps = torch.randint(1000, (4,), generator=g), torch.randn(shape, generator=g)
+    draws = GaussianDiffusion().draw(shape, seeded(5))
+    assert torch.equal(draws["t"], t) and torch.equal(draws["eps"], eps) and len(draws) == 2
+    g = seeded(5)
+    u, eps = torch.rand(4, generator=g), torch.randn(shape, generator=g)
+    draws = RectifiedFlow().draw(shape, seeded(5))
+    assert torch.equal(draws["t"], 1000 * u) and torch.equal(draws["eps"], eps) and len(draws) == 2
+    assert GaussianDiffusion(steps=30).draw((5000,), g)["t"].unique().tolist() == list(range(30))
 
 
-def test_dpm_solver_is_second_order():
-    """Halving the step divides the error to the exact ODE solution by about four, DDIM's by about two."""
-    p = GaussianDiffusion(schedule="cosine")
-    z = torch.randn(512, 1, generator=torch.Generator().manual_seed(0))
-    truth = M + S * z                                       # the ODE maps one Gaussian onto the other, monotonically
-
-    def error(sampler, steps):
-        return (p.sample(exact(p, "eps"), z.shape, steps=steps, sampler=sampler, noise=z) - truth).abs().mean().item()
-    assert 1.6 < error("ddim", 25) / error("ddim", 50) < 2.6
-    # even in t, as a string; even in log-SNR, as a number
-    assert error("dpm++", "100") / error("dpm++", "200") > 3.4
-    assert error("dpm++", 25) < 0.35 * error("ddim", 25) and error("dpm++", 25) < 0.3 * error("dpm++", "25")
-
-
-def test_ddim_inversion_returns_to_the_picture():
-    p = GaussianDiffusion(schedule="cosine")
-    x0 = torch.randn(32, 2, generator=torch.Generator().manual_seed(0)) * S + M
-    noise = p.invert(exact(p, "eps"), x0, steps=200)
-    assert abs(noise.std() - 1) < 0.25 and abs(noise.mean()) < 0.3
-    assert (p.sample(exact(p, "eps"), x0.shape, steps=200, noise=noise) - x0).abs().max() < 0.03
-
-
-def test_guidance_ends():
-    p = GaussianDiffusion()
-    model = lambda x, t, c: x * 0.1 + c
-    cond, null = torch.full((4, 2), 0.3), torch.full((4, 2), -0.2)
-    draw = lambda c, u, s, **o: p.sample(model, (4, 2), c, u, cfg_scale=s, steps=10,
-                                         generator=torch.Generator().manual_seed(3), **o)
-    assert torch.equal(draw(cond, null, 1.0), draw(cond, None, 1.0))
-    assert torch.equal(draw(cond, null, 0.0), draw(null, None, 1.0))
-    x, t = torch.randn(4, 2), torch.zeros(4, dtype=torch.int64)
-    # eps_u + s (eps_c - eps_u)
-    assert_close(guided(model, cond, null, 3.0)(x, t, 0.5), x * 0.1 + null + 3.0 * (cond - null))
-    one_channel = guided(model, cond, null, 3.0, cfg_channels=1)(x, t, 0.5)
-    assert_close(one_channel[:, 1], x[:, 1] * 0.1 + 0.3)
-    assert_close(one_channel[:, 0], x[:, 0] * 0.1 - 0.2 + 1.5)
-    off = guided(model, cond, null, 3.0, cfg_interval=(0.2, 0.4))
-    assert_close(off(x, t, 0.5), model(x, t, cond))
-    assert_close(off(x, t, 0.3), x * 0.1 + null + 3.0 * (cond - null))
-    assert_close(draw(cond, null, 4.0, cfg_interval=(2.0, 3.0)), draw(cond, None, 1.0))
-    with pytest.raises(ValueError, match="label dropout"):
-        guided(model, cond, None, 2.0)
-
-
-def test_shift_keeps_the_signal_to_noise_ratio_apart():
-    """Esser et al. 2024 derive the shift from the noise ratio: u / (1-u) is multiplied by it, whatever u was."""
-    even, shifted = (RectifiedFlow(s).draw((1000, 1), torch.Generator().manual_seed(0)) for s in (1.0, 3.0))
+def test_shift_multiplies_the_noise_to_signal_ratio():
+    """Esser et al. 2024 derive the shift from it: u / (1 - u) is multiplied by it for every u."""
+    even, shifted = (RectifiedFlow(s).draw((1000, 1), seeded()) for s in (1.0, 3.0))
     u, v = even["t"].double() / 1000, shifted["t"].double() / 1000
     assert_close(v / (1 - v), 3 * u / (1 - u), rtol=1e-3, atol=1e-4)
     assert torch.equal(even["eps"], shifted["eps"]) and 0.7 < v.median() < 0.8
 
 
-@pytest.mark.parametrize("process", [GaussianDiffusion(schedule="cosine"), RectifiedFlow()])
-def test_inpainting_keeps_known_pixels_and_image_to_image_starts_there(process):
-    gen = torch.Generator().manual_seed(0)
-    x_init, mask = torch.randn(3, 2, 4, 4, generator=gen), (torch.rand(3, 1, 4, 4, generator=gen) > 0.5).float()
-    model = lambda x, t, c: 0.1 * x
-    out = process.sample(model, x_init.shape, x_init=x_init, mask=mask, steps=6, generator=gen)
-    known = mask.expand_as(out) == 0
-    assert torch.equal(out[known], x_init[known]) and not torch.equal(out[~known], x_init[~known])
-    still = lambda x, t, c: torch.zeros_like(x)
-    full, little = (process.sample(still, x_init.shape, x_init=x_init, strength=s, steps=20, generator=gen)
-                    for s in (1.0, 0.1))
-    assert (little - x_init).abs().mean() < 0.5 * (full - x_init).abs().mean()
-    with pytest.raises(ValueError, match="x_init"):
-        process.sample(model, x_init.shape, mask=mask)
-    with pytest.raises(ValueError, match="choose one of"):
-        process.sample(model, x_init.shape, sampler="plms")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_the_true_target_has_no_loss(schedule, prediction):
+    p, g = GaussianDiffusion(schedule=schedule, prediction=prediction), seeded()
+    x0, eps = torch.randn(6, 2, generator=g), torch.randn(6, 2, generator=g)
+    t = torch.tensor([0, 1, 10, 200, 700, 999])
+    a, s = (x.sqrt().float()[:, None] for x in (p.alpha_bar[t], 1 - p.alpha_bar[t]))
+    target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[prediction]      # v: Salimans & Ho 2022
+
+    def model(x, times, cond):
+        assert_close(x, a * x0 + s * eps) and torch.equal(times, t) and cond == "condition"
+        return target
+    assert p.loss(model, x0, "condition", t=t, eps=eps)[0] < 1e-12
+    middle = slice(2, 5)            # at the ends, one of eps and x0 can hardly be seen in xt
+    x0_seen = p.to_x0(target[middle], (a * x0 + s * eps)[middle], t[middle])
+    assert_close(x0_seen, x0[middle], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("process,sampler", [(GaussianDiffusion(), "ddpm"), (GaussianDiffusion(), "ddim"),
-                                             (RectifiedFlow(), "euler")])
-def test_picture_i_does_not_depend_on_the_batch(process, sampler):
-    model = lambda x, t, c: 0.3 * x
-    seeds = lambda ids: [torch.Generator().manual_seed(i) for i in ids]
-    eight = process.sample(model, (8, 2, 4), sampler=sampler, steps=5, generator=seeds(range(8)))
-    one = process.sample(model, (1, 2, 4), sampler=sampler, steps=5, generator=seeds([5]))
-    assert torch.equal(eight[5], one[0]) and not torch.equal(eight[5], eight[4])
-    with pytest.raises(ValueError, match="one per sample"):
-        randn((3, 2), seeds(range(2)))
+def test_a_flow_learns_the_velocity():
+    flow, g = RectifiedFlow(), seeded()
+    x0 = torch.randn(20_000, 1, generator=g) * S + M
+    draws = flow.draw(x0.shape, g)
+    assert 0 <= draws["t"].min() and draws["t"].max() < 1000
+    at = lambda f: flow.loss(f, x0, None, **draws)[0].item()
+    assert at(lambda x, t, c: draws["eps"] - x0) == 0
+    best = at(exact_velocity)               # the conditional mean is the best that a network can do
+    assert best < at(lambda x, t, c: exact_velocity(x, t) + 0.1)
+    assert best < at(lambda x, t, c: 0.9 * exact_velocity(x, t))
 
 
-def test_trajectory_hands_out_states():
-    p = GaussianDiffusion()
-    states = list(p.trajectory(exact(p, "eps"), (5, 1), steps=12, generator=torch.Generator().manual_seed(0)))
-    assert len(states) == 12 and states[0][0].shape == (5, 1)
-    assert_close(states[-1][0], states[-1][1])                                  # the last step lands on its x0 guess
+@pytest.mark.parametrize("process", [GaussianDiffusion(), GaussianDiffusion(learn_sigma=True),
+                                     RectifiedFlow()], ids=["fixed", "learned", "flow"])
+def test_masked_loss_is_a_true_mean(process):
+    """Every term of the loss is the mean over the entries with mask 1, and reads no other."""
+    g, learned = seeded(), getattr(process, "learn_sigma", False)
+    x0, eps = torch.randn(3, 2, 4, 4, generator=g), torch.randn(3, 2, 4, 4, generator=g)
+    mask, t = (torch.rand(3, 1, 4, 4, generator=g) > 0.4).float(), torch.tensor([0, 10, 500])
+    model = lambda x, t, c: torch.cat([0.5 * x, 0.2 * x], 1) if learned else 0.5 * x
+    loss, terms = process.loss(model, x0, None, mask, t=t, eps=eps)
+    xt = process.q_sample(x0, t, eps)
+    target = eps - x0 if process.__class__ is RectifiedFlow else eps
+    squares = (target - 0.5 * xt) ** 2
+    rows = [squares[i][mask[i].expand(2, 4, 4) == 1].mean() for i in range(3)]
+    assert_close(terms["mse"], torch.stack(rows).mean())
+    assert_close(loss, sum(terms.values()))
+    hidden = torch.where(mask > 0, x0, x0 + 1), torch.where(mask > 0, eps, eps - 1)
+    again, terms_again = process.loss(model, hidden[0], None, mask, t=t, eps=hidden[1])
+    assert_close(again, loss)
+    assert_close(terms_again, terms)
+    whole, _ = process.loss(model, x0, None, torch.ones_like(mask), t=t, eps=eps)
+    assert_close(whole, process.loss(model, x0, None, t=t, eps=eps)[0])
+    assert (whole - loss).abs() > 1e-3
 
 
-def test_masked_loss_is_a_true_mean():
-    p, gen = GaussianDiffusion(), torch.Generator().manual_seed(0)
-    x0, t = torch.randn(3, 2, 4, 4, generator=gen), torch.tensor([0, 10, 500])
-    eps = torch.randn(3, 2, 4, 4, generator=gen)
-    mask = (torch.rand(3, 1, 4, 4, generator=gen) > 0.4).float()
-    got = p.losses(lambda x, t, c: 0.5 * x, x0, None, t, eps, mask)["mse"]
-    wanted = [((eps[i] - 0.5 * p.q_sample(x0, t, eps)[i]) ** 2)[mask[i].expand(2, 4, 4) == 1].mean() for i in range(3)]
-    assert_close(got, torch.stack(wanted))
+@pytest.mark.parametrize("process", [GaussianDiffusion(), RectifiedFlow()])
+def test_loss_needs_its_random_numbers_and_hands_out_plain_metrics(process):
+    w = torch.ones((), requires_grad=True)
+    x0 = torch.randn(3, 2, 4, generator=seeded())
+    draws = process.draw(x0.shape, seeded())
+    loss, metrics = process.loss(lambda x, t, c: w * x, x0, **draws)
+    assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
+    assert loss.shape == () and torch.equal(metrics["mse"], loss.detach())
+    with pytest.raises(TypeError):
+        process.loss(lambda x, t, c: x, x0, t=draws["t"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# rectified flow
+# --------------------------------------------------------------------------------------------------
+# x0 ~ N(M, S^2) in every coordinate: the best network, and where noise must end, have closed forms
+
+M, S = 0.7, 0.4
+
+
+def exact(process, prediction="eps", error=0.0):
+    """The best network for x0 ~ N(M, S^2): E[x0 | xt], told as eps, v or x0."""
+    def model(x, t, cond=None):
+        ab = process.alpha_bar[t].float().view(-1, 1)
+        x0 = M + S ** 2 * ab.sqrt() / (ab * S ** 2 + 1 - ab) * (x - ab.sqrt() * M)
+        eps = (1 + error) * (x - ab.sqrt() * x0) / (1 - ab).sqrt()
+        return {"x0": x0, "eps": eps, "v": ab.sqrt() * eps - (1 - ab).sqrt() * x0}[prediction]
+    return model
+
 
 def exact_velocity(x, t, cond=None):
     u = (t / 1000).view(-1, 1)
@@ -370,37 +386,318 @@ def exact_velocity(x, t, cond=None):
     return (x - x0) / u.clamp(min=1e-6)
 
 
-@pytest.mark.parametrize("sampler,steps,tol", [("euler", 100, 0.015), ("heun", 25, 0.01)])
-def test_flow_reaches_the_known_gaussian(sampler, steps, tol):
-    gen = torch.Generator().manual_seed(0)
-    x = RectifiedFlow().sample(exact_velocity, (40_000, 1), sampler=sampler, steps=steps, generator=gen)
-    assert abs(x.mean() - M) < 0.01 and abs(x.std() - S) < tol
+def ode_end(process, z):
+    """Where the exact ODE takes z: (x - mean) / deviation of the Gaussian at its t stays."""
+    ab = process.alpha_bar[process.path("ddim", 10)[0].timestep_map[-1]]
+    return (M + S * (z - ab.sqrt() * M) / (ab * S ** 2 + 1 - ab).sqrt()).float()
 
 
-def test_flow_loss_is_zero_at_the_true_velocity_and_minimal_at_the_conditional_mean():
-    flow, gen = RectifiedFlow(), torch.Generator().manual_seed(0)
-    x0 = torch.randn(20_000, 1, generator=gen) * S + M
-    draws = flow.draw(x0.shape, gen)
-    assert 0 <= draws["t"].min() and draws["t"].max() <= 1000
-    at = lambda f: flow.loss(f, x0, None, draws["t"], draws["eps"])[0].item()
-    assert at(lambda x, t, c: draws["eps"] - x0) == 0
-    best = at(exact_velocity)
-    assert best < at(lambda x, t, c: exact_velocity(x, t) + 0.1)
-    assert best < at(lambda x, t, c: 0.9 * exact_velocity(x, t))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_samplers_solve_the_ode_to_their_order(schedule, prediction):
+    """Twice as many steps: DDIM's error is halved, DPM-Solver++'s divided by four."""
+    p = GaussianDiffusion(schedule=schedule, prediction=prediction)
+    z = torch.randn(512, 1, generator=seeded())
+
+    def error(sampler, steps):
+        x = p.sample(exact(p, prediction), z.shape, steps=steps, sampler=sampler, noise=z)
+        return (x - ode_end(p, z)).abs().mean().item()
+    assert 1.8 < error("ddim", 50) / error("ddim", 100) < 2.2
+    assert error("ddim", 200) < 0.01
+    assert error("dpm++", "100") / error("dpm++", "200") > 3.4          # a string: even in t
+    assert error("dpm++", 20) < 0.01                                    # a number: in log-SNR
+    for steps in (10, 15, 20):
+        assert error("dpm++", steps) < 0.35 * error("ddim", steps), steps
+    assert error("dpm++", 25) < 0.6 * error("dpm++", "25")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("options", [{"sampler": "ddpm"}, {"sampler": "ddim", "eta": 1.0}])
+def test_random_samplers_reach_the_known_gaussian(schedule, options):
+    """20,000 samples: the standard errors of mean and deviation are 0.003 and 0.002."""
+    p = GaussianDiffusion(schedule=schedule, variance="fixed_small")
+    x = p.sample(exact(p), (20_000, 1), steps=1000 if schedule != "cosine" else "",
+                 generator=seeded(), **options)
+    assert abs(x.mean() - M) < 0.015 and abs(x.std() - S) < 0.01, (x.mean(), x.std())
+
+
+@pytest.mark.parametrize("sampler,steps,tolerance", [("euler", 100, 0.012), ("heun", 25, 0.003)])
+def test_flow_reaches_the_known_gaussian(sampler, steps, tolerance):
+    z = torch.randn(512, 1, generator=seeded())
+
+    def error(steps):
+        x = RectifiedFlow().sample(exact_velocity, z.shape, sampler=sampler, steps=steps, noise=z)
+        return (x - (M + S * z)).abs().mean().item()
+    assert error(steps) < tolerance
+    assert error(steps) / error(2 * steps) > (3.4 if sampler == "heun" else 1.8)
+
+
+def test_a_flow_in_euler_steps_is_written_out():
+    """25 steps with guidance 2, the default run: the same picture bit for bit."""
+    model = lambda x, t, y: torch.tanh(x * (t.view(-1, 1) / 500) + y)
+    cond, null, x = (torch.randn(6, 3, generator=seeded(i)) for i in range(3))
+    got = RectifiedFlow().sample(model, x.shape, cond, null, cfg_scale=2.0, noise=x)
+    us = [1.0 * (1 - k / 25) for k in range(26)]
+    for u, u_next in zip(us, us[1:]):
+        t = torch.full((12,), 1000 * u)
+        with_y, without = model(torch.cat([x, x]), t, torch.cat([cond, null])).chunk(2)
+        velocity = without + 2.0 * (with_y - without)
+        x0 = x - u * velocity
+        x = x + (u_next - u) * ((x - x0) / u)
+    assert torch.equal(got, x)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "ddpm"])
+def test_the_three_predictions_are_one_estimate(schedule, sampler):
+    paths = []
+    for kind in ("eps", "v", "x0"):
+        p = GaussianDiffusion(schedule=schedule, prediction=kind)
+        options = {"sampler": sampler, "steps": 10, "generator": seeded(1)}
+        paths.append(p.sample(exact(p, kind), (64, 3), **options))
+    assert_close(paths[0], paths[1], rtol=1e-3, atol=1e-3)
+    assert_close(paths[0], paths[2], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "ddpm"])
+@pytest.mark.parametrize("error", [0.01, -0.01])
+def test_a_small_error_of_the_network_stays_small(schedule, sampler, error):
+    """An eps that is 1 % off: cosine's last steps would multiply it by up to 20,000 in x0."""
+    p = GaussianDiffusion(schedule=schedule, variance="fixed_small")
+    x = p.sample(exact(p, "eps", error), (4000, 1), sampler=sampler, steps=50, generator=seeded())
+    assert abs(x.mean() - M) < 0.05 and 0.8 * S < x.std() < 1.2 * S, (x.mean(), x.std())
+
+
+def test_ddim_eta_one_on_every_step_is_ddpm():
+    p = GaussianDiffusion(schedule="cosine", steps=60, variance="fixed_small")
+    x, y = (p.sample(exact(p), (16, 4), steps="", generator=seeded(5), **options)
+            for options in ({"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm"}))
+    assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("v,variance", [(1.0, "fixed_large"), (-1.0, "fixed_small")])
+def test_the_learned_variance_has_the_fixed_ones_as_its_ends(v, variance):
+    fixed, learned = GaussianDiffusion(variance=variance), GaussianDiffusion(learn_sigma=True)
+    network = exact(fixed)
+    model = lambda x, t, c: torch.cat([network(x, t), torch.full_like(x, v)], 1)
+    assert fixed.default_sampler == "ddim" and learned.default_sampler == "ddpm"
+    got = learned.sample(model, (8, 1), steps=20, generator=seeded())       # ddpm is the default
+    want = fixed.sample(network, (8, 1), sampler="ddpm", steps=20, generator=seeded())
+    assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", GaussianDiffusion.samplers)
+@pytest.mark.parametrize("schedule,t", [("linear", 999), ("cosine", 995), ("scaled_linear", 999)])
+@pytest.mark.parametrize("steps", [1, "1"])
+def test_one_step_is_one_call_at_the_noisy_end(sampler, schedule, t, steps):
+    p, saw = GaussianDiffusion(schedule=schedule), []
+    network = exact(p)
+
+    def model(x, t, cond):
+        saw.extend(t.tolist())
+        return network(x, t)
+    x = p.sample(model, (64, 1), sampler=sampler, steps=steps, generator=seeded())
+    assert saw == [t] * 64
+    assert (x - M).abs().max() < 0.1            # from pure noise the best guess is the mean
+
+
+def test_default_steps():
+    count = []
+    for kind, sampler in SAMPLERS:
+        calls = []
+        model = lambda x, t, c: (calls.append(t), 0 * x)[1]
+        kind().sample(model, (1, 1), sampler=sampler, generator=seeded())
+        count.append(len(calls))
+    assert count[:2] == [50, 250] and 45 <= count[2] <= 50      # dpm++: distinct steps only
+    assert count[3:] == [25, 99]                                # heun: 2 forwards, 1 in the last
+
+
+@pytest.mark.parametrize("process", [GaussianDiffusion(), RectifiedFlow()])
+def test_trajectory_yields_states(process):
+    model = exact(process) if isinstance(process, GaussianDiffusion) else exact_velocity
+    states = list(process.trajectory(model, (5, 1), steps=12, generator=seeded()))
+    assert len(states) == 12 and states[0][0].shape == states[0][1].shape == (5, 1)
+    assert_close(states[-1][0], states[-1][1])                  # the last step ends on its x0
+    assert torch.equal(states[-1][0], process.sample(model, (5, 1), steps=12, generator=seeded()))
+
+
+# --------------------------------------------------------------------------------------------------
+# options of the samplers
+
+CHANNELS = torch.tensor([1.0, -0.5])[:, None]
+
+
+def read_all(x, t, cond):
+    """A network that reads x, t and the condition, differently in every channel."""
+    by_row = lambda v: v.float().view(-1, 1, 1)
+    return torch.sin(x * (1 + by_row(t) / 1000)) + CHANNELS * by_row(cond)
+
+
+COND, NULL = torch.tensor([0.3, 1.0, -1.0]), torch.zeros(3)
+SHAPE = (3, 2, 5)
+KNOWN = 0.5 * torch.randn(SHAPE, generator=seeded(9))
+# an option -> (two values that must give different pictures, other options that go with them)
+VALUES = {"cfg_scale": (1.0, 2.0, {}), "cfg_interval": ((0, 1), (0, 0.5), {"cfg_scale": 2.0}),
+          "cfg_channels": (None, 1, {"cfg_scale": 2.0}), "clip": (False, True, {}),
+          "x_init": (KNOWN, -KNOWN, {"strength": 0.5}), "strength": (1.0, 0.5, {"x_init": KNOWN}),
+          "mask": (None, torch.eye(3, 5)[:, None], {"x_init": KNOWN}), "eta": (0.0, 0.5, {}),
+          "noise": (None, KNOWN, {}), "generator": (seeded(0), seeded(1), {})}
+
+
+def sample(kind, sampler, model=read_all, **options):
+    options = {"generator": seeded(), "steps": 8, **options}
+    return kind().sample(model, SHAPE, COND, NULL, sampler=sampler, **options)
+
+
+@pytest.mark.parametrize("kind,sampler", SAMPLERS)
+def test_every_option_is_read(kind, sampler):
+    assert set(kind.options) == set(kind.samplers) == set(kind.default_steps)
+    assert kind.options[sampler] - {"device"} <= set(VALUES)
+    for name in kind.options[sampler] - {"device"}:
+        one, other, rest = VALUES[name]
+        x, y = (sample(kind, sampler, **rest, **{name: value}) for value in (one, other))
+        assert (x - y).abs().max() > 1e-3, f"{sampler} does not read {name}"
+    model = lambda x, t, c: 0 * x
+    x = kind().sample(model, SHAPE, sampler=sampler, steps=2, device="meta")
+    assert x.device.type == "meta"
+    default = {name: value for name, value in DEFAULTS.items() if name != "generator"}
+    assert torch.equal(sample(kind, sampler, **default), sample(kind, sampler))
+
+
+@pytest.mark.parametrize("kind,sampler", SAMPLERS)
+def test_an_option_that_nobody_reads_is_refused(kind, sampler):
+    for name in {"eta", "stride", "truncation", "guidance"} - kind.options[sampler]:
+        with pytest.raises(ValueError) as error:
+            sample(kind, sampler, **{name: 0.0})
+        words = str(error.value)
+        assert f"sampler '{sampler}' does not read {name}" in words
+        assert ("use sampler ddim" in words) == (name == "eta" and kind is GaussianDiffusion)
+    for bad in ("plms", "", "posterior"):
+        with pytest.raises(ValueError, match=f"unknown sampler '{bad}'") as error:
+            check_options(kind(), bad, {})
+        assert all(name in str(error.value) for name in kind.samplers)
+
+
+@pytest.mark.parametrize("kind,sampler", SAMPLERS)
+@pytest.mark.parametrize("options,words", [
+    ({"strength": 0, "x_init": KNOWN}, "strength 0"), ({"strength": 0.5}, "x_init"),
+    ({"strength": 1.5, "x_init": KNOWN}, "strength 1.5"), ({"mask": KNOWN}, "x_init"),
+    ({"strength": -0.1, "x_init": KNOWN}, "strength -0.1"),
+    ({"strength": float("nan"), "x_init": KNOWN}, "strength nan"),
+    ({"cfg_interval": (0.7, 0.2)}, "cfg_interval 0.7"),
+    ({"cfg_interval": (0, 1.2)}, "cfg_interval 0,"),
+    ({"cfg_interval": (-0.1, 1)}, "cfg_interval -0.1"),
+    ({"cfg_interval": (float("nan"), 1)}, "cfg_interval nan"),
+    ({"steps": 0}, "steps 0"), ({"steps": -2}, "steps -2"), ({"steps": 2.5}, "2.5"),
+    ({"steps": "many"}, "many")])
+def test_values_out_of_range_are_refused_in_one_line(kind, sampler, options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        sample(kind, sampler, **options)
+    assert "\n" not in str(error.value)
+
+
+def recorded(model, calls):
+    """`model`, noting (batch size, t, x) of every call."""
+    def record(x, t, cond=None):
+        calls.append((len(x), t[0].item(), x.clone()))
+        return model(x, t, cond)
+    return record
+
+
+@pytest.mark.parametrize("kind,sampler", SAMPLERS)
+@pytest.mark.parametrize("strength", [0.3, 0.05, 0.9, 0.001])
+def test_strength_is_the_noise_level_to_begin_at(kind, sampler, strength):
+    calls, process, noise = [], kind(), torch.randn(SHAPE, generator=seeded(3))
+    process.sample(recorded(read_all, calls), SHAPE, COND, sampler=sampler, x_init=KNOWN,
+                   noise=noise, strength=strength)
+    _, t, x = calls[0]
+    if kind is GaussianDiffusion:
+        assert t == round(1000 * strength) - 1
+    else:
+        assert math.isclose(t, 1000 * strength, rel_tol=1e-6)
+    assert_close(x, process.q_sample(KNOWN, torch.full((3,), t), noise))
+    assert [t for _, t, _ in calls] == sorted([t for _, t, _ in calls], reverse=True)
+
+
+def test_strength_keeps_its_meaning_on_a_shorter_chain():
+    calls, process = [], GaussianDiffusion().respaced(100)
+    process.sample(recorded(read_all, calls), SHAPE, COND, steps=20, x_init=KNOWN, strength=0.5)
+    assert 480 <= calls[0][1] <= 499            # the noisiest of the 100 that is not above 0.5
+
+
+@pytest.mark.parametrize("kind,sampler", SAMPLERS)
+def test_guidance_acts_inside_its_interval_only(kind, sampler):
+    calls, low, high = [], 0.25, 0.75
+    sample(kind, sampler, recorded(read_all, calls), cfg_scale=3.0, cfg_interval=(low, high),
+           steps=40)
+    doubled = {True: 0, False: 0}
+    for size, t, _ in calls:
+        level = (t + 1) / 1000 if kind is GaussianDiffusion else t / 1000
+        assert (size == 6) == (low <= level <= high), (size, level)
+        doubled[size == 6] += 1
+    assert min(doubled.values()) > 3
+    ends = [t for size, t, _ in calls if size == 6]
+    if sampler == "euler":                              # 0.25 and 0.75 are steps, and inside
+        assert (ends[0], ends[-1]) == (750, 250)
+
+
+def test_guidance_formula():
+    model = lambda x, t, c: x * 0.1 + c
+    cond, null = torch.full((4, 2), 0.3), torch.full((4, 2), -0.2)
+    x, t = torch.randn(4, 2, generator=seeded()), torch.zeros(4, dtype=torch.int64)
+    # Ho & Salimans 2022 Eq. 6 with w = s - 1
+    assert_close(guided(model, cond, null, 3.0)(x, t, 0.5), x * 0.1 + 3.0 * 0.3 - 2.0 * -0.2)
+    assert torch.equal(guided(model, cond, null, 1.0)(x, t, 0.5), model(x, t, cond))
+    assert torch.equal(guided(model, cond, null, 0.0)(x, t, 0.5), model(x, t, null))
+    two_channels = guided(model, cond, null, 3.0, cfg_channels=1)(x, t, 0.5)
+    assert_close(two_channels[:, 0], x[:, 0] * 0.1 - 0.2 + 1.5)
+    assert_close(two_channels[:, 1], x[:, 1] * 0.1 + 0.3)
+    learned = lambda x, t, c: torch.cat([x * 0.1 + c, c], 1)            # two variance channels
+    assert_close(guided(learned, cond, null, 3.0)(x, t, 0.5)[:, 2:], cond)
+    with pytest.raises(ValueError, match="label dropout"):
+        guided(model, cond, None, 2.0)
+
+
+@pytest.mark.parametrize("kind,sampler", SAMPLERS)
+def test_guidance_scales_one_and_zero_are_plain_runs(kind, sampler):
+    run = lambda cond, null, scale: kind().sample(read_all, SHAPE, cond, null, sampler=sampler,
+                                                  steps=8, cfg_scale=scale, generator=seeded())
+    assert torch.equal(run(COND, NULL, 1.0), run(COND, None, 1.0))
+    assert torch.equal(run(COND, NULL, 0.0), run(NULL, None, 1.0))
+    assert_close(run(COND, COND, 3.0), run(COND, None, 1.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind,sampler", SAMPLERS)
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_inpainting_keeps_the_known_pixels(kind, sampler, strength):
+    calls, process, noise = [], kind(), torch.randn(SHAPE, generator=seeded(3))
+    mask = (torch.rand(3, 1, 5, generator=seeded(4)) > 0.5).float()
+    x = process.sample(recorded(read_all, calls), SHAPE, COND, sampler=sampler, x_init=KNOWN,
+                       mask=mask, noise=noise, strength=strength, steps=6)
+    known = (mask == 0).expand_as(x)
+    assert torch.equal(x[known], KNOWN[known]) and (x[~known] - KNOWN[~known]).abs().min() > 1e-4
+    calls = calls[::2] if sampler == "heun" else calls        # its second forward is between steps
+    for _, t, xt in calls:                          # the network receives them with the noise of t
+        want = process.q_sample(KNOWN, torch.full((3,), t), noise)
+        assert_close(xt[known], want[known])
+
+
+@pytest.mark.parametrize("kind,sampler", SAMPLERS)
+def test_picture_i_does_not_depend_on_the_batch(kind, sampler):
+    model, seeds = lambda x, t, c: 0.3 * x, lambda ids: [seeded(i) for i in ids]
+    eight = kind().sample(model, (8, 2, 4), sampler=sampler, steps=5, generator=seeds(range(8)))
+    one = kind().sample(model, (1, 2, 4), sampler=sampler, steps=5, generator=seeds([5]))
+    assert torch.equal(eight[5], one[0]) and not torch.equal(eight[5], eight[4])
+    with pytest.raises(ValueError, match="one per sample"):
+        randn((3, 2), seeds(range(2)))
 
 
 def test_wrong_names_are_named():
-    for bad in (dict(schedule="exp"), dict(prediction="mu"), dict(variance="learned"), dict(steps=10)):
-        with pytest.raises(ValueError):
+    for bad in (dict(schedule="exp"), dict(prediction="mu"), dict(variance="learned")):
+        with pytest.raises(ValueError, match=next(iter(bad.values()))):
             GaussianDiffusion(**bad)
-    for steps in ("ddim25", 0, 2.5):
-        with pytest.raises(ValueError, match="positive number of steps"):
-            RectifiedFlow().sample(exact_velocity, (2, 1), steps=steps)
-    with pytest.raises(ValueError, match="cannot read 'many'"):
-        respaced_steps(1000, "many")
-    with pytest.raises(ValueError, match="deterministic"):
-        RectifiedFlow().sample(exact_velocity, (2, 1), eta=0.5)
-    with pytest.raises(ValueError, match="objective"):
-        zeros = torch.zeros(1, 2, 2, 2)
-        GaussianDiffusion().losses(toy(False), zeros, None, torch.tensor([3]), zeros, objective="l1")
-    assert math.isclose(make_betas("linear", 100)[-1], 0.2)
+    with pytest.raises(ValueError, match="more than 20 steps"):
+        GaussianDiffusion(steps=10)
+    with pytest.raises(ValueError, match="from 1 to 1000"):
+        GaussianDiffusion().sample(read_all, SHAPE, COND, steps=1001)
