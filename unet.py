@@ -1,79 +1,46 @@
-"""The conditional U-Net of latent diffusion (Stable Diffusion v1), with a name on every tensor an adapter may touch.
+"""The conditional U-Net of latent diffusion (Stable Diffusion v1), with named tensors for adapters.
 
-Paper: High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al. 2022, arXiv 2112.10752), §3.3.
-The convolutional trunk is that of DDPM (Ho et al. 2020) and ADM (Dhariwal & Nichol 2021).
+Paper: High-Resolution Image Synthesis with Latent Diffusion Models (LDM; Rombach et al. 2022, arXiv
+2112.10752). Convolutions as in DDPM (Ho et al. 2020) and ADM (Dhariwal & Nichol 2021).
 
-The idea.  A denoiser that looks at the picture at several sizes. On the way down, residual blocks see it ever smaller
-and wider; on the way up each block also gets the map of its size from the way down (the skip), so no detail is lost.
-Two things steer it:
+The idea.  A denoiser that sees the picture at several sizes. On the way down, residual blocks work
+on smaller and wider maps; on the way up, each block also gets the map of its size from the way down
+(the skip connection), so no detail is lost. Two inputs steer it:
   the timestep t   becomes a vector emb, added to the feature maps inside every ResBlock
-  the text         is a sequence of vectors, context (B, L, D_ctx). In the transformer block after a ResBlock every cell
-                   of the map is a token: first the cells look at each other (self-attention), then each cell asks the
-                   words (cross-attention), then comes a gated MLP. Only to_k and to_v ever see the words; hence the
-                   later papers that personalise a model by training just these two (custom_diffusion.py) or what lies
-                   around them (adapters.py).
+  the text         is a sequence of vectors, context (B, L, D_ctx). In a transformer block each cell
+                   of the map is a token: the cells attend to each other (self-attention), then to
+                   the words (cross-attention), then a gated MLP follows. Only to_k and to_v read
+                   the words: custom_diffusion.py trains just these, adapters.py adds to the blocks.
 
-Contents: taps, attention, GEGLU, transformer block, spatial transformer, ResBlock, re-samplers, UNet, UNET_CONFIGS.
-A model is model(x (B,C,H,W), t (B,), context (B,L,D_ctx)) -> (B, C_out, H, W).
+Contents: attention, transformer block, ResBlock, their layers, UNet, UNET_CONFIGS.
+A model is model(x (B, C, H, W), t (B,), context (B, L, D_ctx)) -> (B, C_out, H, W).
 
-    python -m pytest tests/test_unet.py                # what it must do, against the official figures
+    python train.py --model unet-tiny --data scenes    # captions to pictures of shapes, on a CPU
 
-Taps.  Blocks pass each named tensor through `tap(name, x)`, which returns it as it is until somebody sets
-`block.adapter`, any nn.Module with forward(name, x) -> tensor of the same shape. What it returns is what the block goes
-on with, so one module may read, change, or read here and add there. As a sub-module it moves, saves and is deep-copied
-with the model. `block.adapter = None` removes it.
-
-    TransformerBlock   sa_out  = attn1(LN(sa_in))           ca_in     = sa_out + sa_in
-                       ca_out  = attn2(LN(ca_in), ca_c)     ffn_in    = ca_out + ca_in
-                       ffn_out = ff(LN(ffn_in))             trans_out = ffn_out + ffn_in
-    ResBlock           res_in, before the main path and the skip; res_out, after their sum
-
-Muon's share of the parameters (train.py): the names that match `UNet.matrices` and have two or more axes, that is the
-matrices of the trunk. The first convolution, the timestep MLP and the head stay with AdamW.
-
-Differences from the official code (CompVis/latent-diffusion; state_dict names, order and numbers are the same):
-1. Only what Stable Diffusion v1 uses: no dropout, scale-shift norm, class label, resampling ResBlock, fp16 switch, nor
-   the older attention block. Where dropout stood in the names there is an empty slot. A context is always required.
-2. channel_mult may hold fractions, 64 x (1, 1.5) = 64, 96, and begin with any number (official: 1, or it crashes).
-3. attention_resolutions are checked: they are down-sampling factors; pixel sizes by mistake would silently mean no
-   attention.
-4. Taps instead of adapter code inside the blocks.
-5. norm_groups, 32 as published, may be smaller. A width of 32 in 32 groups makes groups of one channel, and the norm
-   that follows removes the very constant by which t speaks: such ResBlocks do not know t. The tiny ones here use 8.
+Differences from the official code (CompVis/latent-diffusion; same names, order and numbers):
+1. Only what Stable Diffusion v1 uses: no dropout (an empty slot keeps the names), scale-shift norm,
+   class label, resampling ResBlock, fp16 or older attention block. A context is always required.
+2. channel_mult may hold fractions and begin with any number (official: 1).
+3. attention_resolutions are checked: given pixel sizes, the official code builds no attention.
+4. norm_groups may be below the published 32: with 32 groups for 32 channels each group is one
+   channel, and normalising it removes the constant that t adds, so the block would ignore t.
 """
+from collections import OrderedDict
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion import timestep_embedding
 
-GROUPS = 32             # of every GroupNorm; Source: DDPM's and LDM's code
 
-
-class Tapped(nn.Module):
-    """A block with named tensors.
-
-    taps: name -> channels, in order of time; adapter: None, or a module called as adapter(name, x) -> x, same shape.
-    Source: Xiang et al. 2023 (arXiv 2303.18181) figure 4, the ten positions.
-    """
-
-    def __init__(self, taps):
-        super().__init__()
-        self.taps = taps
-        self.register_module("adapter", None)
-
-    def tap(self, name, x):
-        """The tensor x, or what the adapter makes of it: same shape. Source: Xiang et al. 2023 §3."""
-        return x if self.adapter is None else self.adapter(name, x)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# attention and the transformer
+# ---- attention and the transformer ---------------------------------------------------------------
 
 class CrossAttention(nn.Module):
-    """Multi-head attention: tokens x (B, N, query_dim) read context (B, L, context_dim) -> (B, N, query_dim).
+    """Multi-head attention: x (B, N, query_dim) reads context (B, L, context_dim) -> like x.
 
-    Self-attention is context = x. No biases on q, k, v. Source: LDM §3.3; Vaswani et al. 2017.
+    softmax(q k^T / sqrt(d)) v, q from x, k and v from context, without biases. Self-attention is
+    context = x. Source: LDM §3.3; Vaswani et al. 2017 Eq. 1.
     """
 
     def __init__(self, query_dim, context_dim, num_heads, head_dim):
@@ -85,48 +52,48 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(num_heads * head_dim, query_dim))
 
     def forward(self, x, context):
+        # q (B, h, N, d), k and v (B, h, L, d)
         q, k, v = (u.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-                   for u in (self.to_q(x), self.to_k(context), self.to_v(context)))     # (B, h, N, d), 2x (B, h, L, d)
-        x = F.scaled_dot_product_attention(q, k, v)                                     # (B, h, N, d)
-        return self.to_out(x.transpose(1, 2).flatten(2))                                # (B, N, query_dim)
+                   for u in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        x = F.scaled_dot_product_attention(q, k, v)                             # (B, h, N, d)
+        return self.to_out(x.transpose(1, 2).flatten(2))                        # (B, N, query_dim)
 
 
-class GEGLU(nn.Module):
-    """A linear layer gated by another, (B, N, D) -> (B, N, D_out). Source: Shazeer 2020 (arXiv 2002.05202)."""
+class Tapped(nn.Module):
+    """A block whose named tensors pass through `tap`, where an adapter can read or change them.
 
-    def __init__(self, dim, dim_out):
+    taps: name -> channels, in the order of computation. adapter: None, or an nn.Module with
+    forward(name, x) -> tensor like x, called once per tap; the block goes on with what it returns.
+    As a sub-module it is moved, saved and copied with the model; `block.adapter = None` removes
+    it. Source: Xiang et al. 2023 (arXiv 2303.18181) Fig. 4, the ten positions.
+    """
+
+    def __init__(self, taps):
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * dim_out)
+        self.taps = taps
+        self.register_module("adapter", None)
 
-    def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)                                     # 2x (B, N, D_out)
-        return value * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    """GEGLU to four times the width, then back: (B, N, D) -> (B, N, D). Source: LDM's code."""
-
-    def __init__(self, dim):
-        super().__init__()
-        # slot 1 is the official dropout
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x):
-        return self.net(x)
+    def tap(self, name, x):
+        """The tensor x, or what the adapter makes of it. Source: Xiang et al. 2023 §3."""
+        return x if self.adapter is None else self.adapter(name, x)
 
 
 class TransformerBlock(Tapped):
-    """Self-attention, cross-attention, MLP, each on a LayerNorm and added back: (B, N, D) -> (B, N, D).
+    """Self-attention, cross-attention, MLP, each on a LayerNorm and added: (B, N, D) -> (B, N, D).
 
-    Its eight taps are the transformer positions of the adapter paper; ca_c is the context (B, L, D_ctx) as this block
-    alone sees it. Source: LDM §3.3 and figure 3.
+        sa_out  = attn1(LN(sa_in))         ca_in     = sa_out + sa_in
+        ca_out  = attn2(LN(ca_in), ca_c)   ffn_in    = ca_out + ca_in
+        ffn_out = ff(LN(ffn_in))           trans_out = ffn_out + ffn_in
+    These are its taps; ca_c is the context (B, L, D_ctx). Source: LDM §3.3; Xiang et al. Fig. 4.
     """
 
     def __init__(self, dim, num_heads, head_dim, context_dim):
         names = ("sa_in", "sa_out", "ca_in", "ca_c", "ca_out", "ffn_in", "ffn_out", "trans_out")
         super().__init__({name: context_dim if name == "ca_c" else dim for name in names})
         self.attn1 = CrossAttention(dim, dim, num_heads, head_dim)
-        self.ff = FeedForward(dim)
+        # nested as published; the Identity stands where the official code has dropout
+        layers = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.ff = nn.Sequential(OrderedDict(net=layers))
         self.attn2 = CrossAttention(dim, context_dim, num_heads, head_dim)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -141,76 +108,79 @@ class TransformerBlock(Tapped):
         return self.tap("trans_out", self.tap("ffn_out", self.ff(self.norm3(x))) + x)
 
 
-class SpatialTransformer(nn.Module):
-    """Transformer blocks over the cells of a map, added to it: (B, C, H, W) -> (B, C, H, W). Source: LDM appendix E."""
+class GEGLU(nn.Module):
+    """value * GELU(gate), (B, N, D) -> (B, N, D_out). Source: Shazeer 2020 §2."""
 
-    def __init__(self, channels, num_heads, head_dim, depth, context_dim):
+    def __init__(self, dim, dim_out):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * dim_out)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)                             # 2x (B, N, D_out)
+        return value * F.gelu(gate)
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the cells of a map (B, C, H, W), added to it. Source: LDM §3.3."""
+
+    def __init__(self, channels, num_heads, head_dim, depth, context_dim, norm_groups=32):
         super().__init__()
         width = num_heads * head_dim
-        self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)        # as published: 1e-6 here, 1e-5 everywhere else
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)       # as published, else 1e-5
         self.proj_in = nn.Conv2d(channels, width, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, num_heads, head_dim, context_dim) for _ in range(depth))
         self.proj_out = nn.Conv2d(width, channels, 1)
 
     def forward(self, x, context):
-        h = self.proj_in(self.norm(x))                                                  # (B, C, H, W)
+        h = self.proj_in(self.norm(x))                                          # (B, C, H, W)
         H, W = h.shape[2:]
-        h = h.flatten(2).transpose(1, 2)                                                # (B, H*W, C)
+        h = h.flatten(2).transpose(1, 2)                                        # (B, H*W, C)
         for block in self.transformer_blocks:
-            h = block(h, context)                                                       # (B, H*W, C)
-        return x + self.proj_out(h.transpose(1, 2).unflatten(2, (H, W)))                # (B, C, H, W)
+            h = block(h, context)                                               # (B, H*W, C)
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, (H, W)))        # (B, C, H, W)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the convolutional trunk
+# ---- convolutions --------------------------------------------------------------------------------
 
 class ResBlock(Tapped):
-    """Two convolutions, the timestep added in between: x (B, C_in, H, W), emb (B, E) -> (B, C_out, H, W).
+    """Two convolutions, t added between: x (B, C, H, W), emb (B, E) -> (B, C_out, H, W).
 
-    Source: DDPM appendix B; ADM's code.
+    Taps: res_in, the input of both branches, and res_out, their sum. Source: DDPM appendix B.
     """
 
-    def __init__(self, channels, emb_channels, out_channels):
+    def __init__(self, channels, emb_channels, out_channels, norm_groups=32):
         super().__init__({"res_in": channels, "res_out": out_channels})
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+            nn.GroupNorm(norm_groups, channels), nn.SiLU(),
+            nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        self.out_layers = nn.Sequential(                            # slot 2 is the official dropout
-            nn.GroupNorm(GROUPS, out_channels), nn.SiLU(), nn.Identity(),
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(norm_groups, out_channels), nn.SiLU(),
+            nn.Identity(),                                              # the official dropout
             nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
         x = self.tap("res_in", x)
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]                  # (B, C_out, H, W)
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]          # (B, C_out, H, W)
         return self.tap("res_out", self.skip_connection(x) + self.out_layers(h))
 
 
-class Downsample(nn.Module):
-    """Half the side by a strided convolution, (B, C, H, W) -> (B, C, H/2, W/2). Source: DDPM's code."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.op(x)                                                               # (B, C, H/2, W/2)
+def make_downsample(ch):
+    """Strided convolution, (B, C, H, W) -> (B, C, H/2, W/2). Source: DDPM appendix B."""
+    return nn.Sequential(OrderedDict(op=nn.Conv2d(ch, ch, 3, stride=2, padding=1)))
 
 
-class Upsample(nn.Module):
-    """Twice the side: nearest neighbour, then a convolution, (B, C, H, W) -> (B, C, 2H, 2W). Source: DDPM's code."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))              # (B, C, 2H, 2W)
+def make_upsample(ch):
+    """Nearest neighbour, convolution, (B, C, H, W) -> (B, C, 2H, 2W). Source: DDPM appendix B."""
+    larger = nn.Upsample(scale_factor=2, mode="nearest")
+    return nn.Sequential(OrderedDict(larger=larger, conv=nn.Conv2d(ch, ch, 3, padding=1)))
 
 
 class Stage(nn.Sequential):
-    """Layers in a row; each gets what it needs of (h, emb, context). Source: ADM's code (TimestepEmbedSequential)."""
+    """Layers in a row; each gets what it reads of h, emb and context. Source: ADM appendix A."""
 
     def forward(self, h, emb, context):
         for layer in self:
@@ -223,134 +193,148 @@ class Stage(nn.Sequential):
         return h
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the model
-
-def check_sizes(model_channels, channel_mult, attention_resolutions, num_heads, num_head_channels):
-    """Raises ValueError for sizes that do not fit together; arguments as in UNet. Source: LDM's code."""
-    if (num_heads == -1) == (num_head_channels == -1):
-        raise ValueError(f"num_heads {num_heads}, num_head_channels {num_head_channels}: exactly one must be -1")
-    what, divisor = ("num_heads", num_heads) if num_head_channels == -1 else ("num_head_channels", num_head_channels)
-    widths = [mult * model_channels for mult in channel_mult]
-    for width in (model_channels, *widths):
-        if width % GROUPS:
-            raise ValueError(f"{width:g} channels are not a multiple of {GROUPS}, the number of GroupNorm groups: "
-                             f"change model_channels {model_channels} or channel_mult {tuple(channel_mult)}")
-    for width in widths:
-        if width % divisor:
-            raise ValueError(f"{width:g} channels are not divisible by {what} {divisor}: change one of them")
-    factors = [2 ** level for level in range(len(channel_mult))]
-    if not set(attention_resolutions) <= set(factors):
-        raise ValueError(f"attention_resolutions {tuple(attention_resolutions)} must be down-sampling factors out of "
-                         f"{factors} (1 = full size, 2 = half), not pixel sizes")
-
+# ---- the model -----------------------------------------------------------------------------------
 
 class UNet(nn.Module):
     """The conditional U-Net. The defaults are Stable Diffusion v1.
 
-    in_channels, out_channels: C of x and of the answer; model_channels: the unit of width, a multiple of 32;
-    channel_mult: width of each level in that unit, one entry per size of the map, the largest first;
+    in_channels, out_channels: C of x and of the result; model_channels: the unit of width;
+    channel_mult: width of each level in that unit, one entry per size of the map, largest first;
     num_res_blocks: ResBlocks per level on the way down (one more on the way up);
-    attention_resolutions: down-sampling factors (1, 2, 4, ...) of the levels with transformers (also in the middle);
-    num_heads: attention heads at every width, or -1 and num_head_channels: channels per head at every width;
-    transformer_depth: blocks per transformer; context_dim: width D_ctx of a text state; norm_groups: of each GroupNorm.
-    Raises ValueError for sizes that do not fit together. Source: LDM §3.3, table 15 (appendix E).
+    attention_resolutions: down-sampling factors (1, 2, 4, ...) of the levels with transformers
+    (the middle always has one); num_heads: attention heads at every width, or -1 and then
+    num_head_channels: channels per head; transformer_depth: blocks per transformer;
+    context_dim: width D_ctx of a text state; norm_groups: of each GroupNorm, divides every width.
+    Raises ValueError for sizes that do not fit together. Source: LDM §3.3, Table 15.
     """
 
-    matrices = r"(?:input_blocks\.(?!0\.)|middle_block\.|output_blocks\.)"              # Muon's share, see above
+    # Muon (optim.py) gets the matrices and convolution kernels whose names start like this: all but
+    # the first convolution (input_blocks.0), the timestep MLP and the last convolution
+    matrices = r"(?:input_blocks\.(?!0\.)|middle_block\.|output_blocks\.)"
 
-    def __init__(self, in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=2,
-                 attention_resolutions=(1, 2, 4), num_heads=8, num_head_channels=-1, transformer_depth=1,
-                 context_dim=768, norm_groups=GROUPS):
+    def __init__(self, in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
+                 num_res_blocks=2, attention_resolutions=(1, 2, 4), num_heads=8,
+                 num_head_channels=-1, transformer_depth=1, context_dim=768, norm_groups=32):
         super().__init__()
-        check_sizes(model_channels, channel_mult, attention_resolutions, num_heads, num_head_channels)
-        self.in_channels, self.out_channels, self.context_dim = in_channels, out_channels, context_dim
-        self.model_channels, self.min_size = model_channels, 2 ** (len(channel_mult) - 1)
-        emb_dim = 4 * model_channels
+        check_sizes(model_channels, channel_mult, attention_resolutions, num_heads,
+                    num_head_channels, norm_groups)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.context_dim, self.model_channels = context_dim, model_channels
+        self.min_size, emb_dim = 2 ** (len(channel_mult) - 1), 4 * model_channels
 
-        def transformer(ch):
-            heads = ch // num_head_channels if num_heads == -1 else num_heads
-            return SpatialTransformer(ch, heads, ch // heads, transformer_depth, context_dim)
+        def layers(ch_in, ch, attend):
+            stage = [ResBlock(ch_in, emb_dim, ch, norm_groups)]
+            if attend:
+                heads = num_heads if num_heads != -1 else ch // num_head_channels
+                stage.append(SpatialTransformer(ch, heads, ch // heads, transformer_depth,
+                                                context_dim, norm_groups))
+            return stage
 
-        levels = [(2 ** i, int(mult * model_channels), [transformer] * (2 ** i in attention_resolutions))
-                  for i, mult in enumerate(channel_mult)]           # factor, width, attention or none
-        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, model_channels, 3, padding=1))])
-        ch, skips = model_channels, [model_channels]                # width now; widths of the maps kept for the way up
-        for factor, width, attention in levels:
-            if factor > 1:
-                self.input_blocks.append(Stage(Downsample(ch)))
+        levels = [(int(mult * model_channels), 2 ** i in attention_resolutions)
+                  for i, mult in enumerate(channel_mult)]       # width, and whether it attends
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.build_blocks(levels, num_res_blocks, layers)
+        width = levels[0][0]
+        self.out = nn.Sequential(nn.GroupNorm(norm_groups, width), nn.SiLU(),
+                                 nn.Conv2d(width, out_channels, 3, padding=1))
+        self.initialize_weights()
+
+    def build_blocks(self, levels, num_res_blocks, layers):
+        """Adds the blocks; layers(ch_in, ch, attend) makes those of a stage. Source: LDM Fig. 3."""
+        ch = self.model_channels                        # width of the current map
+        skips = [ch]                                    # widths of the maps kept for the way up
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(self.in_channels, ch, 3, padding=1))])
+        for level, (width, attend) in enumerate(levels):
+            if level > 0:
+                self.input_blocks.append(Stage(make_downsample(ch)))
                 skips.append(ch)
             for _ in range(num_res_blocks):
-                self.input_blocks.append(Stage(ResBlock(ch, emb_dim, width), *(make(width) for make in attention)))
+                self.input_blocks.append(Stage(*layers(ch, width, attend)))
                 ch = width
                 skips.append(ch)
-        self.middle_block = Stage(ResBlock(ch, emb_dim, ch), transformer(ch), ResBlock(ch, emb_dim, ch))
+        self.middle_block = Stage(*layers(ch, ch, True), *layers(ch, ch, False))
         self.output_blocks = nn.ModuleList()
-        for factor, width, attention in reversed(levels):
+        for level, (width, attend) in reversed(list(enumerate(levels))):
             for i in range(num_res_blocks + 1):
-                stage = [ResBlock(ch + skips.pop(), emb_dim, width), *(make(width) for make in attention)]
-                if factor > 1 and i == num_res_blocks:
-                    stage.append(Upsample(width))
+                stage = layers(ch + skips.pop(), width, attend)
+                if level > 0 and i == num_res_blocks:
+                    stage.append(make_upsample(width))
                 self.output_blocks.append(Stage(*stage))
                 ch = width
-        self.out = nn.Sequential(nn.GroupNorm(GROUPS, ch), nn.SiLU(), nn.Conv2d(ch, out_channels, 3, padding=1))
-        for module in self.modules():
-            if isinstance(module, nn.GroupNorm):
-                module.num_groups = norm_groups     # no tensor depends on it, so names and official files stay the same
-        self.initialize_weights()
+
+    def forward(self, x, t, context):
+        """x (B, C, H, W), t (B,) in 0..999, context (B, L, D_ctx) -> (B, C_out, H, W).
+
+        Raises ValueError if H, W cannot be halved often enough or D_ctx differs. Source: LDM Eq. 3.
+        """
+        if x.shape[2] % self.min_size or x.shape[3] % self.min_size:
+            raise ValueError(f"a {x.shape[2]}x{x.shape[3]} map cannot be halved down to the lowest "
+                             f"level: make height and width multiples of {self.min_size}")
+        if context.dim() != 3 or context.shape[2] != self.context_dim:
+            raise ValueError(f"context has shape {tuple(context.shape)}, expected (batch, tokens, "
+                             f"{self.context_dim}): change context_dim or the text encoder")
+        t = timestep_embedding(t, self.model_channels)                          # (B, ch)
+        emb = self.time_embed(t.to(self.time_embed[0].weight.dtype))            # (B, E)
+        h, skips = x, []
+        for block in self.input_blocks:
+            h = block(h, emb, context)                                          # (B, C_i, H/f, W/f)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)         # (B, C_i, H/f, W/f)
+        return self.out(h)                                                      # (B, C_out, H, W)
 
     def initialize_weights(self):
         """Every initial value of the model, in one place. Source: DDPM's and LDM's code.
 
-        | what                              | how                           | why                                     |
-        | Linear and Conv2d                 | uniform +-1/sqrt(fan_in)      | PyTorch's own, as published             |
-        | norms                             | weight 1, bias 0              | the same                                |
-        | last convolution of each ResBlock | 0                             | each block begins as its skip           |
-        | proj_out of each transformer      | 0                             | each transformer begins as the identity |
-        | last convolution of the model     | 0                             | the first prediction is 0, loss is 1    |
+        | what                              | how                      | why                     |
+        | Linear and Conv2d                 | uniform +-1/sqrt(fan_in) | PyTorch's, as published |
+        | norms                             | weight 1, bias 0         | only normalise at first |
+        | last convolution of each ResBlock | 0                        | first output: its skip  |
+        | proj_out of each transformer      | 0                        | first output: its input |
+        | last convolution of the model     | 0                        | first output: 0         |
+        The first loss is thus the mean square of the target, see DiT.initialize_weights.
         """
         zero = [self.out[2]]
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)):
                 module.reset_parameters()
-            elif isinstance(module, (ResBlock, SpatialTransformer)):
-                zero.append(module.out_layers[3] if isinstance(module, ResBlock) else module.proj_out)
-        for conv in zero:
-            nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            elif isinstance(module, ResBlock):
+                zero.append(module.out_layers[3])
+            elif isinstance(module, SpatialTransformer):
+                zero.append(module.proj_out)
+        for parameter in (p for conv in zero for p in conv.parameters()):
+            nn.init.zeros_(parameter)
 
-    def forward(self, x, t, context):
-        """x (B, C, H, W), t (B,) steps 0..999 (fractions allowed), context (B, L, D_ctx) -> (B, C_out, H, W).
 
-        Raises ValueError if H or W cannot be halved down to the lowest level, or D_ctx is wrong. Source: LDM figure 3.
-        """
-        if x.shape[2] % self.min_size or x.shape[3] % self.min_size:
-            raise ValueError(f"a {x.shape[2]}x{x.shape[3]} map cannot be halved down to the lowest level: "
-                             f"make height and width multiples of {self.min_size}")
-        if context.dim() != 3 or context.shape[2] != self.context_dim:
-            raise ValueError(f"context has shape {tuple(context.shape)}, this U-Net expects (batch, tokens, "
-                             f"{self.context_dim}): change context_dim or the text encoder")
-        t = timestep_embedding(t, self.model_channels)                                  # (B, model_channels)
-        emb = self.time_embed(t.to(self.time_embed[0].weight.dtype))                    # (B, E)
-        h, skips = x, []
-        for block in self.input_blocks:
-            h = block(h, emb, context)                                                  # (B, C_level, H/f, W/f)
-            skips.append(h)
-        h = self.middle_block(h, emb, context)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)                 # (B, C_level, H/f, W/f)
-        return self.out(h)                                                              # (B, C_out, H, W)
+def check_sizes(model_channels, channel_mult, attention_resolutions, num_heads, num_head_channels,
+                norm_groups):
+    """Raises ValueError for sizes that do not fit together; as in UNet. Source: LDM Table 15."""
+    if (num_heads == -1) == (num_head_channels == -1):
+        raise ValueError(f"num_heads {num_heads}, num_head_channels {num_head_channels}: "
+                         "exactly one must be -1")
+    heads = max((num_heads, "num_heads"), (num_head_channels, "num_head_channels"))  # the other: -1
+    checks = [(mult, norm_groups, "norm_groups") for mult in (1, *channel_mult)]
+    for mult, divisor, name in checks + [(mult, *heads) for mult in channel_mult]:
+        if mult * model_channels % divisor:
+            raise ValueError(f"{mult * model_channels:g} channels are not a multiple of {name} "
+                             f"{divisor}: change it, model_channels {model_channels} or "
+                             f"channel_mult {tuple(channel_mult)}")
+    factors = [2 ** level for level in range(len(channel_mult))]
+    if not set(attention_resolutions) <= set(factors):
+        raise ValueError(f"attention_resolutions {tuple(attention_resolutions)} must be down-"
+                         f"sampling factors out of {factors} (1 = full size), not pixel sizes")
 
 
 UNET_CONFIGS = {
     # Stable Diffusion v1: 64x64x4 latents, 77 CLIP states; 860 M parameters
-    "SD-v1": dict(in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=2,
-                  attention_resolutions=(1, 2, 4), num_heads=8, context_dim=768),
-    # for 8x8 latents on a laptop, in_channels and out_channels follow the latents: widths 64, 96; 2.8 M parameters
-    "unet-tiny": dict(model_channels=64, channel_mult=(1, 1.5), num_res_blocks=1, attention_resolutions=(1, 2),
-                      num_heads=4, context_dim=64, norm_groups=8),
-    # the same with widths 64, 128; 4.2 M parameters
-    "unet-small": dict(model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
-                       num_heads=4, context_dim=64, norm_groups=8),
+    "SD-v1": dict(in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
+                  num_res_blocks=2, attention_resolutions=(1, 2, 4), num_heads=8, context_dim=768),
+    # for 8x8 latents on a CPU (in_channels, out_channels: those of the latents); 2.8 M parameters
+    "unet-tiny": dict(model_channels=64, channel_mult=(1, 1.5), num_res_blocks=1, num_heads=4,
+                      attention_resolutions=(1, 2), context_dim=64, norm_groups=8),
+    # the same, twice the width on the lower level; 4.2 M parameters
+    "unet-small": dict(model_channels=64, channel_mult=(1, 2), num_res_blocks=1, num_heads=4,
+                       attention_resolutions=(1, 2), context_dim=64, norm_groups=8),
 }

@@ -1,16 +1,18 @@
-"""unet.py against the official figures and sizes, what a fresh U-Net promises, and the places an adapter may tap."""
+"""unet.py against official figures and sizes, its initial weights, and the taps for adapters."""
 import copy
 import re
 
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import fill_by_recipe, golden_case
 from diffusion import timestep_embedding
-from unet import UNET_CONFIGS, CrossAttention, ResBlock, SpatialTransformer, Tapped, TransformerBlock, UNet
+from unet import (UNET_CONFIGS, CrossAttention, ResBlock, SpatialTransformer, Tapped,
+                  TransformerBlock, UNet)
 
 TOLERANCE = dict(rtol=1e-4, atol=2e-5)
 TINY = dict(in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
@@ -43,18 +45,18 @@ class Edit(nn.Module):
 
 def inputs(batch=2, size=8, channels=4, tokens=5, width=24, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, channels, size, size, generator=g), torch.randint(1000, (batch,), generator=g),
-            torch.randn(batch, tokens, width, generator=g))
+    x = torch.randn(batch, channels, size, size, generator=g)
+    t = torch.randint(1000, (batch,), generator=g)
+    return x, t, torch.randn(batch, tokens, width, generator=g)
 
 
 def official(model, d):
-    """The model with the golden weights, its names, order and shapes compared with the official ones."""
+    """The model with the golden weights; its names, order and shapes must be the official ones."""
     assert [[k, list(v.shape)] for k, v in model.state_dict().items()] == d["params"]
     return fill_by_recipe(model).eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# official figures
+# ---- official figures ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("case", ["unet_tiny", "unet_deep"])
 def test_whole_model_matches_official(case):
@@ -70,18 +72,21 @@ def test_whole_model_matches_official(case):
     compared = [k for k in g if k.startswith("out_")]
     assert len(compared) == (11 if case == "unet_tiny" else 6)
     for k in compared:
-        assert_close(stages[k.removeprefix("out_")].detach(), g[k], **TOLERANCE, msg=lambda m: f"{k}: {m}")
+        ours = stages[k.removeprefix("out_")].detach()
+        assert_close(ours, g[k], **TOLERANCE, msg=lambda m: f"{k}: {m}")
 
 
 @pytest.mark.parametrize("case,build,second,out", [
-    ("unet_resblock_same", ResBlock, "emb", "out"), ("unet_resblock_change", ResBlock, "emb", "out"),
+    ("unet_resblock_same", ResBlock, "emb", "out"),
+    ("unet_resblock_change", ResBlock, "emb", "out"),
     ("unet_cross_attention", CrossAttention, "context", "cross"),
     ("unet_spatial_transformer", SpatialTransformer, "context", "out")])
 def test_parts_match_official(case, build, second, out):
     d, g = golden_case(case)
-    ours = {"heads": "num_heads", "n_heads": "num_heads", "dim_head": "head_dim", "d_head": "head_dim",
-            "in_channels": "channels"}
-    part = official(build(**{ours.get(k, k): v for k, v in d["config"].items() if k != "dropout"}), d)
+    ours = {"heads": "num_heads", "n_heads": "num_heads", "dim_head": "head_dim",
+            "d_head": "head_dim", "in_channels": "channels"}
+    arguments = {ours.get(k, k): v for k, v in d["config"].items() if k != "dropout"}
+    part = official(build(**arguments), d)
     assert_close(part(g["in_x"], g[f"in_{second}"]).detach(), g[f"out_{out}"], **TOLERANCE)
 
 
@@ -92,11 +97,13 @@ def test_taps_of_the_transformer_block_are_the_papers_tensors():
     plain = block(g["in_x"], g["in_context"])
     block.adapter = recorder = Recorder()
     assert torch.equal(block(g["in_x"], g["in_context"]), plain)
-    assert list(recorder.seen) == list(block.taps)                                      # each once, in order of time
+    assert list(recorder.seen) == list(block.taps)  # each once, in order of time
     assert {name: x.shape[-1] for name, x in recorder.seen.items()} == block.taps
-    assert torch.equal(recorder.seen["sa_in"], g["in_x"]) and torch.equal(recorder.seen["ca_c"], g["in_context"])
+    assert torch.equal(recorder.seen["sa_in"], g["in_x"])
+    assert torch.equal(recorder.seen["ca_c"], g["in_context"])
     for name in ("SA_out", "CA_in", "CA_out", "FFN_in", "FFN_out", "Trans_out"):
-        assert_close(recorder.seen[name.lower()].detach(), g[f"out_{name}"], **TOLERANCE, msg=lambda m: f"{name}: {m}")
+        seen = recorder.seen[name.lower()].detach()
+        assert_close(seen, g[f"out_{name}"], **TOLERANCE, msg=lambda m: f"{name}: {m}")
 
 
 def test_timestep_embedding_is_the_official_one():
@@ -105,8 +112,7 @@ def test_timestep_embedding_is_the_official_one():
     assert_close(timestep_embedding(t, dim), g["out_temb"], **TOLERANCE)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# sizes
+# ---- sizes ---------------------------------------------------------------------------------------
 
 def build(name, **overrides):
     with torch.device("meta"):
@@ -121,15 +127,17 @@ def test_stable_diffusion_has_its_size():
     model = build("SD-v1")
     assert count(model) == 859_520_964 and len(model.state_dict()) == 686
     with torch.device("meta"):
-        assert str(UNet()) == str(model)                                                # the defaults are this model
+        assert str(UNet()) == str(model)  # the defaults are this model
     blocks = [m for m in model.modules() if isinstance(m, TransformerBlock)]
     assert len(blocks) == 16 and sum(isinstance(m, ResBlock) for m in model.modules()) == 22
-    assert sum(block.taps["sa_in"] for block in blocks) == 12_480 and {block.taps["ca_c"] for block in blocks} == {768}
-    assert count(model.time_embed) == 2_050_560 and count(model.out) == 12_164          # the released model
-    for part, millions in (("input_blocks.1", 4.80), ("input_blocks.4", 15.75), ("input_blocks.7", 59.35),
-                           ("input_blocks.10", 31.14), ("middle_block", 97.04), ("output_blocks.0", 49.16),
-                           ("output_blocks.3", 83.93), ("output_blocks.6", 25.99), ("output_blocks.9", 6.95)):
-        assert round(count(model.get_submodule(part)) / 1e6, 2) == millions, part       # the released model
+    assert sum(block.taps["sa_in"] for block in blocks) == 12_480
+    assert {block.taps["ca_c"] for block in blocks} == {768}
+    assert count(model.time_embed) == 2_050_560 and count(model.out) == 12_164  # the released model
+    for part, millions in (                                             # the released model
+            ("input_blocks.1", 4.80), ("input_blocks.4", 15.75), ("input_blocks.7", 59.35),
+            ("input_blocks.10", 31.14), ("middle_block", 97.04), ("output_blocks.0", 49.16),
+            ("output_blocks.3", 83.93), ("output_blocks.6", 25.99), ("output_blocks.9", 6.95)):
+        assert round(count(model.get_submodule(part)) / 1e6, 2) == millions, part
     for up in ("2.1", "5.2", "8.2"):
         assert model.get_submodule(f"output_blocks.{up}.conv").kernel_size == (3, 3)
 
@@ -141,14 +149,15 @@ def test_small_sizes_are_as_told(name, params, macs):
     assert count(model) == params
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         model(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, 8, 64))
-    assert counter.get_total_flops() // 2 == macs                                       # one picture of 8x8x4, 8 words
+    assert counter.get_total_flops() // 2 == macs  # one picture of 8x8x4, 8 words
 
 
-@pytest.mark.parametrize("overrides,millions", [                                        # the released model
+@pytest.mark.parametrize("overrides,millions", [  # the released model
     (dict(model_channels=32), 1.69), (dict(), 6.60), (dict(num_res_blocks=2), 9.89),
     (dict(channel_mult=(1, 2, 4)), 16.30), (dict(model_channels=96), 14.74)])
 def test_counts_of_the_fact_sheet(overrides, millions):
-    sizes = dict(in_channels=3, out_channels=3, channel_mult=(1, 2, 2), attention_resolutions=(2, 4))
+    sizes = dict(in_channels=3, out_channels=3, channel_mult=(1, 2, 2),
+                 attention_resolutions=(2, 4))
     assert round(count(build("unet-small", **{**sizes, **overrides})) / 1e6, 2) == millions
 
 
@@ -156,12 +165,12 @@ def test_muon_gets_the_matrices_of_the_trunk():
     model = build("unet-tiny")
     chosen = {n for n, p in model.named_parameters() if p.dim() >= 2 and re.match(UNet.matrices, n)}
     rest = {n for n, p in model.named_parameters() if p.dim() >= 2} - chosen
-    assert rest == {"time_embed.0.weight", "time_embed.2.weight", "input_blocks.0.0.weight", "out.2.weight"}
+    assert rest == {"time_embed.0.weight", "time_embed.2.weight", "input_blocks.0.0.weight",
+                    "out.2.weight"}
     assert "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in chosen
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the start
+# ---- the start -----------------------------------------------------------------------------------
 
 ZERO = r"(.*\.)?(out_layers\.3|proj_out)\.(weight|bias)|out\.2\.(weight|bias)"
 
@@ -171,15 +180,15 @@ def test_a_fresh_unet_answers_zero_and_exactly_these_tensors_are_zero():
     model = UNet(**TINY)
     assert model(*inputs()).abs().max() == 0
     for name, p in model.named_parameters():
-        norm_bias = re.search(r"norm\d?\.bias$|(in_layers|out_layers|^out)\.0\.bias$", name) is not None
-        assert (p.abs().max() == 0) == (norm_bias or re.fullmatch(ZERO, name) is not None), name
+        norm_bias = re.search(r"norm\d?\.bias$|(in_layers|out_layers|^out)\.0\.bias$", name)
+        assert (p.abs().max() == 0) == bool(norm_bias or re.fullmatch(ZERO, name)), name
     h, emb, context = torch.randn(2, 64, 4, 4), torch.randn(2, 128), torch.randn(2, 5, 24)
-    assert torch.equal(model.middle_block(h, emb, context), h)                          # all begin as the identity
+    assert torch.equal(model.middle_block(h, emb, context), h)  # all begin as the identity
     weight = model.middle_block[0].in_layers[2].weight
-    assert weight.abs().max() <= (64 * 9) ** -0.5                                       # uniform: std = bound / sqrt(3)
+    assert weight.abs().max() <= (64 * 9) ** -0.5  # uniform: std = bound / sqrt(3)
     assert weight.std().item() == pytest.approx((64 * 9 * 3) ** -0.5, rel=0.03)
     fill_by_recipe(model).initialize_weights()
-    assert model(*inputs()).abs().max() == 0                                            # it initialises everything
+    assert model(*inputs()).abs().max() == 0  # it initialises everything
 
 
 def test_gradients_reach_every_parameter_within_three_steps():
@@ -200,7 +209,7 @@ def test_gradients_reach_every_parameter_within_three_steps():
 def test_overfits_eight_coarse_images():
     torch.manual_seed(0)
     model = UNet(**UNET_CONFIGS["unet-tiny"], in_channels=3, out_channels=3)
-    x0 = (2 * torch.rand(8, 3, 2, 2) - 1).repeat_interleave(4, 2).repeat_interleave(4, 3)   # (8, 3, 8, 8), flat
+    x0 = F.interpolate(2 * torch.rand(8, 3, 2, 2) - 1, scale_factor=4)  # (8, 3, 8, 8)
     context, alpha_bar = torch.randn(8, 2, 64), torch.linspace(0.9999, 0.01, 1000)
     opt, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for _ in range(150):
@@ -209,12 +218,10 @@ def test_overfits_eight_coarse_images():
         loss = (model(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, context) - eps).square().mean()
         opt.zero_grad(), loss.backward(), opt.step()
         losses.append(loss.item())
-    print("mean loss of each 50 steps:", [round(sum(losses[i:i + 50]) / 50, 3) for i in range(0, 150, 50)])
-    assert sum(losses[-50:]) / 50 < 0.16, sum(losses[-50:]) / 50                        # the answer zero gives 1.0
+    assert sum(losses[-50:]) / 50 < 0.25, sum(losses[-50:]) / 50        # predicting 0 gives 1.0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what is read, and where
+# ---- what is read, and where ---------------------------------------------------------------------
 
 def test_every_condition_is_read_and_every_word_counts():
     model = fill_by_recipe(UNet(**{**TINY, "model_channels": 64}))
@@ -226,7 +233,8 @@ def test_every_condition_is_read_and_every_word_counts():
         other = context.clone()
         other[:, word] += 1
         assert (model(x, t, other) - out).abs().max() > 1e-4, word
-    assert_close(model(x, t, context[:, [3, 1, 0, 4, 2]]), out, **TOLERANCE)            # words have no order here
+    shuffled = context[:, [3, 1, 0, 4, 2]]                              # words have no order here
+    assert_close(model(x, t, shuffled), out, **TOLERANCE)
 
 
 def test_one_word_makes_cross_attention_blind_to_the_picture():
@@ -234,13 +242,13 @@ def test_one_word_makes_cross_attention_blind_to_the_picture():
     attn = CrossAttention(32, 24, 4, 8)
     x, word, words = torch.randn(2, 9, 32), torch.randn(2, 1, 24), torch.randn(2, 2, 24)
     out = attn(x, word)
-    assert_close(out, attn.to_out(attn.to_v(word)).expand(2, 9, 32))                    # softmax over one key is 1
+    assert_close(out, attn.to_out(attn.to_v(word)).expand(2, 9, 32))  # softmax over one key is 1
     assert_close(attn(x + 1, word), out)
     assert (attn(x + 1, words) - attn(x, words)).abs().max() > 1e-3
 
 
 def test_groups_of_one_channel_forget_the_timestep():
-    """What the file's docstring warns of: after GroupNorm with one channel a group, a constant per channel is gone."""
+    """GroupNorm with one channel per group removes a constant per channel (file docstring, 4)."""
     torch.manual_seed(0)
     x, emb = torch.randn(2, 64, 8, 8), torch.randn(2, 128)
     for width, forgets in ((32, True), (64, False)):
@@ -255,12 +263,33 @@ def test_a_picture_does_not_depend_on_its_batch_and_sizes_may_differ():
     assert model(torch.randn(1, 4, 6, 10), t[:1], context[:1]).shape == (1, 4, 6, 10)
 
 
+def test_gradients_reach_every_parameter_at_once_when_none_is_zero():
+    model = fill_by_recipe(UNet(**{**TINY, "norm_groups": 8})).double()
+    x, t, context = inputs()
+    model(x.double(), t, context.double()).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad.abs().max() > 1e-6, name
+
+
+def test_every_norm_has_the_groups_and_the_eps_that_are_told():
+    model = UNet(**TINY, norm_groups=8)
+    groups = {n: m for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
+    assert len(groups) == 7 + 2 * 8 + 1                 # transformers, ResBlocks, the last layer
+    for name, norm in groups.items():
+        assert norm.num_groups == 8, name
+        assert norm.eps == (1e-6 if name.endswith(".norm") else 1e-5), name
+    assert model.out[0].num_channels == 32 and UNet(**TINY).out[0].num_groups == 32
+    wide = UNet(**{**TINY, "channel_mult": (2, 2), "num_heads": 64})  # not of model_channels 32
+    assert fill_by_recipe(wide)(*inputs()).shape == (2, 4, 8, 8)
+
+
 def test_memory_format_changes_nothing():
     model = fill_by_recipe(UNet(**TINY))
     x, t, context = inputs()
     out = model(x, t, context)
     model.to(memory_format=torch.channels_last)
-    assert_close(model(x.contiguous(memory_format=torch.channels_last), t, context), out, **TOLERANCE)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert_close(model(x, t, context), out, **TOLERANCE)
 
 
 def test_it_compiles_to_one_graph_with_and_without_an_adapter():
@@ -272,14 +301,13 @@ def test_it_compiles_to_one_graph_with_and_without_an_adapter():
         assert_close(compiled(*inputs()), model(*inputs()), **TOLERANCE)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# taps
+# ---- taps ----------------------------------------------------------------------------------------
 
 def test_every_tap_can_be_edited_and_an_idle_adapter_costs_no_bit():
     model = fill_by_recipe(UNet(**TINY))
     out, names = model(*inputs()), list(model.state_dict())
     tapped = [m for m in model.modules() if isinstance(m, Tapped)]
-    assert len(tapped) == 7 + 8                                                         # transformer blocks, ResBlocks
+    assert len(tapped) == 7 + 8  # transformer blocks, ResBlocks
     for block in tapped:
         block.adapter = Recorder()
     assert torch.equal(model(*inputs()), out) and list(model.state_dict()) == names
@@ -287,22 +315,55 @@ def test_every_tap_can_be_edited_and_an_idle_adapter_costs_no_bit():
     for block in tapped:
         block.adapter = None
     for place in (*TransformerBlock(32, 2, 16, 24).taps, "res_in", "res_out"):
-        block = model.middle_block[0] if place.startswith("res") else model.middle_block[1].transformer_blocks[0]
+        block = model.middle_block[0]
+        if not place.startswith("res"):
+            block = model.middle_block[1].transformer_blocks[0]
         block.adapter = Edit(place)
         assert (model(*inputs()) - out).abs().max() > 1e-5, place
         block.adapter = None
     assert torch.equal(model(*inputs()), out)
 
 
-@pytest.mark.parametrize("output,stream", [("sa_out", "ca_in"), ("ca_out", "ffn_in"), ("ffn_out", "trans_out")])
+@pytest.mark.parametrize("output,stream", [
+    ("sa_out", "ca_in"), ("ca_out", "ffn_in"), ("ffn_out", "trans_out")])
 def test_adding_to_an_output_is_adding_to_the_stream_behind_it(output, stream):
     torch.manual_seed(0)
-    block, x, context = TransformerBlock(32, 4, 8, 20), torch.randn(2, 10, 32), torch.randn(2, 6, 20)
-    results = []
+    block, results = TransformerBlock(32, 4, 8, 20), []
+    x, context = torch.randn(2, 10, 32), torch.randn(2, 6, 20)
     for place in (output, stream):
         block.adapter = Edit(place)
         results.append(block(x, context))
     assert_close(*results)
+
+
+def test_taps_are_the_formulas_of_their_docstrings():
+    torch.manual_seed(0)
+    block = fill_by_recipe(TransformerBlock(32, 4, 8, 20)).double()
+    x, context = torch.randn(2, 10, 32).double(), torch.randn(2, 6, 20).double()
+    block.adapter = recorder = Recorder()
+    out, s = block(x, context), recorder.seen
+    h = block.norm1(x)
+    for name, want in {
+            "sa_in": x, "sa_out": block.attn1(h, h), "ca_in": s["sa_out"] + x, "ca_c": context,
+            "ca_out": block.attn2(block.norm2(s["ca_in"]), context),
+            "ffn_in": s["ca_out"] + s["ca_in"], "ffn_out": block.ff(block.norm3(s["ffn_in"])),
+            "trans_out": s["ffn_out"] + s["ffn_in"]}.items():
+        assert_close(s[name], want, rtol=1e-12, atol=1e-12, msg=lambda m: f"{name}: {m}")
+    assert torch.equal(out, s["trans_out"])
+    res, x, emb = fill_by_recipe(ResBlock(32, 16, 64)), torch.randn(2, 32, 4, 4), torch.randn(2, 16)
+    res.adapter = recorder = Recorder()
+    assert torch.equal(res(x, emb), recorder.seen["res_out"])
+    assert recorder.seen["res_in"] is x and res.taps == {"res_in": 32, "res_out": 64}
+
+
+@pytest.mark.parametrize("place", ["sa_in", "ca_c"])
+def test_an_edit_of_an_input_is_that_input_edited_for_this_block_alone(place):
+    torch.manual_seed(0)
+    block = fill_by_recipe(TransformerBlock(32, 4, 8, 20))
+    x, context = torch.randn(2, 10, 32), torch.randn(2, 6, 20)
+    want = block(x + 0.5, context) if place == "sa_in" else block(x, context + 0.5)
+    block.adapter = Edit(place)
+    assert_close(block(x, context), want, **TOLERANCE)
 
 
 def test_an_adapter_is_a_part_of_the_model():
@@ -311,31 +372,32 @@ def test_an_adapter_is_a_part_of_the_model():
     block.adapter = Edit("ca_out")
     block.adapter.up = nn.Linear(2, 2)
     assert "middle_block.1.transformer_blocks.0.adapter.up.weight" in model.state_dict()
-    twin = copy.deepcopy(model)                                                         # as the EMA copy is made
+    twin = copy.deepcopy(model)  # as the EMA copy is made
     twin.middle_block[1].transformer_blocks[0].adapter.amount = 2.0
     assert block.adapter.amount == 0.5
     with pytest.raises(TypeError):
-        model.middle_block[0].adapter = lambda name, x: x                               # would not move, save, or copy
+        model.middle_block[0].adapter = lambda name, x: x  # would not move, save, or copy
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# errors
+# ---- errors --------------------------------------------------------------------------------------
 
 def test_sizes_that_do_not_fit_are_named():
-    for bad, words in ((dict(model_channels=48), "48 channels are not a multiple of 32.*model_channels 48"),
-                       (dict(channel_mult=(1, 1.5)), "48 channels are not a multiple of 32"),
-                       (dict(num_heads=5), "32 channels are not divisible by num_heads 5"),
-                       (dict(num_heads=-1, num_head_channels=24), "32 channels are not divisible.*channels 24"),
-                       (dict(num_head_channels=16), "exactly one must be -1"),
-                       (dict(num_heads=-1), "exactly one must be -1"),
-                       (dict(attention_resolutions=(8, 4)), r"\(8, 4\) must be down-sampling factors out of \[1, 2\]")):
+    for bad, words in (
+            (dict(model_channels=48), "48 channels .* of norm_groups 32.*model_channels 48"),
+            (dict(channel_mult=(1, 1.5)), "48 channels are not a multiple of norm_groups 32"),
+            (dict(norm_groups=12), "32 channels are not a multiple of norm_groups 12"),
+            (dict(num_heads=5), "32 channels are not a multiple of num_heads 5"),
+            (dict(num_heads=-1, num_head_channels=24), "32 channels .* num_head_channels 24"),
+            (dict(num_head_channels=16), "exactly one must be -1"),
+            (dict(num_heads=-1), "exactly one must be -1"),
+            (dict(attention_resolutions=(8, 4)), r"\(8, 4\) must be .* factors out of \[1, 2\]")):
         with pytest.raises(ValueError, match=words):
             UNet(**{**TINY, **bad})
     model = UNet(**{**TINY, "channel_mult": (1, 1, 1)})
     x, t, context = inputs()
     with pytest.raises(ValueError, match="6x8 map .* multiples of 4"):
         model(x[:, :, :6], t, context)
-    with pytest.raises(ValueError, match=r"\(2, 5, 20\), this U-Net expects \(batch, tokens, 24\)"):
+    with pytest.raises(ValueError, match=r"\(2, 5, 20\), expected \(batch, tokens, 24\)"):
         model(x, t, context[:, :, :20])
-    with pytest.raises(ValueError, match=r"\(2, 24\), this U-Net expects"):
+    with pytest.raises(ValueError, match=r"\(2, 24\), expected"):
         model(x, t, context[:, 0])
