@@ -2,28 +2,29 @@
 
 Paper: Scalable Diffusion Models with Transformers (Peebles & Xie 2022, arXiv 2212.09748).
 
-The idea.  Cut the noisy picture (usually a latent of an autoencoder) into p x p patches, call each patch a token, and
-let a Vision Transformer denoise them. Two questions remain:
-  How does the network learn the timestep t and the class y?  The paper tries four blocks, all here:
-    in-context   t and y are two extra tokens in the sequence
-    cross-attn   a second attention layer reads those two tokens
-    adaln        LayerNorm's shift and scale are computed from c = emb(t) + emb(y)
-    adaln_zero   the same, plus a gate on every residual branch, starting at zero: each block begins as the identity
-  How does quality grow?  With Gflops: more depth and width, or smaller patches (4x the tokens); adaln_zero wins
-  everywhere.
+The idea.  Cut the noisy picture (usually a latent of an autoencoder) into p x p patches, call each
+patch a token, and let a Vision Transformer (ViT) denoise them. Two questions remain.
+  How does the network learn the timestep t and the class y?  The paper tries four blocks:
+    adaln_zero        the condition c = emb(t) + emb(y) sets shift and scale after each norm, and a
+                      gate on each branch; gates start at 0, so a block starts as the identity
+    adaln             the same without gates
+    cross_attention   a second attention layer reads two condition tokens, emb(t) and emb(y)
+    in_context        the two condition tokens are appended to the image tokens
+  How does quality grow?  With compute: more depth and width, or smaller patches (half the side is
+  four times the tokens). In the paper's comparison adaln_zero is the best of the four.
 
-Contents: attention and MLP, embedders, the four blocks, the final layer, DiT, the twelve configurations.
-A model is model(x (B,C,H,W), t (B,), y (B,)) -> (B, C or 2C, H, W); training is `train.py`, the maths `diffusion.py`.
+Contents: the blocks, their layers, DiT, its embedders, the twelve sizes. (CFG: Ho & Salimans 2022.)
+A model is model(x (B, C, H, W), t (B,), y (B,)) -> (B, C or 2C, H, W).
 
-    python train.py                                    # a tiny DiT on 8x8 latents, minutes on a laptop
-    python train.py --model DiT-S/2 --data cifar10     # the paper's smallest, on one GPU
+    python train.py                                    # a tiny DiT on 8x8 latents, minutes on a CPU
+    python train.py --model DiT-S/2 --data cifar10     # the paper's smallest width, on one GPU
 
-Differences from the official code (facebookresearch/DiT, adaLN-Zero only; state_dict names and numbers are the same):
-1. All four block designs. The other three were never released; they follow the paper's text, and their sizes match its
-   table.
-2. Label dropout draws nothing inside forward: the caller passes its random numbers to `drop_labels`, so a step is a
-   pure function (it compiles, resumes, and splits over GPUs without a change in the result).
-3. The guided forward lives in diffusion.guided, for every model, and guides all channels.
+Differences from the official code (facebookresearch/DiT; same state_dict names, same numbers):
+1. All four blocks; only adaln_zero was released. The others follow the paper's text and counts.
+2. Label dropout draws no random numbers in forward: the caller passes them to `drop_labels`, so a
+   training step is a function of its inputs (it compiles, resumes, and splits over GPUs).
+3. Guidance is diffusion.guided, the same for every model, and guides all channels.
+4. Two arguments that the paper does not have, off by default: norm="rms" and qk_norm=True.
 """
 import re
 
@@ -35,53 +36,127 @@ from diffusion import timestep_embedding
 
 
 def modulate(x, shift, scale):
-    """Scale and shift normalised tokens per sample: x (B, N, D), shift and scale (B, D) -> (B, N, D).
-
-    Source: DiT §3.2 (adaLN).
-    """
+    """x (B, N, D) scaled and shifted by (B, D) each -> (B, N, D). Source: DiT §3.2 (adaLN)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# layers
+# ---- the four blocks -----------------------------------------------------------------------------
+
+class Block(nn.Module):
+    """The standard ViT block, block(x (B, N, D), c (B, D), tokens (B, 2, D)) -> (B, N, D).
+
+    c = emb(t) + emb(y), tokens = [emb(t), emb(y)]. This block reads neither: it is "in_context",
+    where x already holds the tokens. norm: a key of NORMS; norms have no learned weight where a
+    modulation follows. qk_norm: see Attention.
+    Source: DiT §3.2, Fig. 3 (right); ViT (arXiv 2010.11929) Eq. 2 and 3.
+    """
+
+    modulations = 0     # how many vectors (D,) are computed from c: shifts, scales, gates
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, norm="layer", qk_norm=False):
+        super().__init__()
+        self.norm1 = NORMS[norm](hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
+        self.norm2 = NORMS[norm](hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = make_modulation(hidden_size, self.modulations)
+
+    def forward(self, x, c, tokens):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class AdaLNZeroBlock(Block):
+    """c sets shift, scale and gate of attention and MLP. Source: DiT §3.2, Fig. 3 (left block)."""
+    modulations = 6
+
+    def forward(self, x, c, tokens):
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)                   # 6x (B, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class AdaLNBlock(Block):
+    """c sets shift and scale of attention and MLP; no gates. Source: DiT §3.2 (adaLN block)."""
+    modulations = 4
+
+    def forward(self, x, c, tokens):
+        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
+        x = x + self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class CrossAttentionBlock(Block):
+    """After attention, image tokens read condition tokens. Source: DiT §3.2, Fig. 3 (middle)."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, norm="layer", qk_norm=False):
+        super().__init__(hidden_size, num_heads, mlp_ratio, norm, qk_norm)
+        self.norm_cross = NORMS[norm](hidden_size, eps=1e-6)
+        self.cross_attn = CrossAttention(hidden_size, num_heads, qk_norm)
+
+    def forward(self, x, c, tokens):
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm_cross(x), tokens)
+        return x + self.mlp(self.norm2(x))
+
+
+BLOCKS = {"in_context": Block, "cross_attention": CrossAttentionBlock, "adaln": AdaLNBlock,
+          "adaln_zero": AdaLNZeroBlock}
+
+
+# ---- layers of a block ---------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D). Source: Vaswani et al. 2017; ViT's fused qkv."""
+    """Multi-head self-attention, (B, N, D) -> (B, N, D).
 
-    def __init__(self, hidden_size, num_heads):
+    qk_norm: before the product, RMSNorm of each query and each key over its head width d, with one
+    learned weight (d,) for queries and one for keys, shared by the heads. Values stay as they are.
+    Source: Vaswani et al. 2017 Eq. 1. qk_norm: ViT-22B (arXiv 2302.05442) §2, there LayerNorm;
+    Stable Diffusion 3 (arXiv 2403.03206) Fig. 2, RMSNorm as here.
+    """
+
+    def __init__(self, hidden_size, num_heads, qk_norm=False):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
+        width = hidden_size // num_heads
+        self.q_norm = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)      # 3x (B, h, N, d)
-        x = F.scaled_dot_product_attention(q, k, v)                                         # (B, h, N, d)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))                                # (B, N, D)
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, -1)                     # (B, N, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # 3x (B, h, N, d)
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)   # (B, h, N, d)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))                    # (B, N, D)
 
 
 class CrossAttention(nn.Module):
-    """Image tokens (B, N, D) read condition tokens (B, L, D) -> (B, N, D). Source: DiT §3.2 (cross-attention block)."""
+    """x (B, N, D) reads tokens (B, L, D) -> (B, N, D). Source: DiT §3.2 (cross-attention)."""
 
-    def __init__(self, hidden_size, num_heads):
+    def __init__(self, hidden_size, num_heads, qk_norm=False):
         super().__init__()
         self.num_heads = num_heads
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
+        width = hidden_size // num_heads
+        self.q_norm = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x, tokens):
         B, N, D = x.shape
-        q = self.q(x).view(B, N, self.num_heads, -1).transpose(1, 2)                        # (B, h, N, d)
-        kv = self.kv(tokens).view(B, tokens.shape[1], 2, self.num_heads, -1)                # (B, L, 2, h, d)
-        k, v = kv.permute(2, 0, 3, 1, 4)                                                    # 2x (B, h, L, d)
-        x = F.scaled_dot_product_attention(q, k, v)                                         # (B, h, N, d)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))                                # (B, N, D)
+        q = self.q(x).view(B, N, self.num_heads, -1).transpose(1, 2)            # (B, h, N, d)
+        kv = self.kv(tokens).view(B, tokens.shape[1], 2, self.num_heads, -1)    # (B, L, 2, h, d)
+        k, v = kv.permute(2, 0, 3, 1, 4)                                        # 2x (B, h, L, d)
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)   # (B, h, N, d)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))                    # (B, N, D)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between, (B, N, D) -> (B, N, D). Source: ViT."""
+    """Linear, tanh-approximated GELU, Linear: (B, N, D) -> (B, N, D). Source: ViT §3.1."""
 
     def __init__(self, hidden_size, mlp_hidden):
         super().__init__()
@@ -92,300 +167,237 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class PatchEmbed(nn.Module):
-    """Picture to tokens: (B, C, H, W) -> (B, N, D), one p x p patch per token, row by row.
+# the norms, over the last axis; rms: x / sqrt(mean(x^2) + eps), Zhang & Sennrich 2019 Eq. 4
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
-    Source: DiT §3.2 (patchify).
+
+def make_modulation(width, count):
+    """(B, D) -> (B, count * D): shifts, scales, gates; None if count is 0. Source: DiT §3.2."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width)) if count else None
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+class DiT(nn.Module):
+    """Diffusion transformer. The defaults are DiT-XL/2.
+
+    input_size: height = width of x, in pixels or latent cells; patch_size: side of a token;
+    in_channels: C of x; num_classes: 0 = no classes, y is always the null class 0;
+    class_dropout_prob: share of the labels that training hides; above 0 there is a null class,
+    y = num_classes, which guidance needs; learn_sigma: 2C channels out, prediction then variance;
+    conditioning: a key of BLOCKS; norm: "layer", or "rms" = RMSNorm for every LayerNorm, with a
+    weight exactly where LayerNorm has one, no bias; qk_norm: see Attention.
+    Raises ValueError for sizes that do not fit together. Source: DiT §3, Fig. 3, Table 1.
     """
+
+    # Muon (optim.py) gets the matrices whose names start like this: all inside the blocks, the
+    # modulations too. Embedders and last layer stay with AdamW.
+    matrices = r"blocks\."
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
+                 num_heads=16, mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1,
+                 learn_sigma=True, conditioning="adaln_zero", norm="layer", qk_norm=False):
+        super().__init__()
+        for what, size, unit, divisor in (
+                ("input_size", input_size, "patch_size", patch_size),
+                ("hidden_size", hidden_size, "num_heads", num_heads),
+                ("hidden_size", hidden_size, "the number of parts of a position,", 4)):
+            if size % divisor:
+                raise ValueError(f"{what} {size} is not divisible by {unit} {divisor}: change it")
+        for what, name, table in (("conditioning", conditioning, BLOCKS), ("norm", norm, NORMS)):
+            if name not in table:
+                raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(table)}")
+        if num_classes == 0 and class_dropout_prob == 0:
+            raise ValueError("num_classes 0 needs class_dropout_prob > 0, for the null class")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
+        self.conditioning, adaptive = conditioning, BLOCKS[conditioning].modulations > 0
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        # never trained, yet a Parameter: the official files hold it
+        positions = torch.zeros(1, (input_size // patch_size) ** 2, hidden_size)        # (1, N, D)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.blocks = nn.ModuleList(BLOCKS[conditioning](
+            hidden_size, num_heads, mlp_ratio, norm, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive, norm)
+        self.initialize_weights()
+
+    def forward(self, x, t, y):
+        """x (B, C, H, W), t (B,) steps 0..999 or fractions, y (B,) int64 -> (B, C_out, H, W).
+
+        Raises ValueError for another shape of x. Source: DiT Fig. 3.
+        """
+        expected = (self.in_channels, self.input_size, self.input_size)
+        if x.shape[1:] != expected:
+            raise ValueError(f"this DiT expects pictures of shape {expected}, got "
+                             f"{tuple(x.shape[1:])}: resize them, or change the model's sizes")
+        x = self.x_embedder(x) + self.pos_embed                                 # (B, N, D)
+        N = x.shape[1]
+        t, y = self.t_embedder(t), self.y_embedder(y)                           # (B, D), (B, D)
+        c, tokens = t + y, torch.stack([t, y], dim=1)                           # (B, D), (B, 2, D)
+        if self.conditioning == "in_context":
+            x = torch.cat([x, tokens], dim=1)                                   # (B, N + 2, D)
+        for block in self.blocks:
+            x = block(x, c, tokens)
+        x = self.final_layer(x[:, :N], c)                                       # (B, N, p*p*C_out)
+        return self.unpatchify(x)                                               # (B, C_out, H, W)
+
+    def unpatchify(self, x):
+        """(B, N, p*p*C_out) -> (B, C_out, H, W). Source: DiT §3.2 (transformer decoder)."""
+        B, g, p = x.shape[0], self.input_size // self.patch_size, self.patch_size
+        # a token holds its patch channel last: (B, row, column, row in patch, column in patch, C)
+        x = x.view(B, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(B, self.out_channels, g * p, g * p)                    # (B, C_out, H, W)
+
+    def initialize_weights(self):
+        """Every initial value of the model, in one place. Source: DiT §3.2 and its released code.
+
+        | what                               | how                     | why                       |
+        | Linear layers, patch projection    | Xavier uniform, bias 0  | as ViT, conv = its matrix |
+        | norms that have a weight           | weight 1, bias 0        | only normalise at first   |
+        | label table, timestep MLP          | normal(0, 0.02)         | small conditions at first |
+        | modulations: shifts, scales, gates | 0                       | gate 0: identity          |
+        | last linear layer                  | 0                       | the first prediction is 0 |
+        | pos_embed                          | 2-D sine-cosine, frozen | nothing to learn          |
+
+        The first loss is thus the mean square of the target: 1 for noise (eps), about 2 for the
+        velocity of the rectified flow, the default of train.py.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
+        for module in (self.y_embedder.embedding_table, *self.t_embedder.mlp[::2]):
+            nn.init.normal_(module.weight, std=0.02)
+        adaptive = [module.adaLN_modulation for module in (*self.blocks, self.final_layer)]
+        for linear in (self.final_layer.linear, *(layers[1] for layers in adaptive if layers)):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        side = self.input_size // self.patch_size
+        self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[2], side))
+
+    @property
+    def can_guide(self):
+        """Are there classes, and a null class to compare them with? Source: CFG Eq. 6."""
+        return self.num_classes > 0 and self.class_dropout_prob > 0
+
+    def null_condition(self, count, device="cpu"):
+        """The condition "no class" of guidance, (count,) int64. Source: CFG Eq. 6."""
+        return torch.full((count,), self.num_classes, device=device)
+
+    def drop_labels(self, y, draws):
+        """y (B,), or null where draws (B,) in [0, 1) < class_dropout_prob. Source: CFG Alg. 1."""
+        return torch.where(draws < self.class_dropout_prob, self.num_classes, y)
+
+
+class FinalLayer(nn.Module):
+    """Norm and linear layer: tokens (B, N, D), c (B, D) -> (B, N, p*p*C_out).
+
+    adaptive: c sets shift and scale, as in the adaLN blocks. Source: DiT §3.2 (decoder).
+    """
+
+    def __init__(self, hidden_size, patch_size, out_channels, adaptive, norm="layer"):
+        super().__init__()
+        self.norm_final = NORMS[norm](hidden_size, eps=1e-6, elementwise_affine=not adaptive)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = make_modulation(hidden_size, 2 * adaptive)
+
+    def forward(self, x, c):
+        x = self.norm_final(x)                                                  # (B, N, D)
+        if self.adaLN_modulation is not None:
+            x = modulate(x, *self.adaLN_modulation(c).chunk(2, dim=1))          # shift, scale
+        return self.linear(x)                                                   # (B, N, p*p*C_out)
+
+
+# ---- embedders: picture, timestep, class, position -----------------------------------------------
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) -> (B, N, D): p x p patches row by row. Source: DiT §3.2 (patchify), Fig. 4."""
 
     def __init__(self, patch_size, in_channels, hidden_size):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)                                      # (B, N, D)
+        return self.proj(x).flatten(2).transpose(1, 2)                          # (B, N, D)
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep t (B,) -> (B, D): a sinusoid of 256 numbers and a two-layer MLP. Source: DiT appendix A; ADM."""
+    """t (B,) -> (B, D): a sinusoid of 256 numbers, then an MLP. Source: DiT appendix A."""
 
-    def __init__(self, hidden_size, frequency_size=256):
+    def __init__(self, width):
         super().__init__()
-        self.frequency_size = frequency_size
-        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        return self.mlp(timestep_embedding(t, self.frequency_size).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t, 256).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
-    """Class y (B,) -> (B, D). With label dropout there is one more row, index num_classes: "no class".
-
-    Source: Ho & Salimans 2022.
-    """
+    """y (B,) -> (B, D); with label dropout one more row, the null class. Source: CFG Alg. 1."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
     def forward(self, y):
-        return self.embedding_table(y)
+        return self.embedding_table(y)                                          # (B, D)
 
 
 def sincos_positions(hidden_size, grid_size):
-    """Fixed 2-D sine-cosine table, (grid_size^2, D) float32. First half of D: the column; second half: the row.
-
-    Raises ValueError unless D is a multiple of 4. Source: DiT §3.2; MAE's table, computed in float64.
-    """
-    if hidden_size % 4:
-        raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 for 2-D sine-cosine positions")
+    """Fixed (grid_size^2, D) float32, D % 4 = 0: half column, half row. Source: DiT §3.2."""
     quarter = hidden_size // 4
-    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)              # (D/4,)
-    args = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega                    # (g, D/4)
-    line = torch.cat([args.sin(), args.cos()], dim=1)                                       # (g, D/2)
-    column, row = line.repeat(grid_size, 1), line.repeat_interleave(grid_size, 0)           # 2x (g*g, D/2)
-    return torch.cat([column, row], dim=1).float()                                          # (g*g, D)
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # (D/4,)
+    args = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega        # (g, D/4)
+    line = torch.cat([args.sin(), args.cos()], dim=1)                           # (g, D/2)
+    column = line.repeat(grid_size, 1)                                          # (g*g, D/2)
+    row = line.repeat_interleave(grid_size, 0)                                  # (g*g, D/2)
+    return torch.cat([column, row], dim=1).float()                              # (g*g, D)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the four blocks: each is block(x (B, N, D), c (B, D), tokens (B, 2, D)) -> (B, N, D) and takes what it needs
+# ---- sizes ---------------------------------------------------------------------------------------
 
-class InContextBlock(nn.Module):
-    """A standard pre-norm ViT block; the condition sits in the sequence itself. Source: DiT §3.2, figure 3 right."""
-
-    def __init__(self, hidden_size, num_heads, mlp_ratio):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-
-    def forward(self, x, c, tokens):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class CrossAttentionBlock(nn.Module):
-    """ViT block with one more attention, from the image tokens to the two condition tokens.
-
-    Source: DiT §3.2, figure 3 middle.
-    """
-
-    def __init__(self, hidden_size, num_heads, mlp_ratio):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.cross_attn = CrossAttention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-
-    def forward(self, x, c, tokens):
-        x = x + self.attn(self.norm1(x))
-        x = x + self.cross_attn(self.norm_cross(x), tokens)
-        return x + self.mlp(self.norm2(x))
-
-
-class AdaLNBlock(nn.Module):
-    """LayerNorms without weights of their own: shift and scale come from c. Source: DiT §3.2 (adaLN block)."""
-
-    def __init__(self, hidden_size, num_heads, mlp_ratio):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size))
-
-    def forward(self, x, c, tokens):
-        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)   # 4x (B, D)
-        x = x + self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-
-
-class AdaLNZeroBlock(nn.Module):
-    """adaLN plus a gate per residual branch, zero at first, so the block starts as the identity.
-
-    Source: DiT §3.2, figure 3 left.
-    """
-
-    def __init__(self, hidden_size, num_heads, mlp_ratio):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x, c, tokens):
-        parts = self.adaLN_modulation(c).chunk(6, dim=1)                                    # 6x (B, D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
-        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-
-
-BLOCKS = {"in_context": InContextBlock, "cross_attention": CrossAttentionBlock, "adaln": AdaLNBlock,
-          "adaln_zero": AdaLNZeroBlock}
-
-
-class FinalLayer(nn.Module):
-    """Tokens to patches: norm (adaptive in the adaLN models), one linear layer, (B, N, D) -> (B, N, p*p*C_out).
-
-    Source: DiT §3.2.
-    """
-
-    def __init__(self, hidden_size, patch_size, out_channels, adaptive):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=not adaptive, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size)) if adaptive else None
-
-    def forward(self, x, c):
-        x = self.norm_final(x)
-        if self.adaLN_modulation is not None:
-            shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)                         # 2x (B, D)
-            x = modulate(x, shift, scale)
-        return self.linear(x)                                                               # (B, N, p*p*C_out)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the model
-
-class DiT(nn.Module):
-    """Diffusion transformer.
-
-    input_size: height = width of x, in pixels or latent cells; patch_size: side of a token, divides input_size;
-    in_channels: C of x; num_classes: 0 is allowed (unconditional: every y is the null class); class_dropout_prob: how
-    often training hides the label, > 0 adds the null class y = num_classes that guidance needs; learn_sigma: output 2C
-    channels, eps and variance. conditioning: "adaln_zero", "adaln", "cross_attention" or "in_context".
-    Raises ValueError for sizes that do not fit together. Source: DiT §3.
-    """
-
-    matrices = r"blocks\."        # Muon's share in train.py: everything inside the blocks, the modulations too
-
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, conditioning="adaln_zero"):
-        super().__init__()
-        if input_size % patch_size:
-            raise ValueError(f"input size {input_size} is not divisible by patch size {patch_size}: change one of them")
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}: change one of them")
-        if conditioning not in BLOCKS:
-            raise ValueError(f"unknown conditioning {conditioning!r}: choose one of {', '.join(BLOCKS)}")
-        if num_classes == 0 and class_dropout_prob == 0:
-            raise ValueError("num_classes 0 needs class_dropout_prob > 0: the null class is then the only one")
-        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.num_classes, self.class_dropout_prob, self.conditioning = num_classes, class_dropout_prob, conditioning
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        # fixed, yet a Parameter: the official checkpoints carry it and the paper's counts leave it out
-        self.pos_embed = nn.Parameter(torch.zeros(1, (input_size // patch_size) ** 2, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(BLOCKS[conditioning](hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        adaptive = conditioning.startswith("adaln")
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive)
-        self.initialize_weights()
-
-    def initialize_weights(self):
-        """Every initial value of the model, in one place. Source: DiT §3.2 and its released code.
-
-        | what                                   | how                        | why                                    |
-        | Linear layers, patch projection        | Xavier uniform, bias 0     | as in ViT; the conv counts as a matrix |
-        | label table, timestep MLP              | normal(0, 0.02)            | small conditions at first              |
-        | modulation (all shifts, scales, gates) | 0                          | gates 0: every block is the identity   |
-        | final linear                           | 0                          | the first prediction is 0, loss is 1   |
-        | pos_embed                              | 2-D sine-cosine, frozen    | positions need no learning             |
-        """
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for module in [*self.blocks, self.final_layer]:
-            if getattr(module, "adaLN_modulation", None) is not None:
-                nn.init.zeros_(module.adaLN_modulation[1].weight)
-                nn.init.zeros_(module.adaLN_modulation[1].bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
-        self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[2], self.input_size // self.patch_size))
-
-    def null_condition(self, count, device="cpu"):
-        """The condition "no class" for guidance, (count,) int64. Source: Ho & Salimans 2022."""
-        return torch.full((count,), self.num_classes, device=device)
-
-    def drop_labels(self, y, draws):
-        """Replace y (B,) by the null class where draws (B,), uniform in [0, 1), fall below class_dropout_prob.
-
-        Source: Ho & Salimans 2022 alg. 1.
-        """
-        return torch.where(draws < self.class_dropout_prob, self.num_classes, y)
-
-    def unpatchify(self, x):
-        """(B, N, p*p*C_out) -> (B, C_out, H, W). A token holds its patch as (row, column, channel).
-
-        Source: DiT §3.2 (decoder).
-        """
-        B, g, p = x.shape[0], self.input_size // self.patch_size, self.patch_size
-        x = x.view(B, g, g, p, p, self.out_channels)                                    # (B, row, col, p_row, p_col, C)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_channels, g * p, g * p)  # (B, C, H, W)
-
-    def forward(self, x, t, y):
-        """x (B, C, H, W), t (B,) steps 0..999 (fractions allowed), y (B,) int64 classes -> (B, C_out, H, W).
-
-        Source: DiT figure 3.
-        """
-        x = self.x_embedder(x) + self.pos_embed                                             # (B, N, D)
-        N = x.shape[1]
-        t, y = self.t_embedder(t), self.y_embedder(y)                                       # (B, D), (B, D)
-        c, tokens = t + y, torch.stack([t, y], dim=1)                                       # (B, D), (B, 2, D)
-        if self.conditioning == "in_context":
-            x = torch.cat([x, tokens], dim=1)                                               # (B, N + 2, D)
-        for block in self.blocks:
-            x = block(x, c, tokens)                                                         # (B, N, D)
-        x = self.final_layer(x[:, :N], c)                                                   # (B, N, p*p*C_out)
-        return self.unpatchify(x)                                                           # (B, C_out, H, W)
-
-
-# the twelve of the paper (table 1): name -> width, depth, heads; /p is the patch size
-DIT_CONFIGS = {f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
-               for name, width, depth, heads in (("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16),
-                                                 ("XL", 1152, 28, 16))
-               for patch in (2, 4, 8)}
+# the twelve of the paper (Table 1); the number after the slash is the patch size
+DIT_CONFIGS = {
+    f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
+    for name, width, depth, heads in (("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16),
+                                      ("XL", 1152, 28, 16))
+    for patch in (2, 4, 8)}
 
 
 def dit_config(name):
-    """Sizes of a named DiT: a paper's name ("DiT-S/2"), or "DiT-WxD/p" = width W (heads of 32), depth D, patch p.
+    """Sizes of a named DiT: of the paper ("DiT-S/2"), or "DiT-WxD/p": width, depth, patch size.
 
-    For example "DiT-96x4/1". Raises ValueError for anything else. Source: DiT table 1.
+    Width W is a multiple of 32 = width of a head. Raises ValueError otherwise. Source: DiT Table 1.
     """
     if name in DIT_CONFIGS:
         return dict(DIT_CONFIGS[name])
     size = re.fullmatch(r"DiT-(\d+)x(\d+)/(\d+)", name)
     if not size or min(map(int, size.groups())) < 1 or int(size[1]) % 32:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(DIT_CONFIGS)}, or DiT-WxD/p (width W, a "
-                         "multiple of 32)")
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(DIT_CONFIGS)}, "
+                         "or DiT-WxD/p (width W, a multiple of 32; depth D; patch size p)")
     width, depth, patch = map(int, size.groups())
     return dict(hidden_size=width, depth=depth, num_heads=width // 32, patch_size=patch)
 
 
 def infer_config(state):
-    """Constructor arguments of the adaLN-Zero DiT whose state_dict this is, for instance an official file.
+    """Constructor arguments of the adaln_zero DiT whose state_dict this is, as in official files.
 
-    Heads cannot be read off the weights: they come from the paper's table by width, else width / 32.
-    Raises ValueError if the tensors are not those of a DiT. Source: papers' names, DiT table 1.
+    The weights do not tell the heads: they come from the paper's table by width, else width / 32.
+    Raises ValueError if a tensor that every such DiT has is missing. Source: DiT Table 1.
     """
-    try:
-        hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-        rows, tokens = state["y_embedder.embedding_table.weight"].shape[0], state["pos_embed"].shape[1]
-        out_channels = state["final_layer.linear.weight"].shape[0] // patch_size ** 2
-        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-        state["blocks.0.adaLN_modulation.1.weight"]
-    except KeyError as error:
-        raise ValueError(f"this is not the state_dict of an adaLN-Zero DiT: it has no tensor {error}") from error
-    heads = {c["hidden_size"]: c["num_heads"] for c in DIT_CONFIGS.values()}.get(hidden_size, hidden_size // 32)
-    return dict(input_size=round(tokens ** 0.5) * patch_size, patch_size=patch_size, in_channels=in_channels,
-                hidden_size=hidden_size, depth=depth, num_heads=heads, num_classes=rows - 1,
-                learn_sigma=out_channels == 2 * in_channels)
+    names = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed",
+             "final_layer.linear.weight", "blocks.0.adaLN_modulation.1.weight")
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(f"not the state_dict of an adaln_zero DiT: it has no tensor {missing[0]}")
+    (width, in_channels, patch, _), (rows, _), (_, tokens, _), (out, _), _ = (
+        state[name].shape for name in names)
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    heads = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DIT_CONFIGS.values()}
+    return dict(input_size=round(tokens ** 0.5) * patch, patch_size=patch, in_channels=in_channels,
+                hidden_size=width, depth=depth, num_heads=heads.get(width, width // 32),
+                num_classes=rows - 1, learn_sigma=out == 2 * in_channels * patch ** 2)

@@ -1,5 +1,7 @@
-"""dit.py against the official figures, the paper's counts, and what adaLN-Zero promises at the start."""
+"""dit.py against official figures, the paper's counts, and plain formulas in float64."""
 import json
+import math
+import re
 
 import numpy as np
 import pytest
@@ -9,10 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import GOLDEN, fill_by_recipe, golden_case
 from diffusion import guided, timestep_embedding
-from dit import BLOCKS, DIT_CONFIGS, DiT, dit_config, sincos_positions
+from dit import BLOCKS, DIT_CONFIGS, NORMS, DiT, dit_config, sincos_positions
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
-TINY = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=3, num_heads=2, num_classes=5)
+TINY = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=3, num_heads=2,
+            num_classes=5)
+VARIANTS = [(conditioning, norm, qk_norm) for conditioning in BLOCKS for norm in NORMS
+            for qk_norm in (False, True)]
 
 
 @pytest.mark.parametrize("case", ["dit_p2_sigma", "dit_p4_nosigma"])
@@ -20,7 +25,7 @@ def test_forward_guidance_and_gradients_match_official(case):
     d, g = golden_case(case)
     model = DiT(**d["config"])
     own = [[k, list(v.shape)] for k, v in model.state_dict().items()]
-    assert own == d["params"]                                               # official names, order and shapes
+    assert own == d["params"]  # official names, order and shapes
     assert sum(p.numel() for p in model.parameters()) == d["num_params"]
     fill_by_recipe(model, d["computed"]).eval()
     x, t, y = g["in_x"].requires_grad_(), g["in_t"], g["in_y"]
@@ -33,11 +38,13 @@ def test_forward_guidance_and_gradients_match_official(case):
     out = model(x, t, y)
     loss = (out * g["in_probe"]).sum() / out.numel()
     loss.backward()
-    for k, v in {"out": out, "loss": loss, "grad_x": x.grad, "pos_embed": model.pos_embed, "t_emb": model.t_embedder(t),
-                 "y_emb": model.y_embedder(y), "t_freq": timestep_embedding(t, 256), **stages}.items():
+    for k, v in {"out": out, "loss": loss, "grad_x": x.grad, "pos_embed": model.pos_embed,
+                 "t_emb": model.t_embedder(t), "y_emb": model.y_embedder(y),
+                 "t_freq": timestep_embedding(t, 256), **stages}.items():
         assert_close(v.detach(), g[f"out_{k}"], **TOLERANCE, msg=lambda m: f"{k}: {m}")
     if "out_t_freq_frac" in g:
-        assert_close(timestep_embedding(torch.tensor([0, 0.5, 999]), 256), g["out_t_freq_frac"], **TOLERANCE)
+        fractions = timestep_embedding(torch.tensor([0, 0.5, 999]), 256)
+        assert_close(fractions, g["out_t_freq_frac"], **TOLERANCE)
     params = dict(model.named_parameters())
     norms = [params[name].grad.double().norm() for name in d["grad_params"]]
     np.testing.assert_allclose(norms, g["out_grad_norms"], rtol=1e-3, atol=1e-7)
@@ -49,11 +56,13 @@ def test_forward_guidance_and_gradients_match_official(case):
         for k, v in g.items():
             if k.startswith("out_cfg_"):
                 scale, channels = k.removeprefix("out_cfg_").split("_")
-                # official scale 1.0 still runs both halves; ours skips the second: no change in the guided one
-                ours = guided(model, y[:half], null[:half], float(scale), cfg_channels=3 if channels == "3ch" else None)
-                assert_close(ours(x[:half], t[:half], 0.5), v[:half], **TOLERANCE, msg=lambda m: f"{k}: {m}")
+                # official scale 1.0 still runs both halves; ours skips the second: the same result
+                some = 3 if channels == "3ch" else None
+                ours = guided(model, y[:half], null[:half], float(scale), cfg_channels=some)
+                ours = ours(x[:half], t[:half], 0.5)
+                assert_close(ours, v[:half], **TOLERANCE, msg=lambda m: f"{k}: {m}")
                 if C == 4:
-                    assert_close(ours(x[:half], t[:half], 0.5)[:, C:], v[:half, C:], **TOLERANCE)
+                    assert_close(ours[:, C:], v[:half, C:], **TOLERANCE)
 
 
 def build(name, **overrides):
@@ -65,7 +74,7 @@ def macs(model, size):
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         t, y = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         model(torch.zeros(1, model.in_channels, size, size), t, y)
-    return counter.get_total_flops() // 2                                   # one multiply-accumulate = 2 flops
+    return counter.get_total_flops() // 2  # one multiply-accumulate = 2 flops
 
 
 @pytest.mark.parametrize("name", DIT_CONFIGS)
@@ -80,8 +89,8 @@ def test_the_twelve_sizes_and_their_macs(name):
 
 # DiT-XL/2, tables 1 and 4 of the paper
 @pytest.mark.parametrize("conditioning,params,gmacs", [
-    ("in_context", 449_457_440, 119.35), ("cross_attention", 598_286_624, 137.60), ("adaln", 600_747_296, 118.55),
-    ("adaln_zero", 675_129_632, 118.62)])
+    ("in_context", 449_457_440, 119.35), ("cross_attention", 598_286_624, 137.60),
+    ("adaln", 600_747_296, 118.55), ("adaln_zero", 675_129_632, 118.62)])
 def test_the_four_blocks_have_the_papers_sizes(conditioning, params, gmacs):
     model = build("DiT-XL/2", conditioning=conditioning)
     assert sum(p.numel() for p in model.parameters()) == params
@@ -92,7 +101,8 @@ def test_more_counts():
     assert sum(p.numel() for p in build("DiT-S/2", num_classes=10).parameters()) == 32_583_200
     assert sum(p.numel() for p in build("DiT-XL/2", learn_sigma=False).parameters()) == 675_111_184
     big = build("DiT-XL/2", input_size=64)
-    assert sum(p.numel() for p in big.parameters()) == 676_014_368 and round(macs(big, 64) / 1e9, 2) == 524.54
+    assert sum(p.numel() for p in big.parameters()) == 676_014_368
+    assert round(macs(big, 64) / 1e9, 2) == 524.54
     tiny = build("DiT-96x4/1", input_size=8, in_channels=8)
     assert (tiny.x_embedder.proj.weight.shape[0], len(tiny.blocks), tiny.patch_size) == (96, 4, 1)
 
@@ -102,16 +112,17 @@ def test_starts_at_zero_and_learns_in_the_right_order(conditioning):
     torch.manual_seed(0)
     model = DiT(**TINY, conditioning=conditioning)
     x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 5, 500, 999]), torch.tensor([0, 1, 4, 5])
-    assert model(x, t, y).abs().max() == 0                                  # the final layer starts at zero
+    assert model(x, t, y).abs().max() == 0  # the final layer starts at zero
     c, tokens = torch.randn(4, 32), torch.randn(4, 2, 32)
     h = torch.randn(4, 16, 32)
     identity = torch.equal(model.blocks[1](h, c, tokens), h)
-    assert identity == (conditioning == "adaln_zero")                       # whatever the condition is
+    assert identity == (conditioning == "adaln_zero")  # whatever the condition is
     opt, alive = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), []
     for _ in range(3):
         opt.zero_grad()
         (model(x, t, y) - torch.randn(4, 8, 8, 8)).square().mean().backward()
-        alive.append({n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0})
+        alive.append({n for n, p in model.named_parameters()
+                      if p.grad is not None and p.grad.abs().max() > 0})
         opt.step()
     assert alive[0] == {"final_layer.linear.weight", "final_layer.linear.bias"}
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -120,7 +131,8 @@ def test_starts_at_zero_and_learns_in_the_right_order(conditioning):
     else:
         assert alive[2] >= {n for n in trainable if "attn.qkv.weight" in n}
     if conditioning == "adaln_zero":
-        assert not any("attn" in n or "mlp.fc" in n or "embedder.mlp" in n or "y_embedder" in n for n in alive[1])
+        assert not any(part in n for n in alive[1]
+                       for part in ("attn", "mlp.fc", "embedder.mlp", "y_embedder"))
         assert all(f"blocks.{i}.adaLN_modulation.1.weight" in alive[1] for i in range(3))
 
 
@@ -136,58 +148,221 @@ def test_initial_spread_is_the_official_one():
 
 def test_positions_first_half_is_the_column():
     table = sincos_positions(16, 4)
-    assert_close(table[1, 0].item(), np.sin(1.0))                           # token 1 = row 0, column 1
+    assert_close(table[1, 0].item(), np.sin(1.0))  # token 1 = row 0, column 1
     assert_close(table[4, 8].item(), np.sin(1.0))
     assert table[1, 8] == 0 and table[4, 0] == 0
-    with pytest.raises(ValueError, match="multiple of 4"):
-        sincos_positions(18, 4)
 
 
 def test_unpatchify_puts_every_patch_in_its_place():
     model = DiT(**{**TINY, "learn_sigma": False})
     tokens = torch.arange(2 * 16 * 16).float().view(2, 16, 16)
     picture = model.unpatchify(tokens)
-    for (b, row, col, pr, pc, ch) in [(0, 0, 0, 0, 0, 0), (1, 2, 3, 1, 0, 2), (0, 3, 1, 0, 1, 3), (1, 3, 3, 1, 1, 3)]:
-        assert picture[b, ch, row * 2 + pr, col * 2 + pc] == tokens[b, row * 4 + col, (pr * 2 + pc) * 4 + ch]
+    for (b, row, col, pr, pc, ch) in [(0, 0, 0, 0, 0, 0), (1, 2, 3, 1, 0, 2), (0, 3, 1, 0, 1, 3),
+                                      (1, 3, 3, 1, 1, 3)]:
+        value = tokens[b, row * 4 + col, (pr * 2 + pc) * 4 + ch]
+        assert picture[b, ch, row * 2 + pr, col * 2 + pc] == value
+
+
+# ---- every block with either norm, with and without qk_norm -------------------------------------
+
+def plain(state, x, t, y, conditioning, norm, qk_norm, heads, p):
+    """The whole network as written in the papers, in float64, one head and one patch at a time.
+
+    Takes every tensor that it uses out of `state`, so that what is left was read by nobody.
+    """
+    linear = lambda name, u: u @ state.pop(f"{name}.weight").T + state.pop(f"{name}.bias")
+
+    def normed(u, kind, weight=None, bias=0):
+        u = u - u.mean(-1, keepdim=True) if kind == "layer" else u
+        u = u / (u.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        return u if weight is None else u * weight + bias
+
+    def norm_layer(name, u):
+        if adaptive:
+            return normed(u, norm)
+        bias = state.pop(f"{name}.bias") if norm == "layer" else 0
+        return normed(u, norm, state.pop(f"{name}.weight"), bias)
+
+    def attend(name, q, k, v):
+        weights = [state.pop(f"{name}.{which}_norm.weight") if qk_norm else None for which in "qk"]
+        out, d = torch.zeros_like(q), D // heads
+        for head in range(heads):
+            part = slice(head * d, (head + 1) * d)
+            a, b = q[..., part], k[..., part]                               # (B, N, d), (B, L, d)
+            if qk_norm:
+                a, b = normed(a, "rms", weights[0]), normed(b, "rms", weights[1])
+            out[..., part] = (a @ b.mT / math.sqrt(d)).softmax(-1) @ v[..., part]
+        return linear(f"{name}.proj", out)
+
+    def mlp(name, u):
+        u = linear(f"{name}.fc1", u)
+        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
+        return linear(f"{name}.fc2", u)
+
+    def modulation(name, count):
+        return linear(f"{name}.adaLN_modulation.1", c / (1 + (-c).exp())).view(len(c), count, 1, D)
+
+    adaptive = conditioning in ("adaln", "adaln_zero")
+    kernel, bias = state.pop("x_embedder.proj.weight"), state.pop("x_embedder.proj.bias")
+    D, g = len(kernel), x.shape[2] // p
+    patches = [x[:, :, i * p:(i + 1) * p, j * p:(j + 1) * p] for i in range(g) for j in range(g)]
+    h = torch.stack([u.flatten(1) @ kernel.flatten(1).T + bias for u in patches], 1)
+    h = h + state.pop("pos_embed")                                          # (B, N, D)
+    t = linear("t_embedder.mlp.0", timestep_embedding(t, 256).double())
+    t = linear("t_embedder.mlp.2", t / (1 + (-t).exp()))
+    y = state.pop("y_embedder.embedding_table.weight")[y]
+    c, tokens = t + y, torch.stack([t, y], 1)
+    if conditioning == "in_context":
+        h = torch.cat([h, tokens], 1)
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    for block in (f"blocks.{i}" for i in range(depth)):
+        shift1, scale1, gate1, shift2, scale2, gate2 = 0, 0, 1, 0, 0, 1
+        if conditioning == "adaln":
+            shift1, scale1, shift2, scale2 = modulation(block, 4).unbind(1)
+        if conditioning == "adaln_zero":
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block, 6).unbind(1)
+        u = norm_layer(f"{block}.norm1", h) * (1 + scale1) + shift1
+        h = h + gate1 * attend(f"{block}.attn", *linear(f"{block}.attn.qkv", u).split(D, -1))
+        if conditioning == "cross_attention":
+            q = linear(f"{block}.cross_attn.q", norm_layer(f"{block}.norm_cross", h))
+            k, v = linear(f"{block}.cross_attn.kv", tokens).split(D, -1)
+            h = h + attend(f"{block}.cross_attn", q, k, v)
+        u = norm_layer(f"{block}.norm2", h) * (1 + scale2) + shift2
+        h = h + gate2 * mlp(f"{block}.mlp", u)
+    h = norm_layer("final_layer.norm_final", h[:, :g * g])
+    if adaptive:
+        shift, scale = modulation("final_layer", 2).unbind(1)
+        h = h * (1 + scale) + shift
+    h = linear("final_layer.linear", h)                                     # (B, N, p*p*C_out)
+    out = x.new_zeros(len(x), h.shape[2] // p ** 2, g * p, g * p)
+    for n in range(g * g):
+        row, column = n // g * p, n % g * p
+        out[:, :, row:row + p, column:column + p] = h[:, n].view(len(x), p, p, -1).movedim(3, 1)
+    return out
+
+
+def filled(conditioning, norm, qk_norm):
+    """A small float64 model with random weights, no two of its sizes equal, and inputs for it."""
+    model = DiT(input_size=6, patch_size=2, in_channels=3, hidden_size=20, depth=2, num_heads=2,
+                mlp_ratio=1.5, num_classes=5, conditioning=conditioning, norm=norm, qk_norm=qk_norm)
+    model = fill_by_recipe(model, ["pos_embed"]).double()
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 6, 6, generator=g, dtype=torch.float64)
+    return model, x, torch.tensor([0.0, 17.5, 400.0, 999.0]), torch.tensor([3, 0, 5, 4])
+
+
+@pytest.mark.parametrize("conditioning,norm,qk_norm", VARIANTS)
+def test_it_is_the_plain_formula(conditioning, norm, qk_norm):
+    model, x, t, y = filled(conditioning, norm, qk_norm)
+    state = dict(model.state_dict())
+    want = plain(state, x, t, y, conditioning, norm, qk_norm, heads=2, p=2)
+    assert not state, f"tensors that the formula does not have: {list(state)}"
+    # both in float64: only the order of sums differs
+    assert_close(model(x, t, y).detach(), want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("conditioning,norm,qk_norm", VARIANTS)
+def test_each_input_is_read_rows_stand_alone_and_gradients_arrive(conditioning, norm, qk_norm):
+    model, x, t, y = filled(conditioning, norm, qk_norm)
+    out = model(x, t, y)
+    for other in (model(x.flip(0), t, y), model(x, t.flip(0), y), model(x, t, y.flip(0))):
+        assert (other - out).abs().amax((1, 2, 3)).min() > 1e-3             # in every picture
+    for i in range(len(x)):
+        assert_close(model(x[i:i + 1], t[i:i + 1], y[i:i + 1]), out[i:i + 1], rtol=1e-9, atol=1e-11)
+    out.square().sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (name == "pos_embed"), name
+        if name != "pos_embed":
+            thirds = list(p.grad.chunk(3)) if "qkv" in name else [p.grad]         # of q, of k, of v
+            if "qkv.bias" in name and not qk_norm:
+                del thirds[1:2]  # softmax ignores k's bias
+            assert all(grad.abs().max() > 1e-6 for grad in thirds), name
 
 
 @pytest.mark.parametrize("conditioning", BLOCKS)
-def test_every_condition_is_read(conditioning):
-    torch.manual_seed(0)
-    model = fill_by_recipe(DiT(**TINY, conditioning=conditioning), ["pos_embed"])
-    x, t, y = torch.randn(1, 4, 8, 8), torch.tensor([100]), torch.tensor([1])
-    out = model(x, t, y)
-    assert (model(x, t + 300, y) - out).abs().max() > 1e-3 and (model(x, t, y + 1) - out).abs().max() > 1e-3
+def test_the_norm_arguments_change_exactly_their_tensors(conditioning):
+    default, rms, qk = (set(DiT(**TINY, conditioning=conditioning, **arguments).state_dict())
+                        for arguments in ({}, dict(norm="rms"), dict(qk_norm=True)))
+    norms = {n for n in default if "norm" in n}
+    per_block = {"in_context": 2, "cross_attention": 3}.get(conditioning)
+    assert len(norms) == (0 if per_block is None else 2 * (3 * per_block + 1))  # weight and bias
+    assert rms == default - {n for n in norms if n.endswith("bias")}
+    attentions = ["attn", "cross_attn"] if conditioning == "cross_attention" else ["attn"]
+    assert qk - default == {f"blocks.{i}.{attn}.{which}_norm.weight" for i in range(3)
+                            for attn in attentions for which in "qk"}
+    model = DiT(**TINY, conditioning=conditioning, norm="rms", qk_norm=True)
+    assert model.blocks[0].attn.q_norm.weight.shape == (16,)                # the width of one head
+    fill_by_recipe(model).initialize_weights()                              # it sets every tensor
+    assert all((p == 1).all() for n, p in model.named_parameters() if "norm" in n)
+    y = torch.ones(1, dtype=torch.int64)
+    assert model(torch.ones(1, 4, 8, 8), torch.ones(1), y).abs().max() == 0
+
+
+# ---- labels, training, errors --------------------------------------------------------------------
+
+def test_who_can_guide_and_what_the_null_class_is():
+    model = DiT(**TINY)
+    assert model.can_guide and model.null_condition(3).tolist() == [5, 5, 5]
+    assert not DiT(**TINY, class_dropout_prob=0.0).can_guide
+    unconditional = DiT(**{**TINY, "num_classes": 0})
+    assert not unconditional.can_guide and unconditional.null_condition(2).tolist() == [0, 0]
+    y, draws = torch.tensor([1, 2, 3, 4]), torch.tensor([0.0, 0.0999, 0.1001, 0.9])
+    assert model.drop_labels(y, draws).tolist() == [5, 5, 3, 4]
+
+
+def test_muon_gets_the_matrices_of_the_blocks():
+    model = DiT(**TINY, qk_norm=True)
+    chosen = {n for n, p in model.named_parameters() if p.dim() > 1 and re.match(model.matrices, n)}
+    assert chosen == {f"blocks.{i}.{name}.weight" for i in range(3) for name in (
+        "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")}
 
 
 def test_label_dropout_share():
     model = DiT(**TINY)
     y = torch.zeros(20_000, dtype=torch.int64)
-    dropped = (model.drop_labels(y, torch.rand(20_000, generator=torch.Generator().manual_seed(0))) == 5).float().mean()
-    assert abs(dropped - 0.1) < 0.01
+    draws = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    dropped = (model.drop_labels(y, draws) == 5).float().mean()
+    assert abs(dropped - 0.1) < 0.01  # 4.7 standard deviations
     assert DiT(**TINY, class_dropout_prob=0.0).y_embedder.embedding_table.weight.shape[0] == 5
 
 
-@pytest.mark.parametrize("conditioning", ["adaln_zero", "in_context"])
-def test_overfits_one_batch(conditioning):
+@pytest.mark.parametrize("conditioning,norm,qk_norm", [
+    ("adaln_zero", "layer", False), ("in_context", "rms", True)])
+def test_overfits_one_batch(conditioning, norm, qk_norm):
     torch.manual_seed(0)
-    model = DiT(**{**TINY, "learn_sigma": False}, conditioning=conditioning)
-    x, t, y, target = torch.randn(8, 4, 8, 8), torch.randint(1000, (8,)), torch.arange(8) % 5, torch.randn(8, 4, 8, 8)
+    model = DiT(**{**TINY, "learn_sigma": False}, conditioning=conditioning, norm=norm,
+                qk_norm=qk_norm)
+    x, t, y = torch.randn(8, 4, 8, 8), torch.randint(1000, (8,)), torch.arange(8) % 5
+    target = torch.randn(8, 4, 8, 8)
     opt, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
     for _ in range(300):
         loss = (model(x, t, y) - target).square().mean()
         opt.zero_grad(), loss.backward(), opt.step()
         losses.append(loss.item())
+    assert losses[0] == pytest.approx(target.square().mean().item())  # the first prediction is 0
     assert losses[-1] < 0.05 * losses[0], losses[-1]
 
 
+def test_it_compiles_to_one_graph():
+    model = fill_by_recipe(DiT(**TINY, norm="rms", qk_norm=True))
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 5])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(x, t, y), model(x, t, y), **TOLERANCE)
+
+
 def test_sizes_that_do_not_fit_are_named():
-    for bad, words in ((dict(input_size=9), "9 is not divisible by patch size 2"), (dict(num_heads=3), "num_heads 3"),
-                       (dict(conditioning="film"), "choose one of"),
+    for bad, words in ((dict(input_size=9), "9 is not divisible by patch_size 2"),
+                       (dict(num_heads=3), "num_heads 3"),
+                       (dict(conditioning="film"), "'film': choose one of in_context, cross_att"),
+                       (dict(norm="batch"), "unknown norm 'batch': choose one of layer, rms"),
                        (dict(num_classes=0, class_dropout_prob=0.0), "null class"),
-                       (dict(hidden_size=30, num_heads=2), "multiple of 4")):
+                       (dict(hidden_size=30, num_heads=2), "30 is not divisible by .* 4")):
         with pytest.raises(ValueError, match=words):
             DiT(**{**TINY, **bad})
+    t, y = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    for shape in ((1, 4, 4, 16), (1, 3, 8, 8), (1, 4, 16, 16)):  # the first has 16 tokens
+        with pytest.raises(ValueError, match=r"expects pictures of shape \(4, 8, 8\), got \(\d"):
+            DiT(**TINY)(torch.zeros(shape), t, y)
     for name in ("DiT-S/3", "DiT-50x2/2", "dit", "DiT-96x0/1"):
         with pytest.raises(ValueError, match="choose one of"):
             dit_config(name)
