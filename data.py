@@ -44,7 +44,7 @@ class Dataset:
     """A whole data set in memory.  ValueError if labels or captions do not fit the images."""
     name: str
     images: torch.Tensor      # (N, C, H, W) uint8, or float latents
-    labels: torch.Tensor      # (N,) int64, all 0 when there are no classes
+    labels: torch.Tensor      # (N,) int64, all 0 when there are no classes; or token ids (N, L)
     captions: list            # N strings, or None
     class_names: list         # empty = unconditional
     flip: bool                # whether a left-right flip keeps the meaning
@@ -52,11 +52,12 @@ class Dataset:
 
     def __post_init__(self):
         counts = [len(x) for x in (self.images, self.labels, self.captions) if x is not None]
-        if len(set(counts)) > 1 or self.labels.ndim != 1:
+        if len(set(counts)) > 1:
             raise ValueError(f"{self.name}: {counts[0]} images but {counts[1:]} labels and "
                              "captions; the numbers must agree")
         top = max(0, self.num_classes - 1)
-        if len(self) and not 0 <= self.labels.min() <= self.labels.max() <= top:
+        wrong = len(self) and not 0 <= self.labels.min() <= self.labels.max() <= top
+        if wrong and self.labels.ndim == 1:
             raise ValueError(f"{self.name}: labels {self.labels.min()} to {self.labels.max()}, but "
                              f"{self.num_classes} class names allow 0 to {top}")
 

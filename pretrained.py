@@ -35,7 +35,7 @@ import torch
 from checkpoint import load_checkpoint, mismatch, named_tensors, read_torch, written_whole
 from text import TextEncoder
 from unet import UNet
-from vae import AutoencoderKL
+from vae import AutoencoderKL, first_stage_from
 
 # --------------------------------------------------------------------------------------------------
 # sizes, and the modules
@@ -457,3 +457,19 @@ def write_safetensors(path, tensors):
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy())
+
+
+def load_first_stage(path):
+    """The frozen first stage in a file: a run of tiny-ae, kl-ae or vq-vae, what a diffusion model's
+    checkpoint carries, or an official AutoencoderKL. Raises ValueError if there is none.
+    """
+    state = {} if is_official(path) else load_checkpoint(path)
+    if "sizes" in state:
+        state["first_stage"] = {"kind": state["task"], "sizes": state["sizes"], "model": state["ema"]}
+    if "first_stage" in state:
+        return first_stage_from(state["first_stage"], path)
+    parts = {} if state else read_stable_diffusion(path)
+    if "vae" not in parts:
+        raise ValueError(f"{path} holds no autoencoder: --first-stage wants that of --model tiny-ae, "
+                         "kl-ae or vq-vae, or an official AutoencoderKL")
+    return build({"vae": parts["vae"]}, torch.float32)["vae"].eval().requires_grad_(False)

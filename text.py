@@ -198,6 +198,7 @@ class WordTokenizer:
     such as <new1> or V*; all else separates words. Source: Custom Diffusion §3.2 for new words.
     """
     PAD, START, END = 0, 1, 2
+    open = False            # a word that it was not built with is an error
     WORD = re.compile(r"<\w+>|\b[^\W\d_]\*(?!\w)|[^\W_]+")
     ROOM, RESERVED = 4, 8       # words that a prompt may have more than any caption; free rows
 
@@ -269,6 +270,7 @@ class CLIPTokenizer:
     tokenizer/merges.txt. Raises ValueError if it is missing or no such list.
     Source: CLIP §2.4; Sennrich et al. 2016, algorithm 1.
     """
+    open = True             # any string has ids
     MERGES = 48_894                     # 49,408 ids - 2 x 256 single bytes - start and end
 
     def __init__(self, path="data/bpe_simple_vocab_16e6.txt.gz"):

@@ -1,120 +1,431 @@
-"""The first stage of latent diffusion: pictures to small latents and back, trained once and then frozen.
+"""First stages: pictures to small latents and back, trained once and then frozen.
 
-Paper: High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al. 2022), §3.1.
+Papers: High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al. 2022), LDM;
+Neural Discrete Representation Learning (van den Oord et al. 2017), VQ-VAE; VQ-Diffusion (2022).
 
-The idea.  A diffusion model spends its effort where it is told to look. Most bits of a picture are fine texture that a
-small convolutional decoder can fill in; what is hard is the arrangement. So first train an autoencoder that shrinks
-each side by f and keeps a few channels per cell, and run diffusion on its latents: f = 4 leaves 1/16 of the positions,
-and a transformer with one token per cell sees the whole picture as 64 tokens instead of 1,024 pixels. On the shapes of
-this repository that is the difference between blobs and pictures at an equal budget (README, results).
+The idea.  Most bits of a picture are fine texture, which a small convolutional decoder can fill in.
+The hard part is the arrangement. So first train an autoencoder that shrinks each side by f and
+keeps a few numbers per cell, then run diffusion on these latents: with f = 4, a transformer with
+one token per cell sees a 32 x 32 picture as 64 tokens instead of 1,024 pixels. A VQ-VAE also
+replaces the numbers of each cell by the nearest of K vectors, the codebook: a picture becomes N
+tokens, each one of K codes.
 
-Contents: TinyAutoencoder, which trains in under a minute on a laptop; AutoencoderKL, into which the official weights of
-Stable Diffusion's first stage load by name.
+Contents: FirstStage (what all of them answer), TinyAutoencoder, Codebook, VQVAE, AutoencoderKL
+(the official weights of Stable Diffusion load by name), Pixels (the identity), FIRST_STAGES.
 
-    python train.py --model tiny-ae --data shapes      # train one on its own; `python train.py` does so by itself
+    python train.py --model tiny-ae --data shapes     # or vq-vae, kl-ae
 
-Differences from the paper: no perceptual or adversarial loss, no KL term (an L2 pull and latent noise instead, which
-give the diffusion model a smooth and bounded space); patches are folded to channels rather than strided down. That is
-enough for 32-pixel worlds, and too little for photographs at 256 pixels.
+Differences from the official code:
+1. No perceptual and no adversarial loss: enough for 32-pixel worlds, too little for photographs.
+2. TinyAutoencoder: latent noise and an L2 pull instead of the KL term; one scale per channel.
+3. VQ-VAE: k-means starts the codes after a warm-up, unused codes are moved, and beta also weighs
+   the commitment loss of averaged codes.
+4. AutoencoderKL.encode returns the mean; the official code samples with the predicted variance.
 """
+from collections import OrderedDict
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from checkpoint import load_weights
 from diffusion import randn
+
+LATENT_WEIGHT = 1e-4     # of the L2 pull (tiny-ae) and the KL term (kl-ae), per latent number; ours
+
+
+class FirstStage(nn.Module):
+    """What every first stage answers; pictures x are (B, C, H, W), float in [-1, 1].
+
+    encode(x) -> latents z; decode(z) -> pictures; objective(x, draws) -> (training loss, metrics);
+    factor: f, a picture's side over its latents'; matrices: regular expression of the names of
+    Muon's weights; noisy: the objective reads noise; standardised: False until standardise(x).
+    """
+    kind, noisy, standardised = "", True, True
+    matrices = r"(en|de)coder\.\d+\.conv"               # the convolutions of the residual blocks
+
+    def __init__(self, **sizes):
+        super().__init__()
+        self._sizes = tuple(sizes)
+        vars(self).update(sizes)                        # each argument becomes an attribute
+
+    def forward(self, x, draws):
+        return self.objective(x, draws)                 # DDP and torch.compile wrap forward
+
+    @property
+    def sizes(self):
+        """The constructor's arguments with their present values, to build the stage again."""
+        return {name: getattr(self, name) for name in self._sizes}
+
+    def latent_shape(self, image_shape):
+        """(C, H, W) -> shape (c, H/f, W/f) of the latents. Raises ValueError if it does not fit."""
+        channels, height, width = image_shape
+        if channels != self.in_channels or height % self.factor or width % self.factor:
+            raise ValueError(f"this {self.kind} reads pictures with {self.in_channels} channels, "
+                             f"sides divisible by {self.factor}, not {channels} x {height} x "
+                             f"{width}: choose another --image-size or another first stage")
+        return self.latent_channels, height // self.factor, width // self.factor
+
+    def draw(self, n, image_shape, generator=None, device="cpu"):
+        """Random numbers of a step of n pictures: {"noise": normal, (n, c, h, w)}, or {}."""
+        shape = (n, *self.latent_shape(image_shape))
+        return {"noise": randn(shape, generator, device)} if self.noisy else {}
+
+    def standardise(self, x):
+        """Measure the latents of x, so that encode gives unit variance. Source: LDM appendix G."""
+
+    def shrink_mask(self, mask):
+        """Mask (B, 1, H, W) -> that of the latents: a cell is painted if any of its pixels is."""
+        return F.max_pool2d(mask, self.factor)                              # (B, 1, H/f, W/f)
+
+
+def image_metrics(recon, x):
+    """Mean squared error, and PSNR in dB for values in [-1, 1]; 0-dim tensors without gradient."""
+    mse = (recon - x).detach().square().mean()
+    return {"mse": mse, "psnr": 10 * torch.log10(4 / mse)}                  # 4 = (1 - (-1))^2
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C, H, W) -> same. Source: He et al. 2016, pre-activation."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))): (B, C_in, H, W) -> (B, C_out, H, W).
 
-    def __init__(self, channels):
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-
-
-class TinyAutoencoder(nn.Module):
-    """Autoencoder (B, in_channels, H, W) in [-1, 1] <-> (B, latent_channels, H/factor, W/factor), about unit variance.
-
-    factor: f of the paper, divides H and W; width: channels inside. Latents are standardised per channel by
-    `standardise`, whose figures travel in the state_dict. Raises ValueError if the picture's sides are not divisible by
-    factor. Source: LDM §3.1.
+    Source: He et al. 2016, pre-activation; LDM, ResnetBlock (32 groups, eps 1e-6).
     """
-
-    matrices = r"(en|de)coder\.\d+\.conv"       # Muon's share in train.py: the convolutions of the residual blocks
-
-    def __init__(self, in_channels=3, latent_channels=8, factor=4, width=64):
+    def __init__(self, in_channels, out_channels, groups=8, eps=1e-5):
         super().__init__()
-        self.latent_channels, self.factor = latent_channels, factor
-        cell = in_channels * factor * factor
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(factor), nn.Conv2d(cell, width, 1), ResBlock(width),
-                                     nn.Conv2d(width, latent_channels, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(latent_channels, width, 3, padding=1), ResBlock(width), ResBlock(width),
-                                     nn.Conv2d(width, cell, 1), nn.PixelShuffle(factor))
-        self.register_buffer("mean", torch.zeros(latent_channels, 1, 1))
-        self.register_buffer("std", torch.ones(latent_channels, 1, 1))
-
-    def encode(self, x, generator=None):
-        """x (B, C, H, W) in [-1, 1] -> standardised latents (B, c, H/f, W/f); deterministic, so generator is not used.
-
-        Source: LDM §3.1.
-        """
-        if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
-            raise ValueError(f"a picture of {x.shape[-2]}x{x.shape[-1]} is not divisible by the autoencoder's factor "
-                             f"{self.factor}")
-        return (self.encoder(x) - self.mean) / self.std                                     # (B, c, H/f, W/f)
-
-    def decode(self, z):
-        """Standardised latents (B, c, h, w) -> pictures (B, C, f*h, f*w), about [-1, 1]. Source: LDM §3.1."""
-        return self.decoder(z * self.std + self.mean)                                       # (B, C, H, W)
-
-    def forward(self, x, noise, noise_level=0.3):
-        """Training pass: x (B, C, H, W) -> (reconstruction like x, latents (B, c, h, w) before standardising).
-
-        noise: standard normal like the latents; noise_level: its share of their spread. A decoder used to such noise
-        forgives the small errors that a diffusion model makes. Source: LDM §3.1, its KL regularisation simplified.
-        """
-        z = self.encoder(x)                                                                 # (B, c, h, w)
-        return self.decoder(z + noise_level * z.detach().std() * noise), z
-
-    @property
-    def standardised(self):
-        """Whether `standardise` has been called. Source: LDM §D (scale factor)."""
-        return bool((self.std != 1).any())
-
-    @torch.no_grad()
-    def standardise(self, x):
-        """Measure the latents of pictures x (B, C, H, W), so that encode gives zero mean and unit variance.
-
-        Source: LDM §D (scale factor).
-        """
-        z = self.encoder(x)
-        self.mean.copy_(z.mean((0, 2, 3))[:, None, None])                                   # (c, 1, 1)
-        self.std.copy_(z.std((0, 2, 3))[:, None, None])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# AutoencoderKL: the first stage of Stable Diffusion and of the published DiT, under its official names
-
-class KLResnetBlock(nn.Module):
-    """Twice GroupNorm, SiLU, conv; plus the input: (B, C_in, H, W) -> (B, C_out, H, W). Source: LDM, ResnetBlock."""
-
-    def __init__(self, in_channels, out_channels):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(32, out_channels, eps=1e-6)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+def small_networks(in_channels, latent_channels, factor, width):
+    """Encoder (B, C, H, W) -> (B, c, H/f, W/f), and decoder back; width: channels inside."""
+    cell = in_channels * factor * factor
+    encoder = nn.Sequential(nn.PixelUnshuffle(factor), nn.Conv2d(cell, width, 1),
+                            ResBlock(width, width), nn.Conv2d(width, latent_channels, 1))
+    decoder = nn.Sequential(nn.Conv2d(latent_channels, width, 3, padding=1), ResBlock(width, width),
+                            ResBlock(width, width), nn.Conv2d(width, cell, 1),
+                            nn.PixelShuffle(factor))
+    return encoder, decoder
+
+
+class TinyAutoencoder(FirstStage):
+    """Pictures (B, in_channels, H, W) <-> latents (B, latent_channels, H/factor, W/factor).
+
+    width: channels inside; latent_noise: noise that the decoder learns to undo, as a share of the
+    latents' standard deviation, so that it corrects a diffusion model's errors. Source: LDM §3.1.
+    """
+    kind = "tiny-ae"
+
+    def __init__(self, in_channels=3, latent_channels=8, factor=4, width=64, latent_noise=0.3):
+        super().__init__(in_channels=in_channels, latent_channels=latent_channels, factor=factor,
+                         width=width, latent_noise=latent_noise)
+        self.encoder, self.decoder = small_networks(in_channels, latent_channels, factor, width)
+        self.register_buffer("mean", torch.zeros(latent_channels, 1, 1))
+        self.register_buffer("std", torch.ones(latent_channels, 1, 1))
+
+    def objective(self, x, draws):
+        """Squared error of the pictures after noise on the latents, and a small pull towards 0.
+
+        draws: {"noise": (B, c, h, w)}. Returns (loss, {"mse", "psnr"}). Source: LDM §3.1.
+        """
+        z = self.encoder(x)                                                 # (B, c, h, w)
+        recon = self.decoder(z + self.latent_noise * z.detach().std() * draws["noise"]).float()
+        loss = (recon - x).square().mean() + LATENT_WEIGHT * z.float().square().mean()
+        return loss, image_metrics(recon, x)
+
+    def encode(self, x):
+        """Pictures (B, C, H, W) -> standardised latents (B, c, H/f, W/f). Source: LDM §3.1."""
+        self.latent_shape(x.shape[1:])
+        return (self.encoder(x) - self.mean) / self.std
+
+    def decode(self, z):
+        """Standardised latents (B, c, h, w) -> pictures (B, C, f*h, f*w). Source: LDM §3.1."""
+        return self.decoder(z * self.std + self.mean)
+
+    @property
+    def standardised(self):
+        """Whether `standardise` has been called. Source: LDM appendix G."""
+        return bool((self.std != 1).any())
+
+    @torch.no_grad()
+    def standardise(self, x):
+        """Measure mean and standard deviation per latent channel. Source: LDM appendix G."""
+        z = self.encoder(x)                                                 # (B, c, h, w)
+        self.mean.copy_(z.mean((0, 2, 3))[:, None, None])                   # (c, 1, 1)
+        self.std.copy_(z.std((0, 2, 3))[:, None, None])
+
+
+class Codebook(nn.Module):
+    """K vectors of D numbers that follow the encoder by running averages instead of gradients.
+
+    decay: of the averages; eps: smooths the counts; restart: a code whose average count falls below
+    this is moved to a vector that is far from its code, 0 = never; warmup: training steps before
+    the codes start, by k-means. Buffers: embedding (K, D); cluster_size (K,) and embedding_avg
+    (K, D), averaged count and sum of the vectors nearest to each code; started (0-dim bool).
+    Source: VQ-VAE appendix A.1; warm-up, k-means and restarts are ours.
+    """
+    def __init__(self, num_codes, dim, decay=0.99, eps=1e-5, restart=0.0, warmup=0):
+        super().__init__()
+        self.num_codes, self.decay, self.eps = num_codes, decay, eps
+        self.restart, self.warmup = restart, warmup
+        self.register_buffer("embedding", torch.randn(num_codes, dim))
+        self.register_buffer("cluster_size", torch.ones(num_codes))
+        self.register_buffer("embedding_avg", self.embedding.clone())
+        self.register_buffer("started", torch.tensor(False))
+        self._has_started = False       # True once `started` was read as True: no need to ask again
+
+    def nearest(self, vectors):
+        """Vectors (n, D) -> ids (n,) of the nearest codes. Source: VQ-Diffusion Eq. 1."""
+        # by differences: a matrix product cancels, and a GPU may round it to 10 bits (TF32)
+        distances = torch.cdist(vectors.detach(), self.embedding,           # (n, K)
+                                compute_mode="donot_use_mm_for_euclid_dist")
+        return distances.argmin(1)
+
+    def count(self, ids):
+        """How often each code occurs in ids (n,): (K,) float. Source: VQ-VAE Eq. 6."""
+        ones = torch.ones_like(ids, dtype=self.cluster_size.dtype)
+        return torch.zeros_like(self.cluster_size).index_add_(0, ids, ones)
+
+    @torch.no_grad()
+    def update(self, vectors, keep, step):
+        """After each optimizer step: start the codes once `warmup` steps are done, then move them.
+
+        vectors (n, D): the encoder's output for the whole batch; keep: 0-dim tensor, 0 = the step
+        was not finite, so nothing changes; step: from 0. Source: VQ-VAE Eq. 6-8.
+        """
+        self._has_started = self._has_started or bool(self.started)
+        if not self._has_started:
+            if step + 1 >= self.warmup and keep:
+                self.start(vectors)
+            return
+        counts, sums, far = self._assign(vectors)
+        size = self.cluster_size.lerp(counts, 1 - self.decay)               # Eq. 6: N_k
+        average = self.embedding_avg.lerp(sums, 1 - self.decay)             # Eq. 7: m_k
+        unused = size < self.restart                                        # (K,)
+        average, size = _replace(average, unused, far), size.masked_fill(unused, 1.0)
+        n = size.sum()                                                      # Laplace smoothing:
+        smooth = (size + self.eps) / (n + self.num_codes * self.eps) * n    # no N_k is 0
+        code = average / smooth[:, None]                                    # Eq. 8: e_k = m_k / N_k
+        for buffer, new in ((self.cluster_size, size), (self.embedding_avg, average),
+                            (self.embedding, code)):
+            buffer.copy_(torch.where(keep.bool(), new, buffer))
+
+    @torch.no_grad()
+    def start(self, vectors, iterations=20, weight=10.0):
+        """Put the codes at k-means centres of vectors (n, D), starting from K evenly spaced rows.
+
+        weight: how many vectors a centre then counts for in the averages. Source: Lloyd 1982.
+        """
+        rows = torch.linspace(0, len(vectors) - 1, self.num_codes, device=vectors.device).long()
+        self.embedding.copy_(vectors[rows])
+        for _ in range(iterations):
+            counts, sums, far = self._assign(vectors)
+            centres = sums / counts.clamp(min=1)[:, None]                   # (K, D)
+            self.embedding.copy_(_replace(centres, counts == 0, far))
+        self.cluster_size.fill_(weight)
+        self.embedding_avg.copy_(self.embedding * weight)
+        self.started.fill_(True)
+
+    def _assign(self, vectors):
+        """Count (K,) and sum (K, D) of each code's vectors; the K vectors farthest from codes."""
+        ids = self.nearest(vectors)                                         # (n,)
+        sums = torch.zeros_like(self.embedding).index_add_(0, ids, vectors)
+        distance = (vectors - self.embedding[ids]).square().sum(1)          # (n,)
+        far = distance.topk(min(self.num_codes, len(vectors))).indices      # the farthest first
+        return self.count(ids), sums, vectors[far]
+
+    def _load_from_state_dict(self, *args):
+        self._has_started = False                                           # ask again
+        super()._load_from_state_dict(*args)
+
+
+def _replace(codes, unused, far):
+    """Put another row of far (m, D) in place of each row of codes (K, D) that unused (K,) names."""
+    rank = (unused.cumsum(0) - 1).clamp(0, len(far) - 1)                    # 0 for the first unused
+    return torch.where(unused[:, None], far[rank], codes)
+
+
+class VQVAE(FirstStage):
+    """Pictures (B, in_channels, S, S) <-> tokens (B, N), N = (S / factor)^2, ids below num_codes.
+
+    dim: D of a code; width: channels inside; beta: weight of the commitment loss; decay, restart,
+    warmup: see Codebook. Raises ValueError for sizes that do not fit. Source: VQ-Diffusion §3.1.
+    """
+    kind, noisy = "vq-vae", False
+
+    def __init__(self, image_size=32, in_channels=3, num_codes=256, factor=4, dim=8, width=64,
+                 beta=0.25, warmup=50, decay=0.95, restart=0.02):
+        super().__init__(image_size=image_size, in_channels=in_channels, num_codes=num_codes,
+                         factor=factor, dim=dim, width=width, beta=beta, warmup=warmup,
+                         decay=decay, restart=restart)
+        self.latent_channels = dim
+        self.grid = super().latent_shape((in_channels, image_size, image_size))[1]
+        self.encoder, self.decoder = small_networks(in_channels, dim, factor, width)
+        self.codebook = Codebook(num_codes, dim, decay, restart=restart, warmup=warmup)
+
+    def objective(self, x, draws):
+        """Squared error of the pictures; the commitment loss keeps the encoder near the codes.
+
+        Until the codes have started, the decoder reads the encoder's output as it is. Returns
+        (loss, metrics): psnr, perplexity, codes (number in use), and vectors (n, D), from which
+        Codebook.update learns. draws: {}. Source: VQ-Diffusion Eq. 2.
+        """
+        z, started = self.encoder(x).float(), self.codebook.started         # (B, D, h, w)
+        vectors = z.detach().permute(0, 2, 3, 1).flatten(0, 2)              # (n, D), n = B*N
+        ids = self.codebook.nearest(vectors).view(len(x), -1)               # (B, N)
+        z_q = self.look_up(ids)                                             # (B, D, h, w)
+        # straight-through: the decoder reads z_q, and its gradient reaches z unchanged
+        recon = self.decoder(z + torch.where(started, z_q - z, 0.0).detach()).float()
+        commitment = torch.where(started, (z_q - z).square().mean(), 0.0)
+        loss = (recon - x).square().mean() + self.beta * commitment
+        codes = (self.codebook.count(ids.flatten()) > 0).sum().float()
+        return loss, {"psnr": image_metrics(recon, x)["psnr"], "codes": codes,
+                      "perplexity": self.perplexity(ids), "vectors": vectors}
+
+    def encode(self, x):
+        """Pictures (B, C, S, S) -> tokens (B, N) int64, row by row. Source: VQ-Diffusion Eq. 1."""
+        self.latent_shape(x.shape[1:])
+        z = self.encoder(x).float()                                         # (B, D, h, w)
+        return self.codebook.nearest(z.permute(0, 2, 3, 1).flatten(0, 2)).view(len(x), -1)
+
+    def look_up(self, ids):
+        """Tokens (B, N) -> their codes (B, D, h, w). Source: VQ-Diffusion Eq. 1."""
+        return self.codebook.embedding[ids].mT.unflatten(2, (self.grid, self.grid))
+
+    def decode(self, ids):
+        """Tokens (B, N) -> pictures (B, C, S, S). Raises ValueError for a wrong count or range."""
+        if ids.shape[1] != self.grid ** 2 or ids.min() < 0 or ids.max() >= self.num_codes:
+            raise ValueError(f"this VQ-VAE decodes {self.grid ** 2} tokens from 0 to "
+                             f"{self.num_codes - 1} (no [MASK]), not {ids.shape[1]} tokens from "
+                             f"{int(ids.min())} to {int(ids.max())}")
+        return self.decoder(self.look_up(ids))
+
+    def perplexity(self, ids):
+        """exp of the entropy of ids: codes in use, weighed by frequency, 1 to K."""
+        p = self.codebook.count(ids.flatten()) / ids.numel()                # (K,)
+        return torch.exp(-torch.xlogy(p, p).sum())
+
+    def check_batch(self, batch_size):
+        """Raise ValueError if a step of batch_size pictures is too small to start the codes."""
+        vectors = batch_size * self.grid ** 2
+        if vectors < self.num_codes:
+            raise ValueError(f"{self.num_codes} codes cannot start from the {vectors} vectors of "
+                             "one step: give a larger --batch-size or fewer --codes")
+
+    def latent_shape(self, image_shape):
+        """Shape (C, S, S) of a picture -> (N,). Raises ValueError. Source: VQ-Diffusion §3.1."""
+        expected = (self.in_channels, self.image_size, self.image_size)
+        if tuple(image_shape) != expected:
+            raise ValueError(f"this VQ-VAE reads pictures (C, H, W) = {expected}, not "
+                             f"{tuple(image_shape)}: give such, or train another --model vq-vae")
+        return (self.grid ** 2,)
+
+    def shrink_mask(self, mask):
+        """Mask (B, 1, H, W) -> that of the tokens, (B, N)."""
+        return super().shrink_mask(mask).flatten(1)
+
+
+class AutoencoderKL(FirstStage):
+    """The autoencoder of Stable Diffusion under its official names: f = 8, 83,653,863 parameters.
+
+    multipliers: of `channels`, one per level, f = 2^(levels - 1); res_blocks: per level; scale: of
+    the latents, for unit variance (0.18215 for the published weights, 1 = not measured yet). The
+    weights may have another dtype than the pictures. Source: LDM §3.1, appendix G.
+    """
+    kind, matrices = "kl-ae", r"(en|de)coder\.(down|mid|up)"
+
+    def __init__(self, channels=128, multipliers=(1, 2, 4, 4), res_blocks=2, in_channels=3,
+                 z_channels=4, scale=0.18215):
+        super().__init__(channels=channels, multipliers=tuple(multipliers), res_blocks=res_blocks,
+                         in_channels=in_channels, z_channels=z_channels, scale=scale)
+        self.latent_channels, self.factor = z_channels, 2 ** (len(multipliers) - 1)
+        self.encoder, self.decoder = kl_networks(channels, multipliers, res_blocks, in_channels,
+                                                 z_channels)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+
+    def objective(self, x, draws):
+        """L1 of the pictures from sampled latents, and a little of the KL to a standard normal.
+
+        draws: {"noise": (B, z, h, w)}. Returns (loss, {"mse", "psnr"}). Source: LDM §3.1.
+        """
+        mean, logvar = (m.float() for m in self.moments(x))                 # 2x (B, z, h, w)
+        z = mean + torch.exp(0.5 * logvar) * draws["noise"]
+        recon = self.decoder(self.post_quant_conv(z)).float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = (recon - x).abs().mean() + LATENT_WEIGHT * kl
+        return loss, image_metrics(recon, x)
+
+    def moments(self, x):
+        """Pictures -> mean, log-variance of the latents before scaling, 2x (B, z, h, w)."""
+        self.latent_shape(x.shape[1:])
+        h = self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
+        mean, logvar = h.chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def encode(self, x):
+        """Pictures -> scaled latents (B, z, H/f, W/f), their mean. Source: LDM appendix G."""
+        return (self.scale * self.moments(x)[0]).to(x.dtype)
+
+    def decode(self, z):
+        """Scaled latents (B, z, h, w) -> pictures (B, C, f*h, f*w). Source: LDM appendix G."""
+        unscaled = (z / self.scale).to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(unscaled)).to(z.dtype)
+
+    @property
+    def standardised(self):
+        """Whether the scale is known: the published one, or measured. Source: LDM appendix G."""
+        return self.scale != 1
+
+    @torch.no_grad()
+    def standardise(self, x):
+        """Measure the scale, 1 / standard deviation of all latents. Source: LDM appendix G."""
+        means = torch.cat([self.moments(some)[0].flatten() for some in x.split(50)])
+        self.scale = 1 / means.std().item()
+
+
+def _named(**layers):
+    return nn.Sequential(OrderedDict(layers))           # runs in this order, under these names
+
+
+def kl_networks(channels, multipliers, res_blocks, in_channels, z_channels):
+    """Encoder (B, C, H, W) -> (B, 2 * z, H/f, W/f) and decoder (B, z, h, w) -> (B, C, f*h, f*w).
+
+    Source: LDM, Encoder and Decoder.
+    """
+    widths = [channels * m for m in multipliers]
+    last, conv = widths[-1], partial(nn.Conv2d, kernel_size=3, padding=1)
+    norm, block = partial(nn.GroupNorm, 32, eps=1e-6), partial(ResBlock, groups=32, eps=1e-6)
+
+    def level(before, after, count):
+        blocks = (block(after if i else before, after) for i in range(count))
+        return _named(block=nn.Sequential(*blocks))
+
+    def middle():
+        return _named(block_1=block(last, last), attn_1=KLAttention(last),
+                      block_2=block(last, last))
+
+    down = [level(a, b, res_blocks) for a, b in zip([channels, *widths], widths)]
+    up = [level(a, b, res_blocks + 1) for a, b in zip([*widths[1:], last], widths)]
+    for i, (w, above) in enumerate(zip(widths, widths[1:])):            # pad right and bottom only
+        halve = _named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(w, w, 3, stride=2))
+        down[i].add_module("downsample", halve)
+        double = _named(repeat=nn.Upsample(scale_factor=2.0), conv=conv(above, above))
+        up[i + 1].add_module("upsample", double)
+    up = {str(i): up[i] for i in reversed(range(len(up)))}              # up.0, the largest, is last
+    encoder = _named(conv_in=conv(in_channels, channels), down=nn.Sequential(*down), mid=middle(),
+                     norm_out=norm(last), act=nn.SiLU(), conv_out=conv(last, 2 * z_channels))
+    decoder = _named(conv_in=conv(z_channels, last), mid=middle(), up=_named(**up),
+                     norm_out=norm(widths[0]), act=nn.SiLU(), conv_out=conv(widths[0], in_channels))
+    return encoder, decoder
 
 
 class KLAttention(nn.Module):
@@ -127,143 +438,32 @@ class KLAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))   # 3x (B, 1, H*W, C)
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.reshape(x.shape)  # (B, C, H, W)
+        # 3x (B, 1, H*W, C)
+        q, k, v = (conv(h).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.reshape(x.shape)   # (B, C, H, W)
         return x + self.proj_out(h)
 
 
-class Resample(nn.Module):
-    """Halve or double each side and convolve; halving pads right and bottom only. Source: LDM, Downsample/Upsample."""
+class Pixels(FirstStage):
+    """No first stage: diffusion runs on the pictures themselves, and there is nothing to train."""
+    kind, factor, noisy, matrices = "none", 1, False, r"(?!)"               # (?!) matches no name
 
-    def __init__(self, channels, up):
-        super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
+    def encode(self, x):
+        """Return what is given, be it a picture, latents, a picture's shape or a mask."""
+        return x
 
-    def forward(self, x):
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1))
-        return self.conv(x)  # (B, C, 2H, 2W) or (B, C, H/2, W/2)
+    decode = latent_shape = shrink_mask = encode
 
-
-def _mid(channels):
-    return nn.ModuleDict({"block_1": KLResnetBlock(channels, channels), "attn_1": KLAttention(channels),
-                          "block_2": KLResnetBlock(channels, channels)})
+    def objective(self, x, draws):
+        """Raise ValueError, for there is nothing to train."""
+        raise ValueError("pixels have no weights to train: choose tiny-ae, kl-ae or vq-vae")
 
 
-class KLEncoder(nn.Module):
-    """Pictures (B, 3, H, W) -> (B, 2 * z_channels, H/f, W/f), f = 2^(levels - 1). Source: LDM, Encoder."""
-
-    def __init__(self, channels=128, multipliers=(1, 2, 4, 4), res_blocks=2, in_channels=3, z_channels=4):
-        super().__init__()
-        widths = [channels * m for m in (1, *multipliers)]
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.down = nn.ModuleList()
-        for i in range(len(multipliers)):
-            level = nn.Module()
-            level.block = nn.ModuleList(KLResnetBlock(widths[i] if j == 0 else widths[i + 1], widths[i + 1])
-                                        for j in range(res_blocks))
-            if i < len(multipliers) - 1:
-                level.downsample = Resample(widths[i + 1], up=False)
-            self.down.append(level)
-        self.mid = _mid(widths[-1])
-        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
-
-    def forward(self, x):
-        h = self.conv_in(x)  # (B, channels, H, W)
-        for level in self.down:
-            for block in level.block:
-                h = block(h)
-            h = level.downsample(h) if hasattr(level, "downsample") else h
-        h = self.mid["block_2"](self.mid["attn_1"](self.mid["block_1"](h)))
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 2z, H/f, W/f)
+FIRST_STAGES = {stage.kind: stage for stage in (Pixels, TinyAutoencoder, AutoencoderKL, VQVAE)}
 
 
-class KLDecoder(nn.Module):
-    """Latents (B, z_channels, h, w) -> pictures (B, 3, f*h, f*w). Source: LDM, Decoder.
-
-    up.0 is the highest resolution and runs last.
-    """
-
-    def __init__(self, channels=128, multipliers=(1, 2, 4, 4), res_blocks=2, out_channels=3, z_channels=4):
-        super().__init__()
-        widths = [channels * m for m in multipliers]
-        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = _mid(widths[-1])
-        self.up, width = nn.ModuleList(), widths[-1]
-        for i in reversed(range(len(widths))):
-            level = nn.Module()
-            level.block = nn.ModuleList(KLResnetBlock(width if j == 0 else widths[i], widths[i])
-                                        for j in range(res_blocks + 1))
-            if i > 0:
-                level.upsample = Resample(widths[i], up=True)
-            self.up.insert(0, level)
-            width = widths[i]
-        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
-
-    def forward(self, z):
-        h = self.conv_in(z)  # (B, C, h, w)
-        h = self.mid["block_2"](self.mid["attn_1"](self.mid["block_1"](h)))
-        for level in reversed(self.up):
-            for block in level.block:
-                h = block(h)
-            h = level.upsample(h) if hasattr(level, "upsample") else h
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, f*h, f*w)
-
-
-class AutoencoderKL(nn.Module):
-    """The autoencoder of Stable Diffusion: f = 8, four latent channels, 83,653,863 parameters at the default size.
-
-    Arguments as in KLEncoder and KLDecoder; scale: latents are multiplied by it, so that they have about unit variance
-    (0.18215 for the published weights). Raises ValueError for sides not divisible by f. Source: LDM §3.1, appendix G.
-    """
-
-    def __init__(self, channels=128, multipliers=(1, 2, 4, 4), res_blocks=2, in_channels=3, z_channels=4,
-                 scale=0.18215):
-        super().__init__()
-        self.latent_channels, self.factor, self.scale = z_channels, 2 ** (len(multipliers) - 1), scale
-        self.encoder = KLEncoder(channels, multipliers, res_blocks, in_channels, z_channels)
-        self.decoder = KLDecoder(channels, multipliers, res_blocks, in_channels, z_channels)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
-
-    matrices = r"(en|de)coder\.(down|mid|up)"       # Muon's share in train.py
-
-    def forward(self, x, noise):
-        """Training pass: x (B, C, H, W) -> (reconstruction like x, mean, log-variance, both (B, z, H/f, W/f)).
-
-        noise: standard normal like the latents. Source: LDM §3.1.
-        """
-        mean, logvar = self.moments(x)
-        z = mean + torch.exp(0.5 * logvar) * noise
-        return self.decoder(self.post_quant_conv(z)), mean, logvar
-
-    @property
-    def standardised(self):
-        """Whether the scale is known: the published one, or measured. Source: LDM §D (scale factor)."""
-        return self.scale != 1
-
-    @torch.no_grad()
-    def standardise(self, x):
-        """Measure the scale on pictures x (B, C, H, W), so that latents get unit variance. Source: LDM §D."""
-        self.scale = 1 / torch.cat([self.moments(part)[0].flatten() for part in x.split(50)]).std().item()
-
-    def moments(self, x):
-        """Pictures (B, 3, H, W) -> mean, log-variance of latents, 2x (B, z, H/f, W/f), unscaled. Source: LDM §3.1."""
-        if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
-            raise ValueError(f"a picture of {x.shape[-2]}x{x.shape[-1]} is not divisible by the autoencoder's factor "
-                             f"{self.factor}")
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30.0, 20.0)
-
-    def encode(self, x, generator=None):
-        """Pictures -> scaled latents (B, z, H/f, W/f): a sample, or the mean without a generator. Source: LDM §3.1."""
-        mean, logvar = self.moments(x)
-        if generator is not None:
-            mean = mean + torch.exp(0.5 * logvar) * randn(mean.shape, generator, mean.device)
-        return self.scale * mean
-
-    def decode(self, z):
-        """Scaled latents (B, z, h, w) -> pictures (B, 3, f*h, f*w), about [-1, 1]. Source: LDM §3.1."""
-        return self.decoder(self.post_quant_conv(z / self.scale))
+def first_stage_from(saved, path):
+    """{"kind", "sizes", "model"} of a checkpoint -> frozen first stage; None -> pixels."""
+    stage = FIRST_STAGES[saved["kind"]](**saved["sizes"]) if saved else Pixels()
+    load_weights(stage, saved["model"] if saved else {}, path)
+    return stage.eval().requires_grad_(False)

@@ -1,0 +1,131 @@
+"""How fast is it, and does it learn at all? Measured against what this machine can do.
+
+    python bench.py                               # a table: time of a step, share of the machine's limit
+    python bench.py --models DiT-S/2 unet-tiny --steps 20
+    python bench.py --overfit --models udit-tiny  # self-check: one batch with fixed noise, again and again
+
+The limit is the rate of a large matrix product: float32 on a CPU, bfloat16 on cuda. The operations of
+a step are counted, forward, backward and optimizer, with torch's own counter.
+
+Contents: overfit, limit, measure, the command.
+"""
+import dataclasses
+import sys
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+from cli import flag, one_line, parse, resolve_device
+from models import FAMILIES, PRESETS, find_model, make_task, resolve_first_stage, settings_class
+from train import Config, make_step
+
+
+@dataclasses.dataclass
+class Options:
+    """what to measure"""
+    models: tuple = flag(("DiT-128x4/2", "udit-tiny", "unet-tiny", "vq-tiny", "tiny-ae", "vq-vae"),
+                         "names of models, see train.py")
+    steps: int = flag(10, "steps to time; --overfit: steps to train", "[1, inf)")
+    batch_size: int = flag(None, "pictures per step (default: that of the model's training)", "[1, inf)")
+    image_size: int = flag(32, "side of the pictures", "[1, inf)")
+    overfit: bool = flag(False, "train on one batch: its loss must fall below 5 %%")
+    device: str = flag("auto", "where to run", "", ["auto", "cpu", "cuda", "mps"])
+    compile: str = flag("auto", "torch.compile; auto: on cuda", "", ["auto", "on", "off"])
+
+
+def run_of(model, options, **changes):
+    """(config, task, data set) of a model as train.py would train it, on an untrained first stage."""
+    family = settings_class(find_model(model)[0])
+    flags = {**PRESETS.get(model, {}), "model": model, "device": resolve_device(options.device),
+             "image_size": options.image_size, "compile": options.compile, **changes}
+    if options.batch_size:
+        flags["batch_size"] = options.batch_size
+    make = lambda cls: cls(**{f.name: flags[f.name] for f in dataclasses.fields(cls) if f.name in flags})
+    config, settings = make(Config), make(family)
+    config.data = "scenes" if FAMILIES[find_model(model)[0]].captions else "shapes"
+    resolve_first_stage(config, settings)
+    dataset = data.load(config.data, config.image_size, count=max(512, config.batch_size))
+    return config, make_task(config, settings, dataset), dataset
+
+
+def overfit(model, options):
+    """Train on one batch with fixed noise -> (first loss, last loss). A sound model gets below 5 %."""
+    config, task, dataset = run_of(model, options, warmup=0, lr_decay="constant")
+    step = make_step(config, dataset, task)
+    losses = [step(0)[0]["loss"] for _ in tqdm(range(options.steps), desc=f"{model}, one batch")]
+    return losses[0].item(), losses[-1].item()
+
+
+def limit(device, seconds=0.5):
+    """Rate of a large matrix product in operations per second: bfloat16 on cuda, float32 elsewhere."""
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    start, count = clock(device), 0
+    while clock(device) - start < seconds:
+        a @ b
+        count += 1
+    return 2 * n ** 3 * count / (clock(device) - start)
+
+
+def clock(device):
+    """Seconds, after the device has finished what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(model, options):
+    """Time a model's training step -> {"ms", "pictures per s", "TFLOP/s", "share of limit", "GiB"}.
+
+    Steps and the limit are measured in turns, for a machine's speed changes with its neighbours.
+    """
+    config, task, dataset = run_of(model, options)
+    step, device = make_step(config, dataset, task), config.device
+    with FlopCounterMode(display=False) as counter:
+        step(0)
+    for s in range(3):                              # compile, allocate, settle
+        step(s)
+    best, seconds = 0.0, []
+    for s in range(options.steps):
+        if s % 5 == 0:
+            best = max(best, limit(device))
+        start = clock(device)
+        step(s)
+        seconds.append(clock(device) - start)
+    median = sorted(seconds)[len(seconds) // 2]
+    rate = counter.get_total_flops() / median
+    return {"ms": 1000 * median, "pictures/s": config.batch_size / median, "TFLOP/s": rate / 1e12,
+            "limit": best / 1e12, "share": rate / best, "GiB": memory(device) / 2 ** 30}
+
+
+def memory(device):
+    """Peak memory of this process in bytes; on cuda of the device."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource                                 # absent on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@one_line
+def main(argv):
+    """The command. --overfit exits with 1 if a model did not learn its batch."""
+    options, = parse(argv, __doc__, Options)
+    failed = 0
+    for model in options.models:
+        if options.overfit:
+            first, last = overfit(model, options)
+            failed += last >= 0.05 * first
+            print(f"{model}: loss {first:.4f} -> {last:.4f} ({last / first:.1%}), "
+                  f"{'ok' if last < 0.05 * first else 'NOT ok'}")
+        else:
+            row = measure(model, options)
+            print(f"{model:14}" + ", ".join(f"{name} {value:.3g}" for name, value in row.items()))
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

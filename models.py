@@ -1,0 +1,340 @@
+"""The table of models: for every name its flags, its sizes, and how its task is built.
+
+The idea.  Models that share flags and a builder are a family: a row of FAMILIES. A flag belongs to the
+families that read it, and train.py refuses it for all others. To add a model, write its file and add
+one row here; tests/test_registry.py then tests it without another word:
+
+    "mine": Family(CONTINUOUS, class_conditional(MyModel), {"mine-tiny": dict(width=64)}, "tiny-ae")
+
+    python train.py --model mine-tiny
+
+Contents: the flags, the builders, FAMILIES and PRESETS, finding and building, loading from files.
+"""
+import dataclasses
+import difflib
+import functools
+import hashlib
+
+import torch
+
+from checkpoint import load_checkpoint, load_weights
+from cli import flag
+from diffusion import GaussianDiffusion, RectifiedFlow
+from dit import DIT_CONFIGS, DiT, dit_config
+from pretrained import build, is_official, load_first_stage, read_stable_diffusion
+from tasks import AutoencoderTask, DiffusionTask, image_shape
+from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
+from udit import UDIT_CONFIGS, UDiT
+from unet import UNET_CONFIGS, UNet
+from vae import VQVAE, AutoencoderKL, Pixels, TinyAutoencoder, first_stage_from
+from vqdiffusion import VQ_CONFIGS, MaskReplace, VQTransformer
+
+FLAGS = {
+    "first_stage": (str, flag("auto", "what the model runs on: new (an autoencoder, trained first), "
+                              "none (pixels), or a checkpoint of one; auto: new for shapes, scenes "
+                              "and text, else none")),
+    "first_stage_steps": (int, flag(500, "optimizer steps of --first-stage new", "[1, inf)")),
+    "class_dropout": (float, flag(0.1, "share of labels or captions hidden, for guidance", "[0, 1)")),
+    "cfg_scale": (float, flag(2.0, "guidance when sampling; 1 = none", "[0, inf)")),
+    "latent_channels": (int, flag(4, "channels of the first stage's latents", "[1, inf)")),
+    "latent_noise": (float, flag(0.3, "noise that its decoder learns to undo", "[0, inf)")),
+    "factor": (int, flag(4, "how much smaller its latents or tokens are, per side", "[1, inf)")),
+    "codes": (int, flag(256, "how many different tokens there are", "[2, inf)")),
+    "schedule": (str, flag("flow", "flow (straight lines, predicts a velocity) or a Gaussian one",
+                           choices=["flow", "linear", "cosine", "scaled_linear"])),
+    "flow_shift": (float, flag(None, "flow: above 1 trains more at high noise (default: 1)",
+                               "(0, inf)")),
+    "prediction": (str, flag(None, "Gaussian schedules: what is predicted (default: eps)",
+                             choices=["eps", "v", "x0"])),
+    "learn_sigma": (bool, flag(False, "Gaussian schedules: also learn the variance")),
+    "conditioning": (str, flag("adaln_zero", "kind of block", choices=[
+        "adaln_zero", "adaln", "cross_attention", "in_context"])),
+    "norm": (str, flag("layer", "LayerNorm or RMSNorm", choices=["layer", "rms"])),
+    "qk_norm": (bool, flag(False, "normalise queries and keys")),
+    "aux_weight": (float, flag(1.0, "weight of the cross-entropy beside the variational bound; the "
+                               "paper's 5e-4 is for long runs", "[0, inf)"))}
+TINY = ("latent_channels", "latent_noise", "factor")
+CONTINUOUS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", *TINY, "schedule",
+              "flow_shift", "prediction")
+TOKENS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", "codes", "factor")
+
+
+@functools.cache
+def settings_class(family):
+    """The dataclass of a family's flags."""
+    fields = [(name, *FLAGS[name]) for name in FAMILIES[family].flags]
+    title = f"flags of --model {', '.join(list(FAMILIES[family].sizes)[:3])} and their like"
+    return dataclasses.make_dataclass("Settings", fields, namespace={"__doc__": title})
+
+
+def readers_of(flag_name):
+    """Who reads a flag such as "--codes", as a sentence; None if nobody here does."""
+    name = flag_name[2:].replace("-", "_").removeprefix("no_")
+    families = [family for family, row in FAMILIES.items() if name in row.flags]
+    return f"it is read by the families {', '.join(families)} alone" if families else None
+
+
+# --------------------------------------------------------------------------------------------------
+# builders: (sizes of the model, settings, info, first stage) -> task
+
+def gaussian_or_flow(settings, learn_sigma=False):
+    """The process of a continuous model. Raises ValueError for a flag its schedule ignores."""
+    schedule, prediction, shift = settings.schedule, settings.prediction, settings.flow_shift
+    if schedule == "flow" and (prediction or learn_sigma):
+        raise ValueError(f"--{'prediction' if prediction else 'learn-sigma'} belongs to a Gaussian "
+                         "schedule: add --schedule linear or cosine")
+    if schedule == "flow":
+        return RectifiedFlow(shift or 1.0)
+    if shift:
+        raise ValueError(f"--flow-shift belongs to --schedule flow, not to {schedule}: leave it out")
+    return GaussianDiffusion(schedule=schedule, prediction=prediction or "eps", learn_sigma=learn_sigma)
+
+
+def class_conditional(Model):
+    """Builder for Model(input_size, in_channels, num_classes, class_dropout_prob, ...), whose flags,
+    but for CONTINUOUS, are constructor arguments too.
+    """
+    def build_model(sizes, settings, info, first_stage):
+        channels, size, _ = first_stage.latent_shape(image_shape(info))
+        more = {k: v for k, v in vars(settings).items() if k not in CONTINUOUS}
+        model = Model(input_size=size, in_channels=channels, num_classes=len(info["class_names"]),
+                      class_dropout_prob=settings.class_dropout, **sizes, **more)
+        process = gaussian_or_flow(settings, getattr(settings, "learn_sigma", False))
+        return DiffusionTask(settings, info, model, process, first_stage)
+    return build_model
+
+
+def text_conditional(denoiser, width, process, settings, info, first_stage):
+    """The task of a denoiser that reads captions, with a new text encoder. Source: LDM §3.3."""
+    tokenizer = WordTokenizer.from_state(info["vocabulary"])
+    text = TextEncoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=width)
+    model = TextConditional(denoiser, text, tokenizer([""])[0], settings.class_dropout)
+    return DiffusionTask(settings, info, model, process, first_stage, tokenizer)
+
+
+def build_unet(sizes, settings, info, first_stage):
+    """A text-conditional U-Net. Source: LDM §3.3."""
+    channels = first_stage.latent_shape(image_shape(info))[0]
+    unet = UNet(**{**sizes, "in_channels": channels, "out_channels": channels})
+    process = gaussian_or_flow(settings)
+    return text_conditional(unet, unet.context_dim, process, settings, info, first_stage)
+
+
+def build_vq(sizes, settings, info, first_stage):
+    """VQ-Diffusion on captions, else on classes, else on nothing. Source: VQ-Diffusion §4."""
+    K, classes = first_stage.num_codes, len(info["class_names"])
+    process = MaskReplace(num_codes=K, aux_weight=settings.aux_weight)
+    sizes = {"context_dim": 64, **sizes, "num_codes": K, "grid": first_stage.grid}
+    if "vocabulary" in info:
+        denoiser, width = VQTransformer(**{**sizes, "condition": "text"}), sizes["context_dim"]
+        return text_conditional(denoiser, width, process, settings, info, first_stage)
+    model = VQTransformer(**{**sizes, "condition": "class" if classes else "none",
+                             "num_classes": classes,
+                             "class_dropout_prob": settings.class_dropout if classes else 0.0})
+    return DiffusionTask(settings, info, model, process, first_stage)
+
+
+NEW_STAGES = {          # kl-ae is a small AutoencoderKL, 4 times smaller per side
+    "tiny-ae": lambda s, info: TinyAutoencoder(info["channels"], s.latent_channels, s.factor,
+                                               latent_noise=s.latent_noise),
+    "kl-ae": lambda s, info: AutoencoderKL(32, (1, 2, 2), 1, info["channels"], s.latent_channels,
+                                           scale=1.0),
+    "vq-vae": lambda s, info: VQVAE(info["image_size"], info["channels"], s.codes, s.factor)}
+
+
+def build_autoencoder(sizes, settings, info, first_stage):
+    """A first stage that is to be trained. Source: LDM §3.1; VQ-Diffusion §3.1."""
+    return AutoencoderTask(settings, info, NEW_STAGES[sizes["kind"]](settings, info))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Models that share flags and builder. sizes: {model name: constructor arguments};
+    first_stage: what --first-stage new trains; always_latent: pixels are not enough; axes: of an
+    example; captions: "needed", "used" where there are any, or "" (class numbers are read).
+    """
+    flags: tuple
+    build: callable
+    sizes: dict
+    first_stage: str = ""
+    always_latent: bool = False
+    axes: int = 3
+    captions: str = ""
+
+
+FAMILIES = {
+    "dit": Family((*CONTINUOUS, "learn_sigma", "conditioning", "norm", "qk_norm"),
+                  class_conditional(DiT), DIT_CONFIGS, "tiny-ae"),
+    "udit": Family((*CONTINUOUS, "learn_sigma"), class_conditional(UDiT), UDIT_CONFIGS, "tiny-ae"),
+    "unet": Family(CONTINUOUS, build_unet, UNET_CONFIGS, "tiny-ae", True, 3, "needed"),
+    "vq": Family((*TOKENS, "aux_weight"), build_vq, VQ_CONFIGS, "vq-vae", True, 1, "used"),
+    "tiny-ae": Family(TINY, build_autoencoder, {"tiny-ae": {"kind": "tiny-ae"}}),
+    "kl-ae": Family(("latent_channels",), build_autoencoder, {"kl-ae": {"kind": "kl-ae"}}),
+    "vq-vae": Family(("codes", "factor"), build_autoencoder, {"vq-vae": {"kind": "vq-vae"}})}
+
+
+# what a model changes among the defaults of all flags
+PAPER = dict(schedule="linear", prediction="eps", learn_sigma=True, optimizer="adamw", lr=1e-4,
+             warmup=0, lr_decay="constant", grad_clip=0.0, ema=0.9999)      # DiT §4
+UNET = dict(steps=2500, latent_channels=6, latent_noise=0.2, first_stage_steps=800, cfg_scale=3.0,
+            flow_shift=3.0)
+VQ = dict(steps=3000, batch_size=32, first_stage_steps=1600, cfg_scale=3.0)
+PRESETS = {
+    "tiny-ae": dict(steps=500), "kl-ae": dict(steps=1000), "unet-tiny": UNET, "unet-small": UNET,
+    "vq-vae": dict(steps=1600, batch_size=32, lr=4e-3), "vq-tiny": VQ, "vq-small": VQ,
+    **{name: dict(VQ, codes=sizes["num_codes"], image_size=256, factor=256 // sizes["grid"])
+       for name, sizes in VQ_CONFIGS.items() if "grid" in sizes}}
+
+
+def find_model(name):
+    """Name of a model -> (its family, constructor arguments). Raises ValueError for an unknown one."""
+    for family, row in FAMILIES.items():
+        if name in row.sizes:
+            return family, dict(row.sizes[name])
+    try:
+        return "dit", dit_config(name)                                      # DiT-WxD/p
+    except ValueError as error:
+        known = [model for row in FAMILIES.values() for model in row.sizes]
+        near = difflib.get_close_matches(name, known, 1, 0.4)
+        raise ValueError(f"unknown model {name!r}{f', did you mean {near[0]}?' if near else '.'} "
+                         f"Known: DiT-WxD/p (width, depth, patch), {', '.join(known)}") from error
+
+
+def build_task(model, settings, info, first_stage):
+    """The task of a model by its name. Raises ValueError for flags and sizes that clash."""
+    family, sizes = find_model(model)
+    row, shape = FAMILIES[family], first_stage.latent_shape(image_shape(info))
+    if len(shape) != row.axes:
+        wants = "tokens, from a vq-vae" if row.axes == 1 else "numbers, from a tiny-ae or kl-ae"
+        raise ValueError(f"{model} works on {wants}, and this --first-stage gives {shape}: name a "
+                         "checkpoint of that kind, or leave --first-stage out")
+    task = row.build(sizes, settings, info, first_stage)
+    task.family = family
+    return task
+
+
+def describe(dataset, model, first_stage):
+    """What a model needs to know of its data, as plain values that travel in the checkpoint.
+
+    Raises ValueError for missing captions, and for latents that this first stage did not make.
+    """
+    captions, (channels, side) = FAMILIES[find_model(model)[0]].captions, dataset.images.shape[1:3]
+    if dataset.images.is_floating_point() and first_stage.kind != "none":       # latents
+        given, side = tuple(dataset.images.shape[1:]), side * first_stage.factor
+        made, channels = first_stage.latent_shape((3, side, side)), 3
+        if made != given:
+            raise ValueError(f"{dataset.name} holds {given}, the first stage makes {made}: give "
+                             "the --first-stage that made these latents")
+    info = {"name": dataset.name, "class_names": list(dataset.class_names), "channels": channels,
+            "image_size": side}
+    if captions == "needed" and dataset.captions is None:
+        raise ValueError(f"{model} wants captions, and {dataset.name} has none: try --data scenes, "
+                         "or a folder with metadata.jsonl")
+    if captions and dataset.captions is not None:
+        some = dataset.captions[::max(1, len(dataset) // 24)][:24]      # a folder may be sorted
+        tokenizer = WordTokenizer.from_captions(dataset.captions)
+        info |= {"vocabulary": tokenizer.state(), "examples": some}
+    return info
+
+
+def resolve_first_stage(config, settings):
+    """Replace "auto" in settings.first_stage by new, none, or the file given by --init."""
+    row = FAMILIES[find_model(config.model)[0]]
+    if getattr(settings, "first_stage", "") != "auto":
+        return
+    settings.first_stage = "none"
+    if config.init:
+        settings.first_stage = config.init if "first_stage" in load_checkpoint(config.init) else "none"
+    elif config.data in ("shapes", "scenes") or (
+            row.always_latent and not config.data.startswith("latents:")):
+        settings.first_stage = "new"
+
+
+def make_task(config, settings, dataset):
+    """The task of a run: seeds, builds the first stage, then the model -> task.
+
+    settings.first_stage: new (untrained), none, or a file. Every run, study and benchmark starts here,
+    so equal flags are equal weights. Raises ValueError.
+    """
+    torch.manual_seed(config.seed)
+    row, name = FAMILIES[find_model(config.model)[0]], getattr(settings, "first_stage", "none")
+    if name == "new":
+        info = {"channels": dataset.images.shape[1], "image_size": dataset.images.shape[-1]}
+        first_stage = NEW_STAGES[row.first_stage](settings, info).eval().requires_grad_(False)
+    else:
+        first_stage = Pixels() if name == "none" else load_first_stage(name)
+    info = describe(dataset, config.model, first_stage)
+    task = build_task(config.model, settings, info, first_stage)
+    if config.init:
+        load_weights(task.model, load_checkpoint(config.init)["ema"], config.init)
+    return task
+
+
+def task_from(state, path, weights="ema"):
+    """A loaded checkpoint of train.py -> its task with averaged ("ema") or raw ("model") weights."""
+    if weights not in state:
+        raise ValueError(f"{path} was exported with averaged weights alone: leave out --weights")
+    settings = settings_class(state["task"])(**state["settings"])
+    first_stage = first_stage_from(state.get("first_stage"), path)
+    task = build_task(state["config"]["model"], settings, state["info"], first_stage)
+    load_weights(task.model, state[weights], path)
+    return task
+
+
+def stable_diffusion(parts, dtype, bpe, path, image_size=512):
+    """Stable Diffusion v1's parts, from the file or folder `path` (see pretrained.build) -> task.
+
+    bpe: CLIP's list of merges. Raises ValueError if a part is missing. Source: LDM §4.3.1.
+    """
+    missing = [name for name in ("unet", "vae", "text") if name not in parts]
+    if missing:
+        raise ValueError(f"{path} has no {' and no '.join(missing)}: give the full file"
+                         + (", or a --vae" if "vae" in missing else ""))
+    models, tokenizer = build(parts, dtype), CLIPTokenizer(bpe)
+    settings = settings_class("unet")(first_stage="none", schedule="scaled_linear", cfg_scale=7.5)
+    null, dropout = tokenizer([""])[0], settings.class_dropout
+    model = TextConditional(models["unet"], models["text"], null, dropout)
+    info = {"name": "", "class_names": [], "channels": 3, "image_size": image_size,
+            "examples": ["an astronaut riding a horse"]}
+    first_stage = models["vae"].eval().requires_grad_(False)
+    task = DiffusionTask(settings, info, model, gaussian_or_flow(settings), first_stage, tokenizer)
+    task.family = "unet"
+    return task
+
+
+# --------------------------------------------------------------------------------------------------
+# what adapters.py and custom_diffusion.py build on
+
+def fingerprint(tensors):
+    """SHA-256 of {name: tensor}: names, shapes, values rounded to half precision.
+
+    So a model, its half-precision export, and either of them loaded as float32 are the same.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        value = tensor.half() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def base_task(path, bpe, image_size=512):
+    """A text-to-image checkpoint of ours, or Stable Diffusion v1 -> its task, float32, averaged weights.
+
+    Raises ValueError if it does not read captions.
+    """
+    if is_official(path):
+        parts = read_stable_diffusion(path)
+        return stable_diffusion(parts, torch.float32, bpe, path, image_size)
+    state = load_checkpoint(path)
+    if "vocabulary" not in state.get("info", {}):
+        raise ValueError(f"{path} is no text-to-image checkpoint: try assets/unet-scenes.pt")
+    return task_from(state, path)
+
+
+def base_flags(path):
+    """(flags of the loop that a run on this base takes over from it, is it an official file?)."""
+    if is_official(path):
+        return {"model": "SD-v1", "image_size": 512}, True
+    config = load_checkpoint(path).get("config", {})
+    return {k: config[k] for k in ("model", "data", "image_size") if k in config}, False

@@ -1,0 +1,141 @@
+"""Optimizers: what happens between the gradient and the next step.
+
+Papers: Muon (Jordan et al. 2024); AdamW (Loshchilov & Hutter 2019); averaged weights as in DiT §4.
+
+The idea.  AdamW scales every number of a gradient by its own history. Muon looks at a whole matrix:
+it replaces the update by the nearest orthogonal matrix, so that all directions are learned at the
+same rate. Here Muon gets the matrices inside the blocks (`model.matrices`), AdamW the rest. What is
+sampled from is the running average of the weights. A step whose gradient is not finite changes
+nothing, and the host need not wait for the device to find out.
+
+Contents: orthogonalise, Muon, make_optimizers, learning_rate, average_of, update_ema, update.
+
+    python train.py --optimizer adamw                 # compare with the default, muon
+"""
+import copy
+import math
+import re
+
+import torch
+
+
+@torch.no_grad()
+def orthogonalise(G, steps=5):
+    """Push the singular values of matrices G (n, rows, cols) to about 1, without an SVD.
+
+    Source: Jordan et al. 2024 (Newton-Schulz iteration of degree 5).
+    """
+    X = G.bfloat16() if G.is_cuda else G
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X
+    for _ in range(steps):
+        A = X @ X.mT                                                        # (n, min, min)
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then orthogonalisation, of weights with two or more axes (flattened to matrices).
+
+    Matrices of one shape are stacked and updated together; torch.optim.Muon does one at a time, and in
+    bfloat16. Like torch's fused optimizers it does nothing when `found_inf` (0-dim tensor) is 1.
+    Source: Jordan et al. 2024; the factor sqrt(max(1, rows / cols)) is theirs.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.found_inf = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self):
+        """Update every parameter once. Source: Jordan et al. 2024."""
+        keep = 1.0 - self.found_inf                                         # 0 = change nothing
+        for group in self.param_groups:
+            stacks = {}
+            for p in group["params"]:
+                stacks.setdefault(p.shape, []).append(p)
+            for shape, params in stacks.items():
+                grads = torch.stack([p.grad for p in params])               # (n, *shape)
+                grads = torch.where(keep > 0, grads, 0.0)
+                state = self.state[params[0]]                               # one tensor per stack
+                momentum = state.setdefault("momentum", torch.zeros_like(grads))
+                momentum.lerp_(grads, (1 - group["momentum"]) * keep)
+                nesterov = grads.lerp(momentum, group["momentum"]).flatten(2)   # (n, rows, cols)
+                update = orthogonalise(nesterov).view_as(grads)
+                update = update * max(1, shape[0] / math.prod(shape[1:])) ** 0.5
+                for p, u in zip(params, update):
+                    p.sub_((u + group["weight_decay"] * p) * (group["lr"] * keep))
+
+
+def make_optimizers(config, model):
+    """[AdamW, Muon] over the parameters that learn; without --optimizer muon, AdamW has them all.
+
+    New words of Custom Diffusion (names with ".rows.") get the rate config.word_lr.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    by_muon = lambda name, p: (config.optimizer == "muon" and p.dim() >= 2
+                               and re.match(model.matrices, name))
+    matrices = [p for name, p in named if by_muon(name, p)]
+    words = [p for name, p in named if ".rows." in name]
+    rest = [p for name, p in named if not by_muon(name, p) and ".rows." not in name]
+    groups = [{"params": rest}, {"params": words, "lr": getattr(config, "word_lr", config.lr)}]
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr,
+                                    weight_decay=config.weight_decay, fused=fused)]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def learning_rate(step, config):
+    """Factor on every learning rate at a step: linear warm-up, then constant or cosine to zero."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.lr_decay == "constant":
+        return warm
+    return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+def average_of(model):
+    """A copy of `model` in which its weights are averaged; what does not learn is shared."""
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, frozen).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, keep):
+    """ema += (1 - decay) * keep * (model - ema); keep (0-dim tensor): 1 if the step was taken, else 0.
+
+    Buffers are copied. Source: DiT §4.
+    """
+    pairs = ((a, c) for a, c in zip(ema.parameters(), model.parameters()) if a is not c)
+    averaged, current = zip(*pairs)
+    delta = torch._foreach_sub(current, averaged)
+    torch._foreach_mul_(delta, (1 - decay) * keep)
+    torch._foreach_add_(averaged, delta)
+    for a, c in zip(ema.buffers(), model.buffers()):
+        a.copy_(c)
+
+
+def update(config, model, ema, optimizers, step, vectors=None):
+    """Everything after backward: rate, clipping, optimizers, codebook, average.
+
+    vectors: (n, D), what the codebook of a VQ-VAE learns from; None for other models. A gradient that
+    is not finite changes nothing. Returns (gradient norm, 1 if the step was taken else 0), 0-dim.
+    """
+    limit = config.grad_clip or math.inf                                    # 0 = no clipping
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
+    keep = torch.isfinite(norm).float()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * learning_rate(step, config)
+        optimizer.found_inf = 1.0 - keep
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if vectors is not None:
+        model.codebook.update(vectors, keep, step)
+    update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)), keep)
+    return norm.float(), keep
