@@ -49,7 +49,7 @@ def parse(argv, description, *classes, presets=lambda given: {}, other=lambda fl
     """Command line -> one object per dataclass; each class is a group of --help.
 
     presets(given) -> {field: default}, where `given` is {field: value}, which wins; other(flag):
-    what to say of a flag that no class has, or None. Raises ValueError for unknown flags and values.
+    what to say of a flag that no class has. Raises ValueError for unknown flags and values.
     """
     parser = _Parser(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)

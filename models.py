@@ -1,8 +1,8 @@
 """The table of models: for every name its flags, its sizes, and how its task is built.
 
-The idea.  Models that share flags and a builder are a family: a row of FAMILIES. A flag belongs to the
-families that read it, and train.py refuses it for all others. To add a model, write its file and add
-one row here; tests/test_registry.py then tests it without another word:
+The idea.  Models that share flags and a builder are a family: a row of FAMILIES. A flag belongs to
+the families that read it, and train.py refuses it for all others. To add a model, write its file
+and add one row here; tests/test_registry.py then tests it without another word:
 
     "mine": Family(CONTINUOUS, class_conditional(MyModel), {"mine-tiny": dict(width=64)}, "tiny-ae")
 
@@ -30,11 +30,11 @@ from vae import VQVAE, AutoencoderKL, Pixels, TinyAutoencoder, first_stage_from
 from vqdiffusion import VQ_CONFIGS, MaskReplace, VQTransformer
 
 FLAGS = {
-    "first_stage": (str, flag("auto", "what the model runs on: new (an autoencoder, trained first), "
-                              "none (pixels), or a checkpoint of one; auto: new for shapes, scenes "
-                              "and text, else none")),
+    "first_stage": (str, flag("auto", "what the model runs on: new (an autoencoder, trained "
+                              "first), none (pixels), or a checkpoint of one; auto: new for "
+                              "shapes, scenes and text, else none")),
     "first_stage_steps": (int, flag(500, "optimizer steps of --first-stage new", "[1, inf)")),
-    "class_dropout": (float, flag(0.1, "share of labels or captions hidden, for guidance", "[0, 1)")),
+    "class_dropout": (float, flag(0.1, "share of labels or captions hidden, to guide", "[0, 1)")),
     "cfg_scale": (float, flag(2.0, "guidance when sampling; 1 = none", "[0, inf)")),
     "latent_channels": (int, flag(4, "channels of the first stage's latents", "[1, inf)")),
     "latent_noise": (float, flag(0.3, "noise that its decoder learns to undo", "[0, inf)")),
@@ -86,13 +86,15 @@ def gaussian_or_flow(settings, learn_sigma=False):
     if schedule == "flow":
         return RectifiedFlow(shift or 1.0)
     if shift:
-        raise ValueError(f"--flow-shift belongs to --schedule flow, not to {schedule}: leave it out")
-    return GaussianDiffusion(schedule=schedule, prediction=prediction or "eps", learn_sigma=learn_sigma)
+        raise ValueError(f"--flow-shift belongs to --schedule flow, not to {schedule}")
+    return GaussianDiffusion(schedule=schedule, prediction=prediction or "eps",
+                             learn_sigma=learn_sigma)
 
 
 def class_conditional(Model):
-    """Builder for Model(input_size, in_channels, num_classes, class_dropout_prob, ...), whose flags,
-    but for CONTINUOUS, are constructor arguments too.
+    """Builder for Model(input_size, in_channels, num_classes, class_dropout_prob, ...).
+
+    Flags of its family that are not CONTINUOUS are constructor arguments too.
     """
     def build_model(sizes, settings, info, first_stage):
         channels, size, _ = first_stage.latent_shape(image_shape(info))
@@ -187,7 +189,7 @@ PRESETS = {
 
 
 def find_model(name):
-    """Name of a model -> (its family, constructor arguments). Raises ValueError for an unknown one."""
+    """Name of a model -> (its family, constructor arguments). Raises ValueError."""
     for family, row in FAMILIES.items():
         if name in row.sizes:
             return family, dict(row.sizes[name])
@@ -244,7 +246,8 @@ def resolve_first_stage(config, settings):
         return
     settings.first_stage = "none"
     if config.init:
-        settings.first_stage = config.init if "first_stage" in load_checkpoint(config.init) else "none"
+        carried = "first_stage" in load_checkpoint(config.init)
+        settings.first_stage = config.init if carried else "none"
     elif config.data in ("shapes", "scenes") or (
             row.always_latent and not config.data.startswith("latents:")):
         settings.first_stage = "new"
@@ -253,8 +256,8 @@ def resolve_first_stage(config, settings):
 def make_task(config, settings, dataset):
     """The task of a run: seeds, builds the first stage, then the model -> task.
 
-    settings.first_stage: new (untrained), none, or a file. Every run, study and benchmark starts here,
-    so equal flags are equal weights. Raises ValueError.
+    settings.first_stage: new (untrained), none, or a file. Every run, study and benchmark starts
+    here, so equal flags are equal weights. Raises ValueError.
     """
     torch.manual_seed(config.seed)
     row, name = FAMILIES[find_model(config.model)[0]], getattr(settings, "first_stage", "none")
@@ -271,7 +274,7 @@ def make_task(config, settings, dataset):
 
 
 def task_from(state, path, weights="ema"):
-    """A loaded checkpoint of train.py -> its task with averaged ("ema") or raw ("model") weights."""
+    """A loaded checkpoint of train.py -> its task, with the averaged or raw ("model") weights."""
     if weights not in state:
         raise ValueError(f"{path} was exported with averaged weights alone: leave out --weights")
     settings = settings_class(state["task"])(**state["settings"])

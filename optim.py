@@ -8,8 +8,6 @@ same rate. Here Muon gets the matrices inside the blocks (`model.matrices`), Ada
 sampled from is the running average of the weights. A step whose gradient is not finite changes
 nothing, and the host need not wait for the device to find out.
 
-Contents: orthogonalise, Muon, make_optimizers, learning_rate, average_of, update_ema, update.
-
     python train.py --optimizer adamw                 # compare with the default, muon
 """
 import copy
@@ -38,8 +36,8 @@ def orthogonalise(G, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalisation, of weights with two or more axes (flattened to matrices).
 
-    Matrices of one shape are stacked and updated together; torch.optim.Muon does one at a time, and in
-    bfloat16. Like torch's fused optimizers it does nothing when `found_inf` (0-dim tensor) is 1.
+    Matrices of one shape are stacked and updated together; torch.optim.Muon takes them one by one,
+    in bfloat16. Like torch's fused optimizers it does nothing when `found_inf` (0-dim) is 1.
     Source: Jordan et al. 2024; the factor sqrt(max(1, rows / cols)) is theirs.
     """
 
@@ -107,7 +105,7 @@ def average_of(model):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, keep):
-    """ema += (1 - decay) * keep * (model - ema); keep (0-dim tensor): 1 if the step was taken, else 0.
+    """ema += (1 - decay) * keep * (model - ema); keep, 0-dim: 1 if the step was taken, else 0.
 
     Buffers are copied. Source: DiT §4.
     """
@@ -123,8 +121,8 @@ def update_ema(ema, model, decay, keep):
 def update(config, model, ema, optimizers, step, vectors=None):
     """Everything after backward: rate, clipping, optimizers, codebook, average.
 
-    vectors: (n, D), what the codebook of a VQ-VAE learns from; None for other models. A gradient that
-    is not finite changes nothing. Returns (gradient norm, 1 if the step was taken else 0), 0-dim.
+    vectors: (n, D), what the codebook of a VQ-VAE learns from; None for other models. A gradient
+    that is not finite changes nothing. Returns (gradient norm, 1 if the step was taken else 0).
     """
     limit = config.grad_clip or math.inf                                    # 0 = no clipping
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)

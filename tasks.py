@@ -14,7 +14,7 @@ A new way to train is a new task; a new model is a line in models.py.
 
     python train.py --model unet-tiny --data scenes       # a DiffusionTask with a U-Net
 
-Contents: DiffusionTask, AutoencoderTask, macs; the log of a run.
+Contents: DiffusionTask, AutoencoderTask, macs; the files of a run.
 """
 import copy
 import csv
@@ -25,15 +25,15 @@ import os
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import written_whole
+from checkpoint import load_checkpoint, load_weights, save_checkpoint, written_whole
 from data import save_grid, to_float, to_uint8
 
 
 class DiffusionTask:
     """Train a diffusion model, and sample from it, on pixels, latents or tokens.
 
-    settings: its family's flags; info: see models.describe; model(x, t, y) with y class numbers (B,) or,
-    if there is a tokenizer, caption ids (B, L); process: its noise; first_stage: see vae.py.
+    settings: its family's flags; info: see models.describe; model(x, t, y), y class numbers (B,) or
+    with a tokenizer caption ids (B, L); process: its noise; first_stage: see vae.py.
     shape: of one example in model space, (C, H, W) or (N,). Source: DiT §3; LDM §3.
     """
     frozen = frozenset()            # names of tensors that do not learn, and are not saved again
@@ -60,7 +60,8 @@ class DiffusionTask:
         if not stage.standardised:
             stage.standardise(to_float(x[:2000]).to(device))
         z = [stage.encode(to_float(part.to(device))) for part in x.split(self.at_once)]
-        return dataclasses.replace(dataset, images=torch.cat(z), labels=y, flip=False, captions=None)
+        z = torch.cat(z)
+        return dataclasses.replace(dataset, images=z, labels=y, captions=None, flip=False)
 
     def draw(self, n, generator, device):
         uniform = lambda: torch.rand(n, generator=generator, device=device)
@@ -149,7 +150,8 @@ class AutoencoderTask:
 
     def __init__(self, settings, info, model):
         self.settings, self.info, self.model = settings, info, model
-        self.model.latent_shape(image_shape(info))                      # raises if it cannot fit
+        self.sizes = model.sizes            # for the checkpoint, measured anew at the end
+        model.latent_shape(image_shape(info))                           # raises if it cannot fit
 
     def prepare(self, dataset, device):
         return dataset
@@ -171,15 +173,15 @@ class AutoencoderTask:
     def finish(self, model, dataset, device):
         """Measure the latents' scale, which travels with the checkpoint; report the quality."""
         x = to_float(dataset.images[:2000]).to(device)
-        for net in (model, self.model):
-            net.standardise(x)
+        model.standardise(x)
+        self.sizes, x = model.sizes, x[:200]
         generator = torch.Generator(device).manual_seed(0)
         draws = model.draw(len(x), image_shape(self.info), generator, device)
         found = {k: v.item() for k, v in model.objective(x, draws)[1].items() if v.dim() == 0}
         print(f"{len(x)} pictures: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
 
     def state(self):
-        return {"sizes": self.model.sizes}
+        return {"sizes": self.sizes}
 
     def inputs(self, count):
         shape = image_shape(self.info)
@@ -219,7 +221,38 @@ def macs(task):
 
 
 # --------------------------------------------------------------------------------------------------
-# the log of a run
+# the files of a run: checkpoint, log, plot
+
+def save(path, config, task, step, s):
+    """Write the run's checkpoint; tensors that do not learn stay in the file they came from."""
+    learned = lambda net: {k: v for k, v in net.state_dict().items() if k not in task.frozen}
+    save_checkpoint(path, {
+        "format": 2, "task": task.family, "config": dataclasses.asdict(config),
+        "settings": dict(vars(task.settings)), "info": task.info, "step": s,
+        "model": learned(task.model), "ema": learned(step.ema),
+        "opt": [optimizer.state_dict() for optimizer in step.optimizers], **task.state()})
+
+
+def resume(path, task, step):
+    """Put a run back to where its checkpoint was written -> the step. Rates are those of the flags.
+
+    Raises ValueError if the file does not fit.
+    """
+    state = load_checkpoint(path)
+    if len(state.get("opt", ())) != len(step.optimizers):
+        raise ValueError(f"{path} holds no run with these optimizers: use the same --optimizer as "
+                         f"then, or start a new run with --init {path}")
+    for net, learned in ((task.model, state["model"]), (step.ema, state["ema"])):
+        frozen = {k: v for k, v in net.state_dict().items() if k in task.frozen}
+        load_weights(net, {**frozen, **learned}, path)
+    for optimizer, saved in zip(step.optimizers, state["opt"]):
+        flags = [{k: group[k] for k in ("lr", "base_lr", "weight_decay")}
+                 for group in optimizer.param_groups]
+        optimizer.load_state_dict(saved)
+        for group, wanted in zip(optimizer.param_groups, flags):
+            group.update(wanted)
+    return state["step"]
+
 
 def keep_rows(table, step):
     """Drop what log.csv holds beyond a step; damaged rows too. The file is written whole."""

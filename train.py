@@ -32,12 +32,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from checkpoint import load_checkpoint, load_weights, save_checkpoint, written_whole
+from checkpoint import load_checkpoint, written_whole
 from cli import flag, one_line, parse, resolve_device
-from models import (FAMILIES, PAPER, PRESETS, find_model, make_task, readers_of, resolve_first_stage,
-                    settings_class)
+from models import (FAMILIES, PAPER, PRESETS, find_model, make_task, readers_of,
+                    resolve_first_stage, settings_class)
 from optim import average_of, learning_rate, make_optimizers, update
-from tasks import add_row, keep_rows, macs, plot_loss
+from tasks import add_row, keep_rows, macs, plot_loss, resume, save
 
 
 def ranks():
@@ -196,37 +196,6 @@ def warn_of_skipped(skipped, s, loss):
                "skipped", file=sys.stderr)
 
 
-def save(path, config, task, step, s):
-    """Write the run's checkpoint; tensors that do not learn stay in the file they came from."""
-    learned = lambda net: {k: v for k, v in net.state_dict().items() if k not in task.frozen}
-    save_checkpoint(path, {
-        "format": 2, "task": task.family, "config": dataclasses.asdict(config),
-        "settings": dict(vars(task.settings)), "info": task.info, "step": s,
-        "model": learned(task.model), "ema": learned(step.ema),
-        "opt": [optimizer.state_dict() for optimizer in step.optimizers], **task.state()})
-
-
-def resume(path, task, step):
-    """Put a run back to where its checkpoint was written -> the step. Rates are those of the flags.
-
-    Raises ValueError if the file does not fit.
-    """
-    state = load_checkpoint(path)
-    if len(state.get("opt", ())) != len(step.optimizers):
-        raise ValueError(f"{path} holds no run with these optimizers: use the same --optimizer as "
-                         f"then, or start a new run with --init {path}")
-    for net, learned in ((task.model, state["model"]), (step.ema, state["ema"])):
-        frozen = {k: v for k, v in net.state_dict().items() if k in task.frozen}
-        load_weights(net, {**frozen, **learned}, path)
-    for optimizer, saved in zip(step.optimizers, state["opt"]):
-        flags = [{k: group[k] for k in ("lr", "base_lr", "weight_decay")}
-                 for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved)
-        for group, wanted in zip(optimizer.param_groups, flags):
-            group.update(wanted)
-    return state["step"]
-
-
 # --------------------------------------------------------------------------------------------------
 # flags of the loop; those of a model's family are in models.py
 
@@ -242,7 +211,7 @@ class Config:
     image_size: int = flag(32, "side of the training pictures in pixels", "[1, inf)")
     hold_out: bool = flag(False, "shapes, scenes: keep six shape-colour pairs out of training")
     skip_bad: bool = flag(False, "folder: leave out pictures that cannot be read")
-    flip: str = flag("auto", "mirror pictures; auto: if that is harmless", "", ["auto", "on", "off"])
+    flip: str = flag("auto", "mirror pictures; auto: if harmless", "", ["auto", "on", "off"])
     recipe: str = flag("fast", "a set of defaults", choices=["fast", "paper"])
     steps: int = flag(1000, "optimizer steps", "[1, inf)")
     batch_size: int = flag(64, "pictures per optimizer step, over all devices", "[1, inf)")
