@@ -267,7 +267,7 @@ def test_sampling_goes_down_to_zero_noise(kind, sampler, schedule, steps):
     assert len(path) == steps + 1
     if kind is GaussianDiffusion:           # begins with noise, but not where x0 cannot be computed
         assert levels[0] == (0.996 if schedule == "cosine" else 1.0)
-        assert_close(chain.alpha_bar, process.alpha_bar[chain.timestep_map], rtol=1e-12, atol=0)
+        assert_close(chain.alpha_bar, process.alpha_bar[chain.timestep_map], rtol=1e-9, atol=0)
         assert [t for t, _ in path] == list(range(steps - 1, -2, -1))
     else:
         assert_close(levels, [1 - k / steps for k in range(steps + 1)])
@@ -362,6 +362,15 @@ def test_loss_needs_its_random_numbers_and_hands_out_plain_metrics(process):
     assert loss.shape == () and torch.equal(metrics["mse"], loss.detach())
     with pytest.raises(TypeError):
         process.loss(lambda x, t, c: x, x0, t=draws["t"])
+
+
+@pytest.mark.parametrize("process", [GaussianDiffusion(), RectifiedFlow()])
+def test_the_network_of_a_loss_receives_xt_t_and_the_condition(process):
+    x0, calls = torch.randn(SHAPE, generator=seeded()), []
+    draws = process.draw(SHAPE, seeded(1))
+    process.loss(lambda *inputs: (calls.append(inputs), x0)[1], x0, COND, **draws)
+    xt = process.q_sample(x0, draws["t"], draws["eps"])
+    assert len(calls) == 1 and all(map(torch.equal, calls[0], (xt, draws["t"], COND)))
 
 
 # --------------------------------------------------------------------------------------------------
