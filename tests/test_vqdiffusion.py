@@ -134,8 +134,8 @@ def test_marginals_are_products_of_matrices():
     chain = MaskReplace(30, 7)
     Q = matrices(chain, [(t, -1) for t in range(30)])
     for t in (0, 3, 29):
-        ours = chain.marginal(torch.eye(8)[None, :7], torch.tensor([t]))[0]
-        assert_close(ours.double(), Q[t, -1].T[:7], rtol=0, atol=1e-6)
+        ours = chain.marginal(torch.eye(8)[None], torch.tensor([t]))[0]      # [MASK] stays
+        assert_close(ours.double(), Q[t, -1].T, rtol=0, atol=1e-6)
     assert_close(chain.alpha_bar[29], Q[29, -1][0, 0] - Q[29, -1][1, 0])
 
 
@@ -151,9 +151,9 @@ def test_small_probabilities_are_not_rounded_away():
     r_3, r_5 = 1 / (a[60] + b[60]), 1e-9 / b[60]
     from_all = b[59] * (r_3 + r_5)
     ours = chain.posterior(p0[None, None], torch.tensor([[3]]), 60, 59)[0, 0]
-    assert ours[3].item() == pytest.approx((alpha + beta) * (a[59] * r_3 + from_all), rel=1e-5)
-    assert ours[5].item() == pytest.approx(beta * (a[59] * r_5 + from_all), rel=1e-4)
-    assert ours[7].item() == pytest.approx(beta * from_all, rel=1e-4)
+    assert ours[3].item() == pytest.approx((alpha + beta) * (a[59] * r_3 + from_all), 1e-5, 0)
+    assert ours[5].item() == pytest.approx(beta * (a[59] * r_5 + from_all), 1e-4, 0)
+    assert ours[7].item() == pytest.approx(beta * from_all, 1e-4, 0)
 
 
 def assert_shares(tokens, want):
