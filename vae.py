@@ -460,10 +460,3 @@ class Pixels(FirstStage):
 
 
 FIRST_STAGES = {stage.kind: stage for stage in (Pixels, TinyAutoencoder, AutoencoderKL, VQVAE)}
-
-
-def first_stage_from(saved, path):
-    """{"kind", "sizes", "model"} of a checkpoint -> frozen first stage; None -> pixels."""
-    stage = FIRST_STAGES[saved["kind"]](**saved["sizes"]) if saved else Pixels()
-    load_weights(stage, saved["model"] if saved else {}, path)
-    return stage.eval().requires_grad_(False)
