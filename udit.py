@@ -46,7 +46,7 @@ def split_phases(x, f):
     Group f*i + j holds rows i, i + f, i + 2f, ... and columns j, j + f, ... Source: U-DiT §3.2.
     """
     B, H, W, D = x.shape
-    x = x.reshape(B, H // f, f, W // f, f, D).permute(0, 2, 4, 3, 1, 5)     # (B, f, f, H/f, W/f, D)
+    x = x.reshape(B, H // f, f, W // f, f, D).permute(0, 2, 4, 1, 3, 5)     # (B, f, f, H/f, W/f, D)
     return x.reshape(B, f * f, -1, D)                                       # (B, f*f, N, D)
 
 
