@@ -126,7 +126,8 @@ def build_vq(sizes, settings, info, first_stage):
     """VQ-Diffusion on captions, else on classes, else on nothing. Source: VQ-Diffusion §4."""
     K, classes = first_stage.num_codes, len(info["class_names"])
     process = MaskReplace(num_codes=K, aux_weight=settings.aux_weight)
-    sizes = {"context_dim": 64, **sizes, "num_codes": K, "grid": first_stage.grid}
+    sizes = {"context_dim": 64, **sizes, "num_codes": K, "grid": first_stage.grid,
+             "position_grid": first_stage.grid}         # 32 in the released ImageNet model, a slip
     if "vocabulary" in info:
         denoiser, width = VQTransformer(**{**sizes, "condition": "text"}), sizes["context_dim"]
         return text_conditional(denoiser, width, process, settings, info, first_stage)

@@ -3,6 +3,7 @@
 The idea.  A task is a model, a process that makes noise, and a first stage in whose latents all
 happens. DiffusionTask trains a model to undo the noise, AutoencoderTask a first stage to give
 pictures back. The loop in train.py never asks which one it runs. It calls
+    check_batch(batch_size)                           once: raises ValueError if it is too small
     prepare(dataset, device) -> dataset               once: pictures to latents, captions to ids
     draw(n, generator, device) -> {name: (n, ...)}    every random number of a step
     loss(net, x, y, index, **draws) -> (scalar, metrics)      a pure function of tensors
@@ -44,6 +45,9 @@ class DiffusionTask:
         self.shape = first_stage.latent_shape(image_shape(info))
         self.on_pixels = self.shape == image_shape(info)        # the first stage is the identity
         self.at_once = max(1, 1_024_000 // info["image_size"] ** 2)     # pictures in memory
+
+    def check_batch(self, batch_size):
+        pass
 
     @torch.no_grad()
     def prepare(self, dataset, device):
@@ -102,14 +106,12 @@ class DiffusionTask:
     @torch.no_grad()
     def encode(self, x):
         """Pictures (B, C, H, W) in [-1, 1] -> model space (B, *shape). Source: LDM §3.1."""
-        stage = self.first_stage.to(x.device)
-        return as_numbers(stage.encode(x.to(dtype_of(stage))))
+        return as_numbers(self.first_stage.to(x.device).encode(x))
 
     @torch.no_grad()
     def to_pictures(self, x):
         """Model space -> uint8 (B, C, H, W); latents that nothing decodes: in false colours."""
-        stage = self.first_stage.to(x.device)
-        x = stage.decode(x.to(dtype_of(stage)) if x.is_floating_point() else x).float()
+        x = self.first_stage.to(x.device).decode(x).float()
         return to_uint8(x if x.shape[1] in (1, 3) else x[:, :3] / 3)
 
     def examples(self):
@@ -153,6 +155,9 @@ class AutoencoderTask:
         self.sizes = model.sizes            # for the checkpoint, measured anew at the end
         model.latent_shape(image_shape(info))                           # raises if it cannot fit
 
+    def check_batch(self, batch_size):
+        self.model.check_batch(batch_size)
+
     def prepare(self, dataset, device):
         return dataset
 
@@ -193,11 +198,6 @@ class AutoencoderTask:
 def image_shape(info):
     """(C, H, W) of the pictures that `info` describes."""
     return info["channels"], info["image_size"], info["image_size"]
-
-
-def dtype_of(module):
-    """The precision of a module's weights; float32 if it has none."""
-    return next((p.dtype for p in module.parameters()), torch.float32)
 
 
 def as_numbers(x):

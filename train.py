@@ -63,6 +63,7 @@ def make_step(config, dataset, task):
     """
     device, model = config.device, task.model.to(config.device)
     (rank, world), size = ranks(), micro_size(config)
+    task.check_batch(config.batch_size)
     batches = data.Batches(task.prepare(dataset, device), config.batch_size, device, config.seed)
     ema, optimizers = average_of(model), make_optimizers(config, model)
     autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()

@@ -75,6 +75,9 @@ class FirstStage(nn.Module):
     def standardise(self, x):
         """Measure the latents of x, so that encode gives unit variance. Source: LDM appendix G."""
 
+    def check_batch(self, batch_size):
+        """Raise ValueError if steps of batch_size pictures are too small to train on."""
+
     def shrink_mask(self, mask):
         """Mask (B, 1, H, W) -> that of the latents: a cell is painted if any of its pixels is."""
         return F.max_pool2d(mask, self.factor)                              # (B, 1, H/f, W/f)
@@ -460,3 +463,10 @@ class Pixels(FirstStage):
 
 
 FIRST_STAGES = {stage.kind: stage for stage in (Pixels, TinyAutoencoder, AutoencoderKL, VQVAE)}
+
+
+def first_stage_from(saved, path):
+    """{"kind", "sizes", "model"} of a checkpoint -> frozen first stage; None -> pixels."""
+    stage = FIRST_STAGES[saved["kind"]](**saved["sizes"]) if saved else Pixels()
+    load_weights(stage, saved["model"] if saved else {}, path)
+    return stage.eval().requires_grad_(False)
