@@ -46,9 +46,8 @@ class Block(nn.Module):
     """The standard ViT block, block(x (B, N, D), c (B, D), tokens (B, 2, D)) -> (B, N, D).
 
     c = emb(t) + emb(y), tokens = [emb(t), emb(y)]. This block reads neither: it is "in_context",
-    where x already holds the tokens. norm: a key of NORMS; norms have no learned weight where a
-    modulation follows. qk_norm: see Attention.
-    Source: DiT §3.2, Fig. 3 (right); ViT (arXiv 2010.11929) Eq. 2 and 3.
+    where x already holds the tokens. norm: a key of NORMS, without weight where a modulation follows;
+    qk_norm: see Attention. Source: DiT §3.2, Fig. 3 (right); ViT Eq. 2 and 3.
     """
 
     modulations = 0     # how many vectors (D,) are computed from c: shifts, scales, gates
@@ -112,8 +111,8 @@ class Attention(nn.Module):
 
     qk_norm: before the product, RMSNorm of each query and each key over its head width d, with one
     learned weight (d,) for queries and one for keys, shared by the heads. Values stay as they are.
-    Source: Vaswani et al. 2017 Eq. 1. qk_norm: ViT-22B (arXiv 2302.05442) §2, there LayerNorm;
-    Stable Diffusion 3 (arXiv 2403.03206) Fig. 2, RMSNorm as here.
+    Source: Vaswani et al. 2017 Eq. 1; qk_norm: Stable Diffusion 3 (arXiv 2403.03206) Fig. 2, as
+    ViT-22B (arXiv 2302.05442) §2, which has LayerNorm there.
     """
 
     def __init__(self, hidden_size, num_heads, qk_norm=False):
@@ -201,7 +200,7 @@ class DiT(nn.Module):
         for what, size, unit, divisor in (
                 ("input_size", input_size, "patch_size", patch_size),
                 ("hidden_size", hidden_size, "num_heads", num_heads),
-                ("hidden_size", hidden_size, "the number of parts of a position,", 4)):
+                ("hidden_size", hidden_size, "sine-cosine parts", 4)):
             if size % divisor:
                 raise ValueError(f"{what} {size} is not divisible by {unit} {divisor}: change it")
         for what, name, table in (("conditioning", conditioning, BLOCKS), ("norm", norm, NORMS)):
@@ -246,7 +245,7 @@ class DiT(nn.Module):
 
     def unpatchify(self, x):
         """(B, N, p*p*C_out) -> (B, C_out, H, W). Source: DiT §3.2 (transformer decoder)."""
-        B, g, p = x.shape[0], self.input_size // self.patch_size, self.patch_size
+        B, g, p = len(x), self.input_size // self.patch_size, self.patch_size
         # a token holds its patch channel last: (B, row, column, row in patch, column in patch, C)
         x = x.view(B, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(B, self.out_channels, g * p, g * p)                    # (B, C_out, H, W)
@@ -262,8 +261,7 @@ class DiT(nn.Module):
         | last linear layer                  | 0                       | the first prediction is 0 |
         | pos_embed                          | 2-D sine-cosine, frozen | nothing to learn          |
 
-        The first loss is thus the mean square of the target: 1 for noise (eps), about 2 for the
-        velocity of the rectified flow, the default of train.py.
+        So the first loss is the target's mean square: 1 for eps, about 2 for a flow's velocity.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -273,8 +271,8 @@ class DiT(nn.Module):
                 module.reset_parameters()
         for module in (self.y_embedder.embedding_table, *self.t_embedder.mlp[::2]):
             nn.init.normal_(module.weight, std=0.02)
-        adaptive = [module.adaLN_modulation for module in (*self.blocks, self.final_layer)]
-        for linear in (self.final_layer.linear, *(layers[1] for layers in adaptive if layers)):
+        modulations = [m.adaLN_modulation for m in (*self.blocks, self.final_layer)]
+        for linear in (self.final_layer.linear, *(m[1] for m in modulations if m is not None)):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
         side = self.input_size // self.patch_size
@@ -295,10 +293,7 @@ class DiT(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Norm and linear layer: tokens (B, N, D), c (B, D) -> (B, N, p*p*C_out).
-
-    adaptive: c sets shift and scale, as in the adaLN blocks. Source: DiT §3.2 (decoder).
-    """
+    """(B, N, D) -> (B, N, p*p*C_out); adaptive: c sets shift and scale. Source: DiT §3.2."""
 
     def __init__(self, hidden_size, patch_size, out_channels, adaptive, norm="layer"):
         super().__init__()
@@ -354,9 +349,8 @@ def sincos_positions(hidden_size, grid_size):
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # (D/4,)
     args = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega        # (g, D/4)
     line = torch.cat([args.sin(), args.cos()], dim=1)                           # (g, D/2)
-    column = line.repeat(grid_size, 1)                                          # (g*g, D/2)
-    row = line.repeat_interleave(grid_size, 0)                                  # (g*g, D/2)
-    return torch.cat([column, row], dim=1).float()                              # (g*g, D)
+    # a token's column, then its row: (g*g, D)
+    return torch.cat([line.repeat(grid_size, 1), line.repeat_interleave(grid_size, 0)], 1).float()
 
 
 # ---- sizes ---------------------------------------------------------------------------------------

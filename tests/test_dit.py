@@ -53,16 +53,15 @@ def test_forward_guidance_and_gradients_match_official(case):
         half, C = len(x) // 2, model.in_channels
         forced = model.drop_labels(y, torch.where(torch.arange(len(y)) % 2 == 1, 0.0, 0.999))
         assert_close(model.y_embedder(forced), g["out_y_emb_forced"], **TOLERANCE)
-        for k, v in g.items():
-            if k.startswith("out_cfg_"):
-                scale, channels = k.removeprefix("out_cfg_").split("_")
-                # official scale 1.0 still runs both halves; ours skips the second: the same result
-                some = 3 if channels == "3ch" else None
-                ours = guided(model, y[:half], null[:half], float(scale), cfg_channels=some)
-                ours = ours(x[:half], t[:half], 0.5)
-                assert_close(ours, v[:half], **TOLERANCE, msg=lambda m: f"{k}: {m}")
-                if C == 4:
-                    assert_close(ours[:, C:], v[:half, C:], **TOLERANCE)
+        for k in (k for k in g if k.startswith("out_cfg_")):
+            scale, channels = k.removeprefix("out_cfg_").split("_")
+            # official scale 1.0 still runs both halves; ours skips the second: the same result
+            ours = guided(model, y[:half], null[:half], float(scale),
+                          cfg_channels=3 if channels == "3ch" else None)
+            v, ours = g[k][:half], ours(x[:half], t[:half], 0.5)
+            assert_close(ours, v, **TOLERANCE, msg=lambda m: f"{k}: {m}")
+            if C == 4:
+                assert_close(ours[:, C:], v[:, C:], **TOLERANCE)
 
 
 def build(name, **overrides):
@@ -165,80 +164,95 @@ def test_unpatchify_puts_every_patch_in_its_place():
 
 # ---- every block with either norm, with and without qk_norm -------------------------------------
 
-def plain(state, x, t, y, conditioning, norm, qk_norm, heads, p):
+class Plain:
     """The whole network as written in the papers, in float64, one head and one patch at a time.
 
     Takes every tensor that it uses out of `state`, so that what is left was read by nobody.
     """
-    linear = lambda name, u: u @ state.pop(f"{name}.weight").T + state.pop(f"{name}.bias")
 
-    def normed(u, kind, weight=None, bias=0):
+    def __init__(self, state, conditioning, norm, qk_norm, heads):
+        self.state, self.conditioning, self.norm = state, conditioning, norm
+        self.qk_norm, self.heads = qk_norm, heads
+        self.adaptive = conditioning in ("adaln", "adaln_zero")
+
+    def linear(self, name, u):
+        return u @ self.state.pop(f"{name}.weight").T + self.state.pop(f"{name}.bias")
+
+    def normed(self, u, kind, weight=1, bias=0):
         u = u - u.mean(-1, keepdim=True) if kind == "layer" else u
-        u = u / (u.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-        return u if weight is None else u * weight + bias
+        return u / (u.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight + bias
 
-    def norm_layer(name, u):
-        if adaptive:
-            return normed(u, norm)
-        bias = state.pop(f"{name}.bias") if norm == "layer" else 0
-        return normed(u, norm, state.pop(f"{name}.weight"), bias)
+    def norm_layer(self, name, u):
+        if self.adaptive:
+            return self.normed(u, self.norm)
+        bias = self.state.pop(f"{name}.bias") if self.norm == "layer" else 0
+        return self.normed(u, self.norm, self.state.pop(f"{name}.weight"), bias)
 
-    def attend(name, q, k, v):
-        weights = [state.pop(f"{name}.{which}_norm.weight") if qk_norm else None for which in "qk"]
-        out, d = torch.zeros_like(q), D // heads
-        for head in range(heads):
+    def attend(self, name, q, k, v):
+        if self.qk_norm:
+            q_weight, k_weight = (self.state.pop(f"{name}.{s}_norm.weight") for s in "qk")
+        out, d = torch.zeros_like(q), q.shape[2] // self.heads
+        for head in range(self.heads):
             part = slice(head * d, (head + 1) * d)
-            a, b = q[..., part], k[..., part]                               # (B, N, d), (B, L, d)
-            if qk_norm:
-                a, b = normed(a, "rms", weights[0]), normed(b, "rms", weights[1])
+            a, b = q[..., part], k[..., part]                           # (B, N, d), (B, L, d)
+            if self.qk_norm:
+                a, b = self.normed(a, "rms", q_weight), self.normed(b, "rms", k_weight)
             out[..., part] = (a @ b.mT / math.sqrt(d)).softmax(-1) @ v[..., part]
-        return linear(f"{name}.proj", out)
+        return self.linear(f"{name}.proj", out)
 
-    def mlp(name, u):
-        u = linear(f"{name}.fc1", u)
+    def mlp(self, name, u):
+        u = self.linear(f"{name}.fc1", u)
         u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
-        return linear(f"{name}.fc2", u)
+        return self.linear(f"{name}.fc2", u)
 
-    def modulation(name, count):
-        return linear(f"{name}.adaLN_modulation.1", c / (1 + (-c).exp())).view(len(c), count, 1, D)
+    def modulation(self, name, c, count):
+        c = self.linear(f"{name}.adaLN_modulation.1", c / (1 + (-c).exp()))
+        return c[:, None].chunk(count, -1)                              # each (B, 1, D)
 
-    adaptive = conditioning in ("adaln", "adaln_zero")
-    kernel, bias = state.pop("x_embedder.proj.weight"), state.pop("x_embedder.proj.bias")
-    D, g = len(kernel), x.shape[2] // p
-    patches = [x[:, :, i * p:(i + 1) * p, j * p:(j + 1) * p] for i in range(g) for j in range(g)]
-    h = torch.stack([u.flatten(1) @ kernel.flatten(1).T + bias for u in patches], 1)
-    h = h + state.pop("pos_embed")                                          # (B, N, D)
-    t = linear("t_embedder.mlp.0", timestep_embedding(t, 256).double())
-    t = linear("t_embedder.mlp.2", t / (1 + (-t).exp()))
-    y = state.pop("y_embedder.embedding_table.weight")[y]
-    c, tokens = t + y, torch.stack([t, y], 1)
-    if conditioning == "in_context":
-        h = torch.cat([h, tokens], 1)
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    for block in (f"blocks.{i}" for i in range(depth)):
+    def block(self, name, h, c, tokens):
         shift1, scale1, gate1, shift2, scale2, gate2 = 0, 0, 1, 0, 0, 1
-        if conditioning == "adaln":
-            shift1, scale1, shift2, scale2 = modulation(block, 4).unbind(1)
-        if conditioning == "adaln_zero":
-            shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block, 6).unbind(1)
-        u = norm_layer(f"{block}.norm1", h) * (1 + scale1) + shift1
-        h = h + gate1 * attend(f"{block}.attn", *linear(f"{block}.attn.qkv", u).split(D, -1))
-        if conditioning == "cross_attention":
-            q = linear(f"{block}.cross_attn.q", norm_layer(f"{block}.norm_cross", h))
-            k, v = linear(f"{block}.cross_attn.kv", tokens).split(D, -1)
-            h = h + attend(f"{block}.cross_attn", q, k, v)
-        u = norm_layer(f"{block}.norm2", h) * (1 + scale2) + shift2
-        h = h + gate2 * mlp(f"{block}.mlp", u)
-    h = norm_layer("final_layer.norm_final", h[:, :g * g])
-    if adaptive:
-        shift, scale = modulation("final_layer", 2).unbind(1)
-        h = h * (1 + scale) + shift
-    h = linear("final_layer.linear", h)                                     # (B, N, p*p*C_out)
-    out = x.new_zeros(len(x), h.shape[2] // p ** 2, g * p, g * p)
-    for n in range(g * g):
-        row, column = n // g * p, n % g * p
-        out[:, :, row:row + p, column:column + p] = h[:, n].view(len(x), p, p, -1).movedim(3, 1)
-    return out
+        if self.conditioning == "adaln":
+            shift1, scale1, shift2, scale2 = self.modulation(name, c, 4)
+        if self.conditioning == "adaln_zero":
+            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(name, c, 6)
+        u = self.norm_layer(f"{name}.norm1", h) * (1 + scale1) + shift1
+        qkv = self.linear(f"{name}.attn.qkv", u).chunk(3, -1)
+        h = h + gate1 * self.attend(f"{name}.attn", *qkv)
+        if self.conditioning == "cross_attention":
+            name_cross = f"{name}.cross_attn"
+            q = self.linear(f"{name_cross}.q", self.norm_layer(f"{name}.norm_cross", h))
+            k, v = self.linear(f"{name_cross}.kv", tokens).chunk(2, -1)
+            h = h + self.attend(name_cross, q, k, v)
+        u = self.norm_layer(f"{name}.norm2", h) * (1 + scale2) + shift2
+        return h + gate2 * self.mlp(f"{name}.mlp", u)
+
+    def condition(self, t, y):
+        t = self.linear("t_embedder.mlp.0", timestep_embedding(t, 256).double())
+        t = self.linear("t_embedder.mlp.2", t / (1 + (-t).exp()))
+        y = self.state.pop("y_embedder.embedding_table.weight")[y]
+        return t + y, torch.stack([t, y], 1)
+
+    def __call__(self, x, t, y, p, depth):
+        kernel, bias = (self.state.pop(f"x_embedder.proj.{s}") for s in ("weight", "bias"))
+        g = x.shape[2] // p
+        places = [(slice(i * p, i * p + p), slice(j * p, j * p + p))
+                  for i in range(g) for j in range(g)]
+        h = torch.stack([x[:, :, rows, columns].flatten(1) @ kernel.flatten(1).T + bias
+                         for rows, columns in places], 1) + self.state.pop("pos_embed")
+        c, tokens = self.condition(t, y)
+        if self.conditioning == "in_context":
+            h = torch.cat([h, tokens], 1)
+        for i in range(depth):
+            h = self.block(f"blocks.{i}", h, c, tokens)
+        h = self.norm_layer("final_layer.norm_final", h[:, :g * g])
+        if self.adaptive:
+            shift, scale = self.modulation("final_layer", c, 2)
+            h = h * (1 + scale) + shift
+        h = self.linear("final_layer.linear", h)                        # (B, N, p*p*C_out)
+        out = x.new_zeros(len(x), h.shape[2] // p ** 2, g * p, g * p)
+        for n, (rows, columns) in enumerate(places):
+            out[:, :, rows, columns] = h[:, n].view(len(x), p, p, -1).movedim(3, 1)
+        return out
 
 
 def filled(conditioning, norm, qk_norm):
@@ -255,7 +269,7 @@ def filled(conditioning, norm, qk_norm):
 def test_it_is_the_plain_formula(conditioning, norm, qk_norm):
     model, x, t, y = filled(conditioning, norm, qk_norm)
     state = dict(model.state_dict())
-    want = plain(state, x, t, y, conditioning, norm, qk_norm, heads=2, p=2)
+    want = Plain(state, conditioning, norm, qk_norm, heads=2)(x, t, y, p=2, depth=2)
     assert not state, f"tensors that the formula does not have: {list(state)}"
     # both in float64: only the order of sums differs
     assert_close(model(x, t, y).detach(), want, rtol=1e-9, atol=1e-11)

@@ -212,7 +212,7 @@ def test_overfits_eight_coarse_images():
     x0 = F.interpolate(2 * torch.rand(8, 3, 2, 2) - 1, scale_factor=4)  # (8, 3, 8, 8)
     context, alpha_bar = torch.randn(8, 2, 64), torch.linspace(0.9999, 0.01, 1000)
     opt, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    for _ in range(150):
+    for _ in range(100):
         t, eps = torch.randint(1000, (8,)), torch.randn(8, 3, 8, 8)
         a = alpha_bar[t].view(-1, 1, 1, 1)
         loss = (model(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, context) - eps).square().mean()
