@@ -376,22 +376,3 @@ def dit_config(name):
                          "or DiT-WxD/p (width W, a multiple of 32; depth D; patch size p)")
     width, depth, patch = map(int, size.groups())
     return dict(hidden_size=width, depth=depth, num_heads=width // 32, patch_size=patch)
-
-
-def infer_config(state):
-    """Constructor arguments of the adaln_zero DiT whose state_dict this is, as in official files.
-
-    The weights do not tell the heads: they come from the paper's table by width, else width / 32.
-    Raises ValueError if a tensor that every such DiT has is missing. Source: DiT Table 1.
-    """
-    names = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed",
-             "final_layer.linear.weight", "blocks.0.adaLN_modulation.1.weight")
-    if missing := [name for name in names if name not in state]:
-        raise ValueError(f"not the state_dict of an adaln_zero DiT: it has no tensor {missing[0]}")
-    (width, in_channels, patch, _), (rows, _), (_, tokens, _), (out, _), _ = (
-        state[name].shape for name in names)
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    heads = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DIT_CONFIGS.values()}
-    return dict(input_size=round(tokens ** 0.5) * patch, patch_size=patch, in_channels=in_channels,
-                hidden_size=width, depth=depth, num_heads=heads.get(width, width // 32),
-                num_classes=rows - 1, learn_sigma=out == 2 * in_channels * patch ** 2)
