@@ -46,7 +46,7 @@ class Block(nn.Module):
     """The standard ViT block, block(x (B, N, D), c (B, D), tokens (B, 2, D)) -> (B, N, D).
 
     c = emb(t) + emb(y), tokens = [emb(t), emb(y)]. This block reads neither: it is "in_context",
-    where x already holds the tokens. norm: a key of NORMS, without weight where a modulation follows;
+    where x already holds the tokens. norm: a key of NORMS, without weight if a modulation follows;
     qk_norm: see Attention. Source: DiT §3.2, Fig. 3 (right); ViT Eq. 2 and 3.
     """
 

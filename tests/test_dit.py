@@ -24,12 +24,12 @@ VARIANTS = [(conditioning, norm, qk_norm) for conditioning in BLOCKS for norm in
 def test_forward_guidance_and_gradients_match_official(case):
     d, g = golden_case(case)
     model = DiT(**d["config"])
-    own = [[k, list(v.shape)] for k, v in model.state_dict().items()]
-    assert own == d["params"]  # official names, order and shapes
+    # official names, order and shapes
+    assert [[k, list(v.shape)] for k, v in model.state_dict().items()] == d["params"]
     assert sum(p.numel() for p in model.parameters()) == d["num_params"]
     fill_by_recipe(model, d["computed"]).eval()
     x, t, y = g["in_x"].requires_grad_(), g["in_t"], g["in_y"]
-    null = torch.full_like(y, d["config"]["num_classes"])
+    null = model.null_condition(len(y))
     stages = {}
     model.x_embedder.register_forward_hook(lambda m, i, o: stages.update(tokens=o))
     model.blocks[0].register_forward_hook(lambda m, i, o: stages.update(block0=o))
@@ -45,8 +45,7 @@ def test_forward_guidance_and_gradients_match_official(case):
     if "out_t_freq_frac" in g:
         fractions = timestep_embedding(torch.tensor([0, 0.5, 999]), 256)
         assert_close(fractions, g["out_t_freq_frac"], **TOLERANCE)
-    params = dict(model.named_parameters())
-    norms = [params[name].grad.double().norm() for name in d["grad_params"]]
+    norms = [model.get_parameter(name).grad.double().norm() for name in d["grad_params"]]
     np.testing.assert_allclose(norms, g["out_grad_norms"], rtol=1e-3, atol=1e-7)
     with torch.no_grad():
         assert_close(model(x, t, null), g["out_out_null"], **TOLERANCE)
