@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import os
 
 import torch
 
@@ -21,10 +22,12 @@ from checkpoint import load_checkpoint, load_weights
 from cli import flag
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DIT_CONFIGS, DiT, dit_config
-from pretrained import build, is_official, load_first_stage, read_stable_diffusion
+from pretrained import (build, infer_dit, is_official, load_first_stage, read_stable_diffusion,
+                        read_weights)
 from tasks import AutoencoderTask, DiffusionTask, image_shape
 from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
 from udit import UDIT_CONFIGS, UDiT
+from udit import infer_config as infer_udit
 from unet import UNET_CONFIGS, UNet
 from vae import VQVAE, AutoencoderKL, Pixels, TinyAutoencoder, first_stage_from
 from vqdiffusion import VQ_CONFIGS, MaskReplace, VQTransformer
@@ -300,10 +303,33 @@ def stable_diffusion(parts, dtype, bpe, path, image_size=512):
     model = TextConditional(models["unet"], models["text"], null, dropout)
     info = {"name": "", "class_names": [], "channels": 3, "image_size": image_size,
             "examples": ["an astronaut riding a horse"]}
-    first_stage = models["vae"].eval().requires_grad_(False)
-    task = DiffusionTask(settings, info, model, gaussian_or_flow(settings), first_stage, tokenizer)
-    task.family = "unet"
-    return task
+    process, vae = gaussian_or_flow(settings), models["vae"].eval().requires_grad_(False)
+    return DiffusionTask(settings, info, model, process, vae, tokenizer)
+
+
+def official_task(path, vae, dtype, bpe, image_size):
+    """An official DiT, U-DiT or Stable Diffusion v1 file, or a diffusers folder -> its task.
+
+    vae: file of the autoencoder, or None. Raises ValueError. Source: the papers' released code.
+    """
+    state = {} if os.path.isdir(path) else read_weights(path)
+    is_dit, is_udit = "x_embedder.proj.weight" in state, "latent.0.attn1.to_qkv.weight" in state
+    parts = {} if is_dit else read_stable_diffusion(path)
+    if vae:
+        parts["vae"] = read_stable_diffusion(vae)["vae"]
+    if "unet" in parts:
+        return stable_diffusion(parts, dtype, bpe, path, image_size)
+    if not is_dit:
+        raise ValueError(f"{path} holds {' and '.join(parts)} only: no model in it samples")
+    first_stage = build(parts, dtype)["vae"].eval().requires_grad_(False) if parts else Pixels()
+    sizes = infer_udit(state) if is_udit else infer_dit(state)
+    model = (UDiT if is_udit else DiT)(**sizes)
+    load_weights(model, state, path)
+    settings = settings_class("dit")(cfg_scale=1.5 if is_udit else 4.0)     # that of their demos
+    info = {"name": "", "class_names": [], "channels": 3 if parts else sizes["in_channels"],
+            "image_size": model.input_size * first_stage.factor}
+    process = GaussianDiffusion(learn_sigma=sizes["learn_sigma"])
+    return DiffusionTask(settings, info, model, process, first_stage)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,7 +349,7 @@ def fingerprint(tensors):
 
 
 def base_task(path, bpe, image_size=512):
-    """A text-to-image checkpoint of ours, or Stable Diffusion v1 -> its task, float32, averaged weights.
+    """A text-to-image checkpoint of ours, or Stable Diffusion v1 -> its task, in float32.
 
     Raises ValueError if it does not read captions.
     """

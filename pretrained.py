@@ -33,6 +33,7 @@ import re
 import torch
 
 from checkpoint import load_checkpoint, mismatch, named_tensors, read_torch, written_whole
+from dit import DIT_CONFIGS
 from text import TextEncoder
 from unet import UNet
 from vae import AutoencoderKL, first_stage_from
@@ -459,17 +460,37 @@ def write_safetensors(path, tensors):
             file.write(flat.view(torch.uint8).numpy())
 
 
+
+def infer_dit(state):
+    """Constructor arguments of the adaln_zero DiT whose state_dict this is, as in official files.
+
+    The weights do not tell the heads: they come from the paper's table by width, else width / 32.
+    Raises ValueError if a tensor that every such DiT has is missing. Source: DiT Table 1.
+    """
+    names = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed",
+             "final_layer.linear.weight", "blocks.0.adaLN_modulation.1.weight")
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(f"not the state_dict of an adaln_zero DiT: it has no tensor {missing[0]}")
+    (width, in_channels, patch, _), (rows, _), (_, tokens, _), (out, _), _ = (
+        state[name].shape for name in names)
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    heads = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DIT_CONFIGS.values()}
+    return dict(input_size=round(tokens ** 0.5) * patch, patch_size=patch, in_channels=in_channels,
+                hidden_size=width, depth=depth, num_heads=heads.get(width, width // 32),
+                num_classes=rows - 1, learn_sigma=out == 2 * in_channels * patch ** 2)
+
 def load_first_stage(path):
     """The frozen first stage in a file: a run of tiny-ae, kl-ae or vq-vae, what a diffusion model's
     checkpoint carries, or an official AutoencoderKL. Raises ValueError if there is none.
     """
     state = {} if is_official(path) else load_checkpoint(path)
     if "sizes" in state:
-        state["first_stage"] = {"kind": state["task"], "sizes": state["sizes"], "model": state["ema"]}
+        state["first_stage"] = {"kind": state["task"], "sizes": state["sizes"],
+                                "model": state["ema"]}
     if "first_stage" in state:
         return first_stage_from(state["first_stage"], path)
     parts = {} if state else read_stable_diffusion(path)
     if "vae" not in parts:
-        raise ValueError(f"{path} holds no autoencoder: --first-stage wants that of --model tiny-ae, "
-                         "kl-ae or vq-vae, or an official AutoencoderKL")
+        raise ValueError(f"{path} holds no autoencoder: --first-stage wants that of --model "
+                         "tiny-ae, kl-ae or vq-vae, or an official AutoencoderKL")
     return build({"vae": parts["vae"]}, torch.float32)["vae"].eval().requires_grad_(False)

@@ -27,18 +27,14 @@ from tqdm import tqdm
 
 import data
 from adapters import load_adapters, set_scale
-from checkpoint import load_checkpoint, load_weights, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
-from diffusion import GaussianDiffusion, randn
-from dit import DiT, infer_config
-from models import FAMILIES, settings_class, stable_diffusion, task_from
-from pretrained import build, is_official, read_stable_diffusion, read_weights
-from tasks import DiffusionTask
-from udit import UDiT, fold
-from udit import infer_config as infer_udit
-from vae import Pixels
+from diffusion import randn
+from models import FAMILIES, official_task, task_from
+from pretrained import is_official
+from udit import fold
 
 
 @dataclasses.dataclass
@@ -50,15 +46,15 @@ class Options:
     negative: str = flag(None, "a prompt to steer away from, instead of from the empty one")
     n: int = flag(None, "how many pictures (default: one of each)", "[1, inf)")
     cfg_scale: float = flag(None, "guidance, 1 = none (default: the run's)", "[0, inf)")
-    cfg_interval: str = flag(None, "guide only at noise levels in LOW,HIGH; 0 = clean, 1 = noise")
+    cfg_interval: str = flag(None, "guide at noise levels LOW,HIGH alone; 0 = clean, 1 = noise")
     cfg_channels: int = flag(None, "guide the first so many channels; 3 = official DiT", "[1, inf)")
     sampler: str = flag(None, "ddim, ddpm, dpm++ (Gaussian); euler, heun (flow); posterior, fewer, "
                               "purity (tokens); default: the model's")
-    steps: str = flag(None, 'number of steps, or for Gaussian chains a respacing such as "ddim25"')
+    steps: str = flag(None, 'how many; for Gaussian chains also a respacing such as "ddim25"')
     truncation: float = flag(None, "tokens: keep the likeliest codes of this share", "(0, 1]")
     eta: float = flag(None, "ddim: noise added back, 0 = none, 1 = as much as ddpm", "[0, 1]")
     seed: int = flag(0, "picture i is sampled from seed + i", "[0, inf)")
-    batch_size: int = flag(None, "pictures at once (default: 65,536 numbers, at most 64)", "[1, inf)")
+    batch_size: int = flag(None, "pictures at once (default: at most 64)", "[1, inf)")
     base: str = flag(None, "--ckpt adapter.pt: the checkpoint that it was trained on")
     scale: float = flag(None, "--ckpt adapter.pt: its strength, 0 = off (default: as trained)")
     concept: str = flag(None, "add a concept of custom_diffusion.py; its new words work in --prompt")
@@ -78,7 +74,7 @@ class Options:
     interpolate: bool = flag(False, "rows of eight pictures between two noises each")
     init: str = flag(None, "picture to start from: image-to-image, or inpainting with --mask")
     mask: str = flag(None, "picture of the same shape: white is painted anew, black is kept")
-    strength: float = flag(None, "image-to-image: noise level to start from (default: 0.6)", "(0, 1]")
+    strength: float = flag(None, "image-to-image: noise level, default 0.6", "(0, 1]")
 
 
 def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=False, **options):
@@ -139,9 +135,12 @@ def load(path, device="cpu", options=None):
     """
     options = options or Options()
     if is_official(path):
-        task = load_official(path, device, options)
+        auto = "float16" if device == "cuda" else "float32"
+        dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
+        task = official_task(path, options.vae, dtype, options.bpe, options.image_size)
     else:
         task = load_ours(path, device, options)
+    task.model = fold(task.model)               # a U-DiT gets cheaper, the others stay as they are
     task.model.to(device).eval().requires_grad_(False)
     return task, task.model
 
@@ -163,33 +162,20 @@ def load_ours(path, device, options):
     if state.get("task") not in FAMILIES:
         raise ValueError(f"{path} is the memory of a run, for its --resume: give the adapter.pt or "
                          "concept.pt beside it")
-    task = task_from(state, path, options.weights)
-    task.model = fold(task.model)               # a U-DiT gets cheaper, the others stay as they are
-    return task
+    return task_from(state, path, options.weights)
 
 
-def load_official(path, device, options):
-    """An official DiT, U-DiT or Stable Diffusion v1 file, or a diffusers folder -> task."""
-    kind = options.dtype if options.dtype != "auto" else "float16" if device == "cuda" else "float32"
-    dtype, state = getattr(torch, kind), {} if pathlib.Path(path).is_dir() else read_weights(path)
-    is_dit = "x_embedder.proj.weight" in state
-    parts = {} if is_dit else read_stable_diffusion(path)
-    if options.vae:
-        parts["vae"] = read_stable_diffusion(options.vae)["vae"]
-    if "unet" in parts:
-        return stable_diffusion(parts, dtype, options.bpe, path, options.image_size)
-    if not is_dit:
-        raise ValueError(f"{path} holds {' and '.join(parts)} only: no model in it samples")
-    vae = build(parts, dtype)["vae"].to(device).eval().requires_grad_(False) if parts else Pixels()
-    is_udit = "latent.0.attn1.to_qkv.weight" in state
-    sizes = infer_udit(state) if is_udit else infer_config(state)
-    model = (UDiT if is_udit else DiT)(**sizes)
-    load_weights(model, state, path)
-    settings = settings_class("dit")(cfg_scale=1.5 if is_udit else 4.0)     # that of their demos
-    process = GaussianDiffusion(learn_sigma=sizes["learn_sigma"])
-    info = {"name": "", "class_names": [], "channels": 3 if parts else sizes["in_channels"],
-            "image_size": model.input_size * vae.factor}
-    return DiffusionTask(settings, info, fold(model), process, vae)
+def add_concept(path, task):
+    """Put a concept's matrices and new words into a text-to-image task -> the names of its things.
+
+    Raises ValueError if they do not fit. Source: Custom Diffusion §3.
+    """
+    if task.tokenizer is None:
+        raise ValueError("--concept needs a text-to-image --ckpt: this one was trained on classes")
+    W, words, things = load_concept(path, task.model.denoiser.state_dict())
+    apply_concept(task.model, task.tokenizer, W, words)
+    task.model.to(next(task.model.parameters()).device).eval().requires_grad_(False)
+    return things
 
 
 def export(path, out, note):
@@ -210,7 +196,7 @@ def export(path, out, note):
 # what to sample
 
 def choose_classes(text, names, count):
-    """"3,red circle" -> [3, 0]; a name comes before a number. Raises ValueError, naming the nearest."""
+    """"3,red circle" -> [3, 0]; a name comes before a number. Raises ValueError."""
     chosen = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         if item in names:
@@ -259,7 +245,7 @@ def interpolated_noise(count, shape, seed, device):
     """
     rows = []
     for row in range((count + 7) // 8):
-        a, b = randn((2, *shape), seeds(seed + 2 * row, 2, device), device)             # each (C, H, W)
+        a, b = randn((2, *shape), seeds(seed + 2 * row, 2, device), device)             # (C, H, W)
         angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
         k = torch.linspace(0, 1, 8, device=device).view(8, 1, 1, 1)
         arc = torch.sin((1 - k) * angle) * a + torch.sin(k * angle) * b                 # (8, C, H, W)
@@ -277,7 +263,8 @@ def sampling_options(options):
         try:
             low, high = map(float, options.cfg_interval.split(","))
         except ValueError:
-            raise ValueError(f"--cfg-interval {options.cfg_interval}: give LOW,HIGH, such as 0,0.6") from None
+            raise ValueError(f"--cfg-interval {options.cfg_interval}: give LOW,HIGH, such as "
+                             "0,0.6") from None
         given["cfg_interval"] = low, high
     return given
 
@@ -299,44 +286,47 @@ def write(options, out, task, images, x, y, names, film):
         np.savez(out.with_suffix(".npz"), arr_0=images.permute(0, 2, 3, 1).numpy(), **labels)
         print(f"{len(images)} pictures in {out.with_suffix('.npz')}")
         return
-    save_grid(images, out, nrow=8, captions=names, scale=None if names else max(1, 64 // images.shape[-1]))
+    scale = None if names else max(1, 64 // images.shape[-1])
+    save_grid(images, out, nrow=8, captions=names, scale=scale)
     print(f"{len(images)} pictures in {out}")
     if task.on_pixels and task.shape[0] not in (1, 3):
         data.save_latents(out.with_suffix(".npz"), x.cpu(), y)
-        print(f"in false colours, for nothing here decodes these latents: {out.with_suffix('.npz')}")
+        print(f"in false colours; the latents themselves: {out.with_suffix('.npz')}")
     if options.strip:
         moments = [film[round(k * (len(film) - 1) / 9)] for k in range(10)]
         path = out.with_name(out.stem + "-strip.png")
-        save_grid(torch.stack(moments, 1)[:8].flatten(0, 1), path, nrow=10, scale=2)    # 8 x 10
+        save_grid(torch.stack(moments, 1)[:8].flatten(0, 1), path, nrow=10, scale=2)
         print(f"strip in {path}")
     if options.gif:
-        frames = [make_grid(x, nrow=8, scale=2) for x in [*film, *[film[-1]] * 10]]     # a pause
+        frames = [make_grid(x, nrow=8, scale=2) for x in [*film, *[film[-1]] * 10]]
         save_gif(frames, out.with_suffix(".gif"))
         print(f"film in {out.with_suffix('.gif')}")
+
+
+def checked(argv):
+    """Command line -> Options. Raises ValueError for flags that do not go together."""
+    argv = ["--classes" + a[7:] if a == "--class" or a.startswith("--class=") else a for a in argv]
+    options, = parse(argv, __doc__, Options)
+    if options.mask and not options.init:
+        raise ValueError("--mask needs --init: the picture whose black-masked part is kept")
+    if options.strength and (options.mask or not options.init):
+        raise ValueError("--strength is for image-to-image: with --init, and without --mask")
+    return options
 
 
 @one_line
 def main(argv):
     """The command: options -> files."""
-    argv = ["--classes" + a[7:] if a == "--class" or a.startswith("--class=") else a for a in argv]
-    options, = parse(argv, __doc__, Options)
+    options = checked(argv)
     if options.export:
         export(options.ckpt, options.export, options.note)
         print(f"exported to {options.export}")
         return
-    if options.mask and not options.init:
-        raise ValueError("--mask needs --init: the picture whose black-masked part is kept")
-    if options.strength and (options.mask or not options.init):
-        raise ValueError("--strength is for image-to-image: with --init, and without --mask")
     device, given = resolve_device(options.device), sampling_options(options)
     task, model = load(options.ckpt, device, options)
     if options.concept:
-        if task.tokenizer is None:
-            raise ValueError("--concept needs a text-to-image --ckpt: this one was trained on classes")
-        W, words, concepts = load_concept(options.concept, model.denoiser.state_dict())
-        apply_concept(model, task.tokenizer, W, words)
-        model.to(device).eval().requires_grad_(False)
-        print(f"new words: {', '.join(concepts) or 'none'}")
+        words = add_concept(options.concept, task)
+        print(f"new words: {', '.join(words) or 'none'}")
     y, names = conditions(options, task)
     out = pathlib.Path(options.out) if options.out else default_file(options)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -348,17 +338,16 @@ def main(argv):
     if options.init:
         original = read_picture(options.init, task.info, len(y)).to(device)
         per_picture["x_init"] = task.encode(original)
-        given["strength"] = 1.0 if options.mask else options.strength or 0.6
+        given |= {} if options.mask else {"strength": options.strength or 0.6}
     if options.mask:
         white = read_picture(options.mask, task.info, len(y), "black").mean(1, keepdim=True) > 0
-        mask = white.float().to(device)                                                 # (N, 1, H, W)
+        mask = white.float().to(device)                                     # (N, 1, H, W)
         per_picture["mask"] = task.first_stage.shrink_mask(mask)
-    film = options.strip or options.gif
-    x, images, states = sample_all(task, model, y.to(device), options.seed, options.batch_size,
-                                   per_picture, film, **given)
+    x, images, film = sample_all(task, model, y.to(device), options.seed, options.batch_size,
+                                 per_picture, options.strip or options.gif, **given)
     if mask is not None:        # decoding changes even what was kept: put known pixels back
         images = torch.where(mask.cpu() > 0.5, images, to_uint8(original.cpu()))
-    write(options, out, task, images, x, y, names, states)
+    write(options, out, task, images, x, y, names, film)
 
 
 if __name__ == "__main__":
