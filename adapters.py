@@ -1,31 +1,31 @@
 """Adapters: a small network beside a frozen U-Net, at any of the twenty places where one can stand.
 
-Paper: A Closer Look at Parameter-Efficient Tuning in Diffusion Models (Xiang et al. 2023, 2303.18181).
+Paper: A Closer Look at Parameter-Efficient Tuning in Diffusion Models (Xiang et al. 2023, arXiv
+2303.18181).
 
-The idea.  To teach a big model something new, freeze it, and train A(x) = up(act(down(x))), d -> rank
--> d, beside every block: A reads one tensor of the block, and scale * A(x) is added to another tensor
-of the same block. Where should it stand? Ten tensors can be read and seven be added to; an adapter can
-only add to a tensor that is computed after the one it reads, and shapes must fit: 20 pairs are left.
+The idea.  To teach a big model something new, freeze it, and train A(x) = up(act(down(x))) beside
+every block, d -> rank -> d: A reads one tensor of the block, and scale * A(x) is added to another.
+Where? Ten tensors can be read and seven be added to; an adapter can only add to a tensor that is
+computed after the one it reads, and shapes must fit. 20 pairs are left:
 
-    read                         add to                               read        add to
-    sa_in    block's input       sa_in, ca_in, ffn_in, trans_out      ffn_in      ffn_in, trans_out
-    sa_out   self-attention      ca_in, ffn_in, trans_out             ffn_out     trans_out
-    ca_in    sum behind it       ca_in, ffn_in, trans_out             trans_out   trans_out
-    ca_c     the text states     ca_c, as this block sees them        res_in      res_in, res_out
-    ca_out   cross-attention     ffn_in, trans_out                    res_out     res_out
+    read                       add to                             read       add to
+    sa_in   block's input      sa_in, ca_in, ffn_in, trans_out    ffn_in     ffn_in, trans_out
+    sa_out  self-attention     ca_in, ffn_in, trans_out           ffn_out    trans_out
+    ca_in   sum behind it      ca_in, ffn_in, trans_out           trans_out  trans_out
+    ca_c    the text states    ca_c, as this block sees them      res_in     res_in, res_out
+    ca_out  cross-attention    ffn_in, trans_out                  res_out    res_out
 
-Seven, not ten: ca_in = sa_out + sa_in, so adding to sa_out equals adding to ca_in, and the second name
-is used; likewise ca_out and ffn_in, ffn_out and trans_out. The paper's answer: what is read matters
-most (by an analysis of variance), and cross-attention's output is best.
+ca_in = sa_out + sa_in, so adding to sa_out equals adding to ca_in, and the second name is used; so
+it is for ca_out and ffn_in, ffn_out and trans_out. The paper's answer: what is read matters most (by
+an analysis of variance), and cross-attention's output is best.
 
     python adapters.py learn --base assets/unet-scenes.pt --data folder:my_pictures --out out/mine
     python sample.py --ckpt out/mine/adapter.pt --base assets/unet-scenes.pt --scale 0.7
 
 Differences from the official code (Xiang-cd/unet-finetune; equal numbers with init="official"):
-1. `up` starts at zero, so a new adapter changes nothing. There, a new adapter changes the output.
-2. An impossible placement is refused with the reason. There, it fails later on an unbound variable.
-3. Every parameter is listed once. There, those of transformers are listed and stepped twice.
-4. In a ResBlock the norm has as many groups as the block's own; the rank may follow from a budget.
+1. `up` starts at zero, so a new adapter changes nothing. There, it changes the output.
+2. An impossible placement is refused; every parameter is listed once (there: twice).
+3. In a ResBlock the norm has as many groups as the block's; the rank may follow from a budget.
 """
 import dataclasses
 import math
@@ -37,7 +37,7 @@ from torch.nn.utils import parametrize
 
 from checkpoint import load_checkpoint, mismatch, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
-from models import base_flags, base_task, fingerprint
+from models import SHORT, base_flags, base_task, fingerprint
 from tasks import DiffusionTask
 from train import Config, check_out, load_data, run
 from unet import Tapped, TransformerBlock
@@ -53,7 +53,7 @@ ACTIVATIONS = {"relu": F.relu, "sigmoid": torch.sigmoid, "silu": F.silu, "identi
 
 
 class Adapter(nn.Module):
-    """The adapter of one block, called as adapter(name, x) -> x: reads tap `read`, adds to tap `add`.
+    """The adapter of one block, called as adapter(name, x) -> x: reads one tap, adds to another.
 
     transformer block   A(x) = up(act(down(x))), two Linear: x (B, N, d_in) -> (B, N, d_out)
     ResBlock            A(x) = up(act(down(SiLU(GN(x))))), two 3x3 convolutions:
@@ -70,18 +70,20 @@ class Adapter(nn.Module):
         if read.startswith("res"):
             groups = block.in_layers[0].num_groups
             self.before = nn.Sequential(nn.GroupNorm(groups, d_in), nn.SiLU())
-            self.down, self.up = (nn.Conv2d(a, b, 3, padding=1) for a, b in ((d_in, rank), (rank, d_out)))
+            self.down = nn.Conv2d(d_in, rank, 3, padding=1)
+            self.up = nn.Conv2d(rank, d_out, 3, padding=1)
         else:
-            self.before, self.down, self.up = nn.Identity(), nn.Linear(d_in, rank), nn.Linear(rank, d_out)
+            self.before = nn.Identity()
+            self.down, self.up = nn.Linear(d_in, rank), nn.Linear(rank, d_out)
         self.initialize_weights(init)
 
     def initialize_weights(self, init):
-        """Source: official code; Houlsby et al. 2019 §2.1.
+        """init "zero" or "official". Source: official code; Houlsby et al. 2019 §2.1.
 
-        | what | init="zero"                  | init="official"              | why                        |
-        | down | uniform +-1/sqrt(fan_in)     | the same                     | PyTorch's own              |
-        | up   | 0                            | uniform +-1/sqrt(fan_in)     | 0: A(x) = 0 at first; `up` |
-        |      |                              |                              | learns, for `down` is not 0 |
+        | what | zero                     | official                 | why                          |
+        | down | uniform +-1/sqrt(fan_in) | uniform +-1/sqrt(fan_in) | PyTorch's own                |
+        | up   | 0                        | uniform +-1/sqrt(fan_in) | 0: A(x) = 0 at first, and    |
+        |      |                          |                          | `up` learns: `down` is not 0 |
         """
         if init == "zero":
             nn.init.zeros_(self.up.weight)
@@ -90,7 +92,7 @@ class Adapter(nn.Module):
     def forward(self, name, x):
         if self.enabled:
             if name == self.read:
-                self.delta = self.scale * self.up(self.act(self.down(self.before(x))))  # like tap `add`
+                self.delta = self.scale * self.up(self.act(self.down(self.before(x))))
             if name == self.add:
                 x, self.delta = x + self.delta, None
         return x
@@ -117,13 +119,14 @@ def check_placement(read, add):
                      f"Legal: {', '.join(PLACEMENTS)}")
 
 
-def add_adapters(unet, read, add, rank=None, budget=None, activation="relu", scale=1.0, init="zero"):
+def add_adapters(unet, read, add, rank=None, budget=None, activation="relu", scale=1.0,
+                 init="zero"):
     """Put an adapter into every block, in place, and freeze everything else.
 
-    unet: a UNet, or a module that holds one; read, add: names of taps; rank: width of the adapter, or
-    budget: its parameters over the whole U-Net, from which the rank follows; activation: relu, sigmoid,
-    silu, identity; scale: strength; init: zero or official. Raises ValueError for an illegal placement
-    or value, and if there are adapters already. Source: Xiang et al. 2023.
+    unet: a UNet, or a module that holds one; read, add: names of taps; rank: width of the adapter,
+    or budget: its parameters over the whole U-Net, from which the rank follows; activation: one of
+    ACTIVATIONS; scale: strength; init: zero or official. Raises ValueError for an illegal placement
+    or value, and if there are adapters already. Source: Xiang et al. 2023 figure 4.
     """
     rank = _rank(rank, budget, lambda r: sum(
         p.numel() for *_, adapter in _make(unet, read, add, r) for p in adapter.parameters()))
@@ -131,7 +134,7 @@ def add_adapters(unet, read, add, rank=None, budget=None, activation="relu", sca
 
 
 def _rank(rank, budget, count):
-    """The rank, or the one whose parameter count(rank), a straight line, is nearest to the budget."""
+    """The rank, or the one whose parameter count(rank), a straight line, is nearest to budget."""
     if (rank is None) == (budget is None):
         raise ValueError(f"rank {rank}, budget {budget}: give exactly one of them")
     if rank is None:
@@ -146,16 +149,17 @@ def _rank(rank, budget, count):
 
 
 def _make(unet, read, add, rank, activation="relu", scale=1.0, init="zero"):
-    """Check everything, and make an Adapter for every block with these taps -> [(path, block, adapter)]."""
+    """Check everything, and make an Adapter for every block -> [(path, block, adapter)]."""
     read, add = check_placement(read, add)
     for what, value, known in (("activation", activation, ACTIVATIONS),
                                ("init", init, ("zero", "official"))):
         if value not in known:
             raise ValueError(f"{what} {value!r} is not one of {', '.join(known)}")
     _check_scale(scale)
-    blocks = [(path, m) for path, m in unet.named_modules() if isinstance(m, Tapped) and read in m.taps]
+    blocks = [(path, m) for path, m in unet.named_modules()
+              if isinstance(m, Tapped) and read in m.taps]
     if not blocks:
-        raise ValueError(f"no block of this {type(unet).__name__} has a tensor called {read}: give a U-Net")
+        raise ValueError(f"no block of this {type(unet).__name__} has a {read}: give a U-Net")
     return [(path, block, Adapter(block, read, add, rank, activation, scale, init))
             for path, block in blocks]
 
@@ -197,13 +201,13 @@ def set_scale(unet, scale):
 
 
 def enable(unet, on=True):
-    """Switch the adapters on or off; off, the base answers bit for bit as before. Raises ValueError."""
+    """Switch the adapters on or off; off, the base answers bit for bit as before."""
     for *_, adapter in _placed(unet):
         adapter.enabled = on
 
 
 def remove_adapters(unet):
-    """Take the adapters out; the base stays frozen until requires_grad_(True). Raises ValueError."""
+    """Take the adapters out; the base stays frozen until requires_grad_(True)."""
     for _, block, _ in _placed(unet):
         block.adapter = None
 
@@ -220,7 +224,8 @@ def base_hash(unet):
 def adapter_state(unet):
     """What to save: {"spec": how to make it, "base": base_hash, "adapter": its tensors}."""
     found = _placed(unet)
-    tensors = {f"{path}.{k}": v for path, _, adapter in found for k, v in adapter.state_dict().items()}
+    tensors = {f"{path}.{k}": v for path, _, adapter in found
+               for k, v in adapter.state_dict().items()}
     return {"spec": {**found[0][2].spec, "scale": found[0][2].scale}, "base": base_hash(unet),
             "adapter": tensors}
 
@@ -237,10 +242,11 @@ def load_adapters(unet, state):
     wrong = mismatch({f"{path}.{k}": v for path, _, adapter in made
                       for k, v in adapter.state_dict().items()}, state["adapter"])
     if wrong:
-        raise ValueError(f"the adapter does not fit, {len(wrong)} tensors differ: " + "; ".join(wrong[:5]))
+        raise ValueError(f"the adapter does not fit, {len(wrong)} tensors differ: "
+                         + "; ".join(wrong[:5]))
     if base_hash(unet) != state["base"]:
-        raise ValueError("the adapter belongs to a base of the same shape with other weights: load the "
-                         "checkpoint on which it was trained")
+        raise ValueError("the adapter belongs to a base of the same shape with other weights: load "
+                         "the checkpoint on which it was trained")
     for path, _, adapter in made:
         adapter.load_state_dict({k: state["adapter"][f"{path}.{k}"] for k in adapter.state_dict()})
     _attach(unet, made)
@@ -291,26 +297,26 @@ def add_lora(unet, rank=None, budget=None, scale=1.0):
 def prediction_difference(unet, xt, t, context_a, context_b):
     """Where two prompts make the model predict differently: rms over channels, (B, H, W).
 
-    xt (B, C, H, W) a noised picture, t (B,), contexts (B, L, D_ctx), such as those of "a photo of V*
-    dog" and "a photo of dog". Source: Xiang et al. 2023 (probe).
+    xt (B, C, H, W) a noised picture, t (B,), contexts (B, L, D_ctx), such as those of "a photo of
+    V* dog" and "a photo of dog". Source: Xiang et al. 2023 (probe).
     """
     difference = unet(xt, t, context_a) - unet(xt, t, context_b)                    # (B, C, H, W)
     return difference.float().square().mean(dim=1).sqrt()                           # (B, H, W)
 
 
 def anova(groups):
-    """One-way analysis of variance -> (F, p): do groups differ by more than the scatter inside them?
+    """One-way analysis of variance -> (F, p): do groups differ by more than their inner scatter?
 
     groups: one sequence of numbers per level of a factor, of any sizes. F = MSB / MSE, with
-    MSB = sum n_i (mean_i - mean)^2 / (k - 1) and MSE = sum (y_ij - mean_i)^2 / (n - k); p is the chance
-    of an F at least as large. Raises ValueError where F is not defined. Source: Fisher 1925.
+    MSB = sum n_i (mean_i - mean)^2 / (k - 1) and MSE = sum (y_ij - mean_i)^2 / (n - k); p is the
+    chance of an F at least as large. Raises ValueError where F is not defined. Source: Fisher 1925.
     """
     groups = [[float(y) for y in group] for group in groups]
     values, k = [y for group in groups for y in group], len(groups)
     n = len(values)
     if k < 2 or not all(groups) or n <= k:
-        raise ValueError(f"ANOVA compares at least two groups, none empty, one with two values or more: "
-                         f"got sizes {[*map(len, groups)]}")
+        raise ValueError(f"ANOVA compares two groups or more, none empty, one with two values or "
+                         f"more: got sizes {[*map(len, groups)]}")
     if not all(map(math.isfinite, values)):
         raise ValueError("some values are not finite: leave failed runs out")
     if all(min(group) == max(group) for group in groups):
@@ -323,14 +329,14 @@ def anova(groups):
 
 
 def incomplete_beta(x, a, b):
-    """Regularised incomplete beta function I_x(a, b): the chance that a Beta(a, b) number is below x.
+    """Regularised incomplete beta function I_x(a, b): how likely a Beta(a, b) number is below x.
 
-    I = x^a (1-x)^b / (a B(a,b)) / (1 + d1/(1 + d2/(1 + ...))), the fraction by Lentz's method: C and D
-    are ratios of successive numerators and denominators. Source: DLMF 8.17.22; Lentz 1976.
+    I = x^a (1-x)^b / (a B(a,b)) / (1 + d1/(1 + d2/(1 + ...))), the fraction by Lentz's method: C and
+    D are ratios of successive numerators and denominators. Source: DLMF 8.17.22; Lentz 1976.
     """
     if x in (0, 1):
         return float(x)
-    if x > (a + 1) / (a + b + 2):           # converges slowly there: use I_x(a, b) = 1 - I_1-x(b, a)
+    if x > (a + 1) / (a + b + 2):           # slow there: use I_x(a, b) = 1 - I_1-x(b, a)
         return 1 - incomplete_beta(1 - x, b, a)
     C, D, fraction, n = 1.0, 0.0, 1.0, 0
     while n == 0 or abs(C * D - 1) > 1e-14:
@@ -390,10 +396,10 @@ def learn(argv):
         if given.get("resume"):
             state = load_checkpoint(f"{out}/ckpt.pt")
             return {**state["config"], **state["options"], "out": out}
-        rates, official = base_flags(given.get("base", Options.base))
-        return {"steps": 250, "optimizer": "adamw", "warmup": 0, "ema": 0.9, "sample_every": 0, **rates,
-                **(dict(lr=1e-4, lr_decay="constant", batch_size=8) if official else    # the paper's
-                   dict(lr=5e-3, batch_size=16)), "out": out}
+        taken, official = base_flags(given.get("base", Options.base))
+        rates = dict(lr=1e-4, lr_decay="constant", batch_size=8) if official else dict(     # paper's
+            lr=5e-3, batch_size=16)
+        return {**SHORT, **taken, **rates, "out": out}
     options, config = parse(argv, __doc__, Options, Config, presets=presets)
     config.device = resolve_device(config.device)
     check_out(config)

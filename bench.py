@@ -1,13 +1,11 @@
 """How fast is it, and does it learn at all? Measured against what this machine can do.
 
-    python bench.py                               # a table: time of a step, share of the machine's limit
+    python bench.py                               # time of a step, share of the machine's limit
     python bench.py --models DiT-S/2 unet-tiny --steps 20
-    python bench.py --overfit --models udit-tiny  # self-check: one batch with fixed noise, again and again
+    python bench.py --overfit --models udit-tiny  # self-check: one batch with fixed noise
 
-The limit is the rate of a large matrix product: float32 on a CPU, bfloat16 on cuda. The operations of
-a step are counted, forward, backward and optimizer, with torch's own counter.
-
-Contents: overfit, limit, measure, the command.
+The limit is the rate of a large matrix product: float32 on a CPU, bfloat16 on cuda. The operations
+of a step are counted by torch: forward, backward and optimizer.
 """
 import dataclasses
 import sys
@@ -29,7 +27,7 @@ class Options:
     models: tuple = flag(("DiT-128x4/2", "udit-tiny", "unet-tiny", "vq-tiny", "tiny-ae", "vq-vae"),
                          "names of models, see train.py")
     steps: int = flag(10, "steps to time; --overfit: steps to train", "[1, inf)")
-    batch_size: int = flag(None, "pictures per step (default: that of the model's training)", "[1, inf)")
+    batch_size: int = flag(None, "pictures per step (default: as in training)", "[1, inf)")
     image_size: int = flag(32, "side of the pictures", "[1, inf)")
     overfit: bool = flag(False, "train on one batch: its loss must fall below 5 %%")
     device: str = flag("auto", "where to run", "", ["auto", "cpu", "cuda", "mps"])
@@ -37,13 +35,14 @@ class Options:
 
 
 def run_of(model, options, **changes):
-    """(config, task, data set) of a model as train.py would train it, on an untrained first stage."""
+    """(config, task, data set) of a model as train.py trains it, on an untrained first stage."""
     family = settings_class(find_model(model)[0])
     flags = {**PRESETS.get(model, {}), "model": model, "device": resolve_device(options.device),
              "image_size": options.image_size, "compile": options.compile, **changes}
     if options.batch_size:
         flags["batch_size"] = options.batch_size
-    make = lambda cls: cls(**{f.name: flags[f.name] for f in dataclasses.fields(cls) if f.name in flags})
+    make = lambda cls: cls(**{f.name: flags[f.name] for f in dataclasses.fields(cls)
+                              if f.name in flags})
     config, settings = make(Config), make(family)
     config.data = "scenes" if FAMILIES[find_model(model)[0]].captions else "shapes"
     resolve_first_stage(config, settings)
@@ -52,7 +51,7 @@ def run_of(model, options, **changes):
 
 
 def overfit(model, options):
-    """Train on one batch with fixed noise -> (first loss, last loss). A sound model gets below 5 %."""
+    """Train on one batch with fixed noise -> (first, last loss). A sound model gets below 5 %."""
     config, task, dataset = run_of(model, options, warmup=0, lr_decay="constant")
     step = make_step(config, dataset, task)
     losses = [step(0)[0]["loss"] for _ in tqdm(range(options.steps), desc=f"{model}, one batch")]
@@ -60,7 +59,7 @@ def overfit(model, options):
 
 
 def limit(device, seconds=0.5):
-    """Rate of a large matrix product in operations per second: bfloat16 on cuda, float32 elsewhere."""
+    """Operations per second of a large matrix product: bfloat16 on cuda, float32 elsewhere."""
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
@@ -107,7 +106,8 @@ def memory(device):
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource                                 # absent on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @one_line

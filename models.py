@@ -362,6 +362,10 @@ def base_task(path, bpe, image_size=512):
     return task_from(state, path)
 
 
+# flags of a short run beside a base that is already good
+SHORT = dict(steps=250, optimizer="adamw", warmup=0, ema=0.9, sample_every=0)
+
+
 def base_flags(path):
     """(flags of the loop that a run on this base takes over from it, is it an official file?)."""
     if is_official(path):

@@ -40,7 +40,7 @@ from udit import fold
 @dataclasses.dataclass
 class Options:
     """what to sample, and how"""
-    ckpt: str = flag("out/DiT-128x4-2-shapes/ckpt.pt", "checkpoint of train.py, or an official file")
+    ckpt: str = flag("out/DiT-128x4-2-shapes/ckpt.pt", "of train.py, or an official file")
     classes: str = flag("", "--class: class names or numbers, separated by commas (default: all)")
     prompt: str = flag(None, "what to sample, for models of captions; several are separated by |")
     negative: str = flag(None, "a prompt to steer away from, instead of from the empty one")
@@ -57,7 +57,7 @@ class Options:
     batch_size: int = flag(None, "pictures at once (default: at most 64)", "[1, inf)")
     base: str = flag(None, "--ckpt adapter.pt: the checkpoint that it was trained on")
     scale: float = flag(None, "--ckpt adapter.pt: its strength, 0 = off (default: as trained)")
-    concept: str = flag(None, "add a concept of custom_diffusion.py; its new words work in --prompt")
+    concept: str = flag(None, "a concept of custom_diffusion.py: its words work in --prompt")
     weights: str = flag("ema", "averaged or raw weights", "", ["ema", "model"])
     device: str = flag("auto", "where to run", "", ["auto", "cpu", "cuda", "mps"])
     vae: str = flag(None, "official files: the autoencoder, if it is not inside")
@@ -68,7 +68,7 @@ class Options:
     out: str = flag(None, "file for the grid (default: samples.png beside a run's checkpoint)")
     export: str = flag(None, "write a small checkpoint here instead of sampling")
     note: str = flag("", "--export: a line that travels in the file, such as how it was trained")
-    strip: bool = flag(False, "also NAME-strip.png: ten moments of the denoising, a row per picture")
+    strip: bool = flag(False, "also NAME-strip.png: ten moments of the denoising")
     gif: bool = flag(False, "also NAME.gif: the denoising as a film")
     npz: int = flag(None, "write so many pictures as uint8 NHWC arr_0 to NAME.npz", "[1, inf)")
     interpolate: bool = flag(False, "rows of eight pictures between two noises each")
@@ -103,7 +103,8 @@ def seeds(first, count, device):
     return [torch.Generator(device).manual_seed(first + i) for i in range(count)]
 
 
-def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_size=None, **options):
+def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_size=None,
+         **options):
     """n pictures from a checkpoint, for evaluate.py: classes in turn, or held-out captions.
 
     Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None). None = the run's own.
@@ -158,7 +159,7 @@ def load_ours(path, device, options):
     if "tensors" in state:
         raise ValueError(f"{path} is a concept: say --ckpt BASE --concept {path}")
     if "sizes" in state:
-        raise ValueError(f"{path} is an autoencoder, which samples nothing: give a diffusion model's")
+        raise ValueError(f"{path} is an autoencoder, which samples nothing by itself")
     if state.get("task") not in FAMILIES:
         raise ValueError(f"{path} is the memory of a run, for its --resume: give the adapter.pt or "
                          "concept.pt beside it")
@@ -188,7 +189,8 @@ def export(path, out, note):
     small |= {k: state[k] for k in ("sizes",) if k in state}
     small |= {"ema": half(state["ema"]), "note": note}
     if "first_stage" in state:
-        small["first_stage"] = {**state["first_stage"], "model": half(state["first_stage"]["model"])}
+        stage = state["first_stage"]
+        small["first_stage"] = {**stage, "model": half(stage["model"])}
     save_checkpoint(out, small)
 
 
@@ -205,8 +207,8 @@ def choose_classes(text, names, count):
             chosen.append(int(item))
         else:
             near = difflib.get_close_matches(item, names, 1)
-            raise ValueError(f"unknown class {item!r}" + (f": did you mean {near[0]!r}?" if near else
-                             f": this checkpoint knows 0 to {count - 1} {', '.join(names[:8])}"))
+            hint = f"did you mean {near[0]!r}?" if near else f"there are 0 to {count - 1}"
+            raise ValueError(f"unknown class {item!r}: {hint}")
     return chosen
 
 
@@ -223,7 +225,7 @@ def conditions(options, task):
         names, count = task.info["class_names"], task.model.num_classes
         some = range(min(48 if names else 8, max(1, count)))
         asked = choose_classes(options.classes, names, count) or list(some)
-    walk = 8 if options.interpolate else 1                      # pictures of a walk share a condition
+    walk = 8 if options.interpolate else 1          # pictures of a walk share a condition
     count = options.n or options.npz or (8 * len(asked[:4]) if walk == 8 else len(asked))
     asked = [asked[i // walk % len(asked)] for i in range(count)]
     if task.tokenizer is not None:
@@ -233,7 +235,8 @@ def conditions(options, task):
 
 def read_picture(path, info, count, background="white"):
     """A picture file as (count, C, H, W) float in [-1, 1] at the model's size."""
-    picture = to_float(data.read_image(path, info["image_size"], background))[None]     # (1, 3, H, W)
+    picture = data.read_image(path, info["image_size"], background)
+    picture = to_float(picture)[None]                                       # (1, 3, H, W)
     picture = picture.mean(1, keepdim=True) if info["channels"] == 1 else picture
     return picture.expand(count, -1, -1, -1)
 
@@ -248,7 +251,7 @@ def interpolated_noise(count, shape, seed, device):
         a, b = randn((2, *shape), seeds(seed + 2 * row, 2, device), device)             # (C, H, W)
         angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
         k = torch.linspace(0, 1, 8, device=device).view(8, 1, 1, 1)
-        arc = torch.sin((1 - k) * angle) * a + torch.sin(k * angle) * b                 # (8, C, H, W)
+        arc = torch.sin((1 - k) * angle) * a + torch.sin(k * angle) * b     # (8, C, H, W)
         rows.append(arc / torch.sin(angle))
     return torch.cat(rows)[:count]
 
