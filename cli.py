@@ -14,7 +14,6 @@ import torch
 
 # flags of other tools -> what to say here
 ELSEWHERE = {"learning-rate": "here it is --lr", "resolution": "here it is --image-size",
-             "output-dir": "here it is --out", "guidance-scale": "here it is --cfg-scale",
              "epochs": "give --steps, the number of optimizer steps",
              "num-classes": "there is no such flag, classes are counted from --data",
              "mixed-precision": "there is no such flag: cuda uses bfloat16, all else float32"}
@@ -24,8 +23,8 @@ def flag(default, help, within="(-inf, inf)", choices=None):
     """A dataclass field that becomes a flag. default: None = "not given"; within: the interval in
     which a number must lie, such as "(0, 1]"; choices: the legal values. In help "%" is "%%".
     """
-    return dataclasses.field(default=default, metadata={"help": help, "within": within,
-                                                        "choices": choices})
+    metadata = dict(help=help, within=within, choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check(options):
@@ -36,13 +35,13 @@ def check(options):
             low, high = map(float, within[1:-1].split(","))
             ends = [low] * (within[0] == "[") + [high] * (within[-1] == "]")
             if not (math.isfinite(value) and (low < value < high or value in ends)):
-                name = field.name.replace("_", "-")
-                raise ValueError(f"--{name} {value:g}: give a number in {within}")
+                raise ValueError(f"--{field.name.replace('_', '-')} {value:g}: give a number in "
+                                 f"{within}")
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message} (see --help)")             # one line, like all complaints here
+    def error(self, message):                   # one line, like all complaints here
+        raise ValueError(f"{message} (see --help)")
 
 
 def parse(argv, description, *classes, presets=lambda given: {}, other=lambda flag: None):
@@ -56,9 +55,9 @@ def parse(argv, description, *classes, presets=lambda given: {}, other=lambda fl
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__.splitlines()[0])
         for f in dataclasses.fields(cls):
+            how = dict(type=f.type, choices=f.metadata["choices"])
             how = {bool: dict(action=argparse.BooleanOptionalAction),
-                   tuple: dict(action="extend", nargs="+")}.get(
-                f.type, dict(type=f.type, choices=f.metadata["choices"]))
+                   tuple: dict(action="extend", nargs="+")}.get(f.type, how)
             shown = "" if f.default in (None, "", ()) else f" (default: {f.default})"
             group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                                help=f.metadata["help"] + shown, **how)
@@ -70,8 +69,8 @@ def parse(argv, description, *classes, presets=lambda given: {}, other=lambda fl
         hint = other(name) or ELSEWHERE.get(name[2:]) or (near and f"did you mean {near[0]}?")
         raise ValueError(f"unknown argument {name!r}: {hint or 'see --help'}")
     values = {**presets(vars(given)), **vars(given)}
-    made = tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)
-                        if f.name in values}) for cls in classes)
+    made = [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+            for cls in classes]
     for options in made:
         check(options)
     return made
