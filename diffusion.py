@@ -477,3 +477,8 @@ def randn(shape, generator=None, device="cpu"):
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} samples: give one per sample")
     return torch.stack([torch.randn(shape[1:], generator=g, device=device) for g in generator])
+
+
+def seeds(first, count, device="cpu"):
+    """One generator for each of `count` samples, seeded first, first + 1, ..."""
+    return [torch.Generator(device).manual_seed(first + i) for i in range(count)]

@@ -1,12 +1,10 @@
 """Sampling: pictures from a checkpoint. Sizes, process, class names and words are read from it.
 
     python sample.py                                            # a labelled grid by the default run
-    python sample.py --ckpt out/mine/ckpt.pt --class 3 --n 16 --cfg-scale 3
+    python sample.py --ckpt out/mine/ckpt.pt --class "red circle" --n 16 --strip --gif
     python sample.py --ckpt assets/unet-scenes.pt --prompt "a small red star on the left on navy"
-    python sample.py --ckpt out/mine/ckpt.pt --class "red circle" --strip --gif     # the denoising
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --strength 0.6        # image-to-image
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --mask mask.png       # inpainting
-    python sample.py --ckpt out/mine/ckpt.pt --interpolate      # a walk between noises, row by row
     python sample.py --ckpt out/mine/ckpt.pt --npz 50000        # for the standard ADM evaluator
     python sample.py --ckpt adapter.pt --base assets/unet-scenes.pt --scale 0.7     # adapters.py
     python sample.py --ckpt assets/unet-scenes.pt --concept concept.pt --prompt "a <new1> circle"
@@ -14,7 +12,6 @@
     python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse.safetensors --class 207
 
 Picture i has its own seed (--seed + i), so it is the same picture whatever the batch size.
-Contents: sample_all, draw (for evaluate.py); load; what to sample; files; the command.
 """
 import dataclasses
 import difflib
@@ -31,7 +28,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
-from diffusion import randn
+from diffusion import randn, seeds
 from models import FAMILIES, official_task, task_from
 from pretrained import is_official
 from udit import fold
@@ -48,8 +45,7 @@ class Options:
     cfg_scale: float = flag(None, "guidance, 1 = none (default: the run's)", "[0, inf)")
     cfg_interval: str = flag(None, "guide at noise levels LOW,HIGH alone; 0 = clean, 1 = noise")
     cfg_channels: int = flag(None, "guide the first so many channels; 3 = official DiT", "[1, inf)")
-    sampler: str = flag(None, "ddim, ddpm, dpm++ (Gaussian); euler, heun (flow); posterior, fewer, "
-                              "purity (tokens); default: the model's")
+    sampler: str = flag(None, "ddim, ddpm, dpm++; flow: euler, heun; tokens: posterior, purity")
     steps: str = flag(None, 'how many; for Gaussian chains also a respacing such as "ddim25"')
     truncation: float = flag(None, "tokens: keep the likeliest codes of this share", "(0, 1]")
     eta: float = flag(None, "ddim: noise added back, 0 = none, 1 = as much as ddpm", "[0, 1]")
@@ -63,11 +59,10 @@ class Options:
     vae: str = flag(None, "official files: the autoencoder, if it is not inside")
     bpe: str = flag("data/bpe_simple_vocab_16e6.txt.gz", "Stable Diffusion: CLIP's list of merges")
     image_size: int = flag(512, "Stable Diffusion: side of the picture", "[64, inf)")
-    dtype: str = flag("auto", "official files; auto: float16 on cuda, else float32", "",
-                      ["auto", "float32", "float16", "bfloat16"])
+    dtype: str = flag("auto", "official files; auto: float16 on cuda, else float32")
     out: str = flag(None, "file for the grid (default: samples.png beside a run's checkpoint)")
     export: str = flag(None, "write a small checkpoint here instead of sampling")
-    note: str = flag("", "--export: a line that travels in the file, such as how it was trained")
+    note: str = flag("", "--export: a line that travels in the file")
     strip: bool = flag(False, "also NAME-strip.png: ten moments of the denoising")
     gif: bool = flag(False, "also NAME.gif: the denoising as a film")
     npz: int = flag(None, "write so many pictures as uint8 NHWC arr_0 to NAME.npz", "[1, inf)")
@@ -91,16 +86,11 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
         watch = (lambda x0: seen.append(task.to_pictures(x0).cpu())) if film else None
         mine = {name: value[rows] for name, value in dict(per_picture).items()}
         generators = seeds(seed + first, len(y[rows]), y.device)
-        sampled.append(task.sample(model, y[rows], generator=generators, callback=watch, **mine,
-                                   **options))
+        sampled.append(task.sample(model, y[rows], generator=generators, callback=watch,
+                                   **mine, **options))
         pictures.append(task.to_pictures(sampled[-1]).cpu())
         states.append(seen)
     return torch.cat(sampled), torch.cat(pictures), [torch.cat(step) for step in zip(*states)]
-
-
-def seeds(first, count, device):
-    """One generator per picture, seeded first, first + 1, ..."""
-    return [torch.Generator(device).manual_seed(first + i) for i in range(count)]
 
 
 def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_size=None,
@@ -185,12 +175,10 @@ def export(path, out, note):
     if "opt" not in state:
         raise ValueError(f"{path} is not the checkpoint of a run: there is nothing to export")
     half = lambda weights: {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    small = {k: state[k] for k in ("format", "task", "config", "settings", "info", "step")}
-    small |= {k: state[k] for k in ("sizes",) if k in state}
+    small = {k: v for k, v in state.items() if k not in ("model", "opt")}
     small |= {"ema": half(state["ema"]), "note": note}
     if "first_stage" in state:
-        stage = state["first_stage"]
-        small["first_stage"] = {**stage, "model": half(stage["model"])}
+        small["first_stage"] |= {"model": half(state["first_stage"]["model"])}
     save_checkpoint(out, small)
 
 
@@ -200,7 +188,8 @@ def export(path, out, note):
 def choose_classes(text, names, count):
     """"3,red circle" -> [3, 0]; a name comes before a number. Raises ValueError."""
     chosen = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
+    for item in text.split(",") if text else ():
+        item = item.strip()
         if item in names:
             chosen.append(names.index(item))
         elif item.isdigit() and int(item) < count:
@@ -242,10 +231,7 @@ def read_picture(path, info, count, background="white"):
 
 
 def interpolated_noise(count, shape, seed, device):
-    """Rows of eight noises on the great circle between two draws, (count, *shape).
-
-    Every point has the norm of noise. Source: DDIM §5.3.
-    """
+    """Rows of eight noises on the arc between two, (count, *shape). Source: DDIM §5.3."""
     rows = []
     for row in range((count + 7) // 8):
         a, b = randn((2, *shape), seeds(seed + 2 * row, 2, device), device)             # (C, H, W)
@@ -258,28 +244,30 @@ def interpolated_noise(count, shape, seed, device):
 
 def sampling_options(options):
     """The options that were given, under the names that a process knows. Raises ValueError."""
-    names = ("cfg_scale", "cfg_channels", "sampler", "truncation", "eta")
+    names = ("cfg_scale", "cfg_interval", "cfg_channels", "sampler", "steps", "truncation", "eta")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.steps:
-        given["steps"] = int(options.steps) if options.steps.isdigit() else options.steps
+    if given.get("steps", "").isdigit():
+        given["steps"] = int(given["steps"])
     if options.cfg_interval:
-        try:
-            low, high = map(float, options.cfg_interval.split(","))
-        except ValueError:
-            raise ValueError(f"--cfg-interval {options.cfg_interval}: give LOW,HIGH, such as "
-                             "0,0.6") from None
-        given["cfg_interval"] = low, high
+        given["cfg_interval"] = *map(float, options.cfg_interval.split(",")),
+        if len(given["cfg_interval"]) != 2:
+            raise ValueError(f"--cfg-interval {options.cfg_interval}: give LOW,HIGH, such as 0,0.6")
     return given
 
 
 # --------------------------------------------------------------------------------------------------
 # files, and the command
 
-def default_file(options):
-    """samples.png beside a run's checkpoint; out/NAME.png for any other file, such as assets/."""
+def target(options):
+    """--out; or samples.png beside a run's checkpoint; or, for other files, out/NAME.png."""
     ckpt = pathlib.Path(options.ckpt)
-    beside = (ckpt.parent / "log.csv").is_file()
-    return ckpt.with_name("samples.png") if beside else pathlib.Path("out", f"{ckpt.stem}.png")
+    run = (ckpt.parent / "log.csv").is_file()
+    out = pathlib.Path(options.out or ("out" if not run else ckpt.parent))
+    out = out if options.out else out / ("samples.png" if run else f"{ckpt.stem}.png")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
+        raise ValueError(f"--out {out}: give a picture's name, such as {out}.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def write(options, out, task, images, x, y, names, film):
@@ -325,14 +313,12 @@ def main(argv):
         export(options.ckpt, options.export, options.note)
         print(f"exported to {options.export}")
         return
-    device, given = resolve_device(options.device), sampling_options(options)
+    device, given, out = resolve_device(options.device), sampling_options(options), target(options)
     task, model = load(options.ckpt, device, options)
     if options.concept:
         words = add_concept(options.concept, task)
         print(f"new words: {', '.join(words) or 'none'}")
     y, names = conditions(options, task)
-    out = pathlib.Path(options.out) if options.out else default_file(options)
-    out.parent.mkdir(parents=True, exist_ok=True)
     per_picture, original, mask = {}, None, None
     if options.interpolate:
         per_picture["noise"] = interpolated_noise(len(y), task.shape, options.seed, device)

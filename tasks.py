@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load_checkpoint, load_weights, save_checkpoint, written_whole
 from data import save_grid, to_float, to_uint8
+from diffusion import seeds
 
 
 class DiffusionTask:
@@ -125,9 +126,8 @@ class DiffusionTask:
 
     def preview(self, model, dataset, device, path):
         y, names = self.examples()
-        seeds = [torch.Generator(device).manual_seed(i) for i in range(len(y))]
-        sampler = self.process.samplers[0]
-        x = self.sample(model, y.to(device), generator=seeds, steps=25, sampler=sampler)
+        x = self.sample(model, y.to(device), generator=seeds(0, len(y), device), steps=25,
+                        sampler=self.process.samplers[0])
         images = self.to_pictures(x).cpu()
         scale = None if names else max(1, 64 // images.shape[-1])
         save_grid(images, path, nrow=8, captions=names, scale=scale)
