@@ -1,5 +1,6 @@
-"""What several tests share: one thread, and the golden cases (inputs and outputs of the official implementations)."""
+"""What several tests share: golden cases, two small folders of pictures, exact comparison."""
 import json
+import os
 import pathlib
 import zlib
 
@@ -7,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+import data
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+ROOT = pathlib.Path(__file__).parent.parent
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}    # of subprocesses
 
 
 def golden_case(name):
-    """(description dict, arrays as tensors) of one golden case."""
+    """(description dict, arrays as tensors) of one golden case, made with the official code."""
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         tensors = {k: torch.from_numpy(arrays[k].copy()) for k in arrays.files}
     return json.loads((GOLDEN / f"{name}.json").read_text()), tensors
@@ -28,13 +33,54 @@ def fill_by_recipe(model, computed=()):
             continue
         random = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
         n = random.standard_normal(tuple(tensor.shape)).astype("float32")
-        n = 0.1 * n + (1.0 if name.endswith("weight") else 0.0) if n.ndim <= 1 else n / np.sqrt(np.prod(n.shape[1:]))
+        if n.ndim <= 1:
+            n = 0.1 * n + (1.0 if name.endswith("weight") else 0.0)
+        else:
+            n = n / np.sqrt(np.prod(n.shape[1:]))
         state[name] = torch.from_numpy(np.asarray(n, dtype="float32"))
     model.load_state_dict(state, strict=True)
     return model
+
+
+def assert_same(a, b, where=""):
+    """Equal to the last bit, through dicts and lists."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            assert_same(a[k], b[k], f"{where}/{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}/{i}")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Two threads on a busy machine run five to eight times slower than one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 2 x 12 noise pictures of 8 x 8 in two classes."""
+    root, gen = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
+    for name in ("apple", "pear"):
+        for i in range(12):
+            picture = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8, generator=gen)
+            data.save_grid(picture, root / name / f"{i}.png", nrow=1, pad=0, scale=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder of 24 captioned scenes of 32 x 32."""
+    root, world = tmp_path_factory.mktemp("scenes"), data.load("scenes", count=24)
+    for i, caption in enumerate(world.captions):
+        data.save_grid(world.images[i:i + 1], root / f"{i:02d}.png", nrow=1, pad=0, scale=1)
+        (root / f"{i:02d}.txt").write_text(caption)
+    return root
