@@ -242,6 +242,12 @@ def resume(path, task, step):
     if len(state.get("opt", ())) != len(step.optimizers):
         raise ValueError(f"{path} holds no run with these optimizers: use the same --optimizer as "
                          f"then, or start a new run with --init {path}")
+    for key in ("name", "class_names", "vocabulary"):
+        was, now = state["info"].get(key), task.info.get(key)
+        if was != now:
+            raise ValueError(f"{path} was trained on other data, {key} was {str(was)[:80]} and is "
+                             f"{str(now)[:80]}: give the same --data, or start a new run with "
+                             f"--init {path}")
     for net, learned in ((task.model, state["model"]), (step.ema, state["ema"])):
         frozen = {k: v for k, v in net.state_dict().items() if k in task.frozen}
         load_weights(net, {**frozen, **learned}, path)
@@ -256,13 +262,20 @@ def resume(path, task, step):
 
 def keep_rows(table, step):
     """Drop what log.csv holds beyond a step; damaged rows too. The file is written whole."""
-    rows = []
+    def whole(line):
+        try:
+            numbers = [float(number) for number in line.split(",")]
+        except ValueError:
+            return False
+        return len(numbers) == header.count(",") + 1 and numbers[0] <= step
+
+    lines = []
     if step and os.path.isfile(table):
-        with open(table, newline="", errors="replace") as file:
-            rows = [row for row in csv.reader(file) if row and (
-                row[0] == "step" or row[0].isdigit() and int(row[0]) <= step)]
+        with open(table, errors="replace") as file:
+            header, *lines = file.read().split("\n")
+        lines = [header, *filter(whole, lines)] if header.startswith("step,") else []
     with written_whole(table) as file:
-        file.write("".join(",".join(row) + "\r\n" for row in rows).encode())
+        file.write("".join(f"{line}\r\n" for line in lines).encode())
 
 
 def add_row(table, row):
