@@ -135,7 +135,7 @@ def train(config, dataset, task):
             *values, skipped, signum = values.tolist()  # the one place where the host waits
             caught += [math.ceil(signum)] if signum and not caught else []
             if skipped:
-                worst = bad.clone()
+                worst = torch.zeros_like(bad)
                 warn_of_skipped(int(skipped), s, values[0])
             if rank == 0:
                 bar.set_postfix_str(f"loss {values[0]:.4f}", refresh=False)
