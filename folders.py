@@ -4,16 +4,12 @@ The idea
     No layout has to be named; the files tell.
     class folders     cat/a.png dog/b.png: the first folder is the class; numbers sort as numbers
     splits            train/ alone or beside val/, valid/, validation/ or test/, in any case
-    tables            metadata.jsonl or metadata.csv in any folder, with the columns file_name and
-                      text (or caption): Hugging Face's imagefolder; no classes then
-    caption files     a.txt or a.caption beside a.png, in class folders or not: kohya's layout;
-                      the 10 of "10_sks dog" is cut off, and no picture is repeated
+    tables            metadata.jsonl or metadata.csv in any folder, a row per caption: file_name and
+                      text (or caption), as in Hugging Face's imagefolder; no classes then
+    caption files     a.txt or a.caption beside a.png: kohya's layout; "10_sks dog" is "sks dog"
     A picture is what Pillow can read.  Hidden files and folders are skipped.  Text is UTF-8.
-    Nothing else is left out without being counted in the last thing that read_folder returns.
 
-How to use
     python train.py --data folder:my_pictures
-    images, labels, captions, class_names, left_out = read_folder("my_pictures", image_size=64)
 """
 import csv
 import io
@@ -30,7 +26,6 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 SPLITS = {"train": "train", "val": "test", "valid": "test", "validation": "test", "test": "test"}
-NOT_DECODED = {"PDF", "PALM", "BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow only knows their names
 
 
 def read_folder(root, image_size=32, split="train", count=None, seed=0, skip_bad=False):
@@ -40,27 +35,25 @@ def read_folder(root, image_size=32, split="train", count=None, seed=0, skip_bad
     Returns images (N, 3, H, W) uint8, labels (N,) int64, captions (N strings) or None, class names,
     what is left out (one line).  Raises ValueError that names the file or the folder.
     """
-    root = os.path.abspath(os.path.expanduser(root))
-    if not os.path.isdir(root):
-        raise ValueError(f"there is no folder {root}")
+    root = Path(os.path.abspath(os.path.expanduser(root)))
     rows, left_out = _list_folder(root)
-    if not rows:
-        raise ValueError(f"no images in {root}; left out: {left_out or 'nothing'}")
-    classes = sorted({row[2] for row in rows}, key=_natural)  # of both splits, so they agree
+    classes = sorted({name for _, _, name, _ in rows}, key=_natural)  # of both splits
     if any(row[1] == "test" for row in rows):
         rows, split = [row for row in rows if row[1] == split], None
-    bare = [row[0] for row in rows if row[3] is None]
+    bare = [path for path, _, _, caption in rows if caption is None]
     if 0 < len(bare) < len(rows):
         raise ValueError(f"{len(bare)} of {len(rows)} images in {root} have no caption, the first "
                          f"is {bare[0]}: write one, or remove the image")
     if "" in classes and len(classes) > 1 and bare:
-        raise ValueError(f"{root} holds both images and folders of images ({classes[1]}): keep one "
-                         "of the two")
+        raise ValueError(f"{root} holds images beside the folder {classes[1]}: keep one of the two")
     number = {} if "" in classes else {name: i for i, name in enumerate(classes)}
     rows = [rows[i] for i in choose(len(rows), split, count, seed)]
     images, good = _read_images([row[0] for row in rows], image_size, skip_bad)
-    if len(good) < len(rows):
-        left_out = f"{len(rows) - len(good)} unreadable, {left_out}".removesuffix(", ")
+    left_out["unreadable"] = len(rows) - len(good)
+    left_out = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
+    if not good:
+        problem = "no images in" if root.is_dir() else "there is no folder"
+        raise ValueError(f"{problem} {root}; left out: {left_out or 'nothing'}")
     labels = torch.tensor([number.get(rows[i][2], 0) for i in good])
     captions = None if bare else [rows[i][3] for i in good]
     return images, labels, captions, list(number), left_out
@@ -77,44 +70,31 @@ def choose(total, split, count, seed):
 
 
 def _list_folder(root):
-    """A row (path, split or None, class or "", caption or None) per image, and what is left out."""
-    Image.init()
-    endings = {e for e, kind in Image.registered_extensions().items() if kind not in NOT_DECODED}
-    files = _files(root)
-    images = [path for path in files if path.suffix.lower() in endings]
-    captions, used, is_table = _captions(files, images)
-    ignored = Counter(path.suffix or path.name for path in set(files).difference(images, used))
-    left_out = [f"{n} {ending} (no image to Pillow)" for ending, n in sorted(ignored.items())]
-    inside = {path: path.relative_to(root).parts[:-1] for path in images}  # its folders
-    tops = {folders[0].lower() for folders in inside.values() if folders}
+    """(path, split, class or "", caption or None) per image; {kind: number} of what is left out."""
+    files = sorted((Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
+                    for name in names), key=_natural)
+    files = [path for path in files if "/." not in f"/{path.relative_to(root).as_posix()}"]
+    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    inside = {path: [*path.relative_to(root).parts[:-1], "", ""] for path in files
+              if path.suffix.lower() in endings}  # the images and their folders
+    others, captions = set(files).difference(inside), {path: {} for path in inside}
+    tables = {path: None for path in files if path.name in ("metadata.jsonl", "metadata.csv")}
+    beside = {text: image for image in inside for ending in (".caption", ".txt")
+              if (text := image.with_suffix(ending)) in others}
+    for path, image in (tables | beside).items():
+        _read_captions(path, image, captions)
+    left_out = Counter(p.suffix or p.name for p in sorted(others - tables.keys() - beside.keys()))
+    tops = {folders[0].lower() for folders in inside.values()} - {""}
     # "train" beside car/ and bus/ is a class.
-    has_splits = "train" in tops and (len(tops) == 1 or len(tops & SPLITS.keys()) > 1)
-    rows = []
+    has_splits, rows = "train" in tops and (len(tops) == 1 or len(tops & SPLITS.keys()) > 1), []
     for path, folders in inside.items():
-        split = None
-        if has_splits:
-            split, folders = SPLITS.get("".join(folders[:1]).lower(), "none"), folders[1:]
-        name = "" if is_table else "".join(folders[:1])
-        if path in captions:
+        split = SPLITS.get(folders[0].lower()) if has_splits else "all"
+        left_out["outside train/ and test/"] += split is None
+        name = "" if tables else folders[has_splits]
+        if captions[path]:
             name = re.sub(r"^\d+_", "", name)  # "10_sks dog" would mean: 10 times an epoch
-        rows += [(path, split, name, caption) for caption in captions.get(path, [None])]
-    kept = [row for row in rows if row[1] != "none"]
-    if len(kept) < len(rows):
-        left_out.append(f"{len(rows) - len(kept)} outside train/ and test/")
-    return kept, ", ".join(left_out)
-
-
-def _files(root):
-    """All files under root in natural order, without hidden files and folders."""
-    found = []
-    for folder, inside, names in os.walk(root, followlinks=True):
-        parent, real = os.path.realpath(os.path.dirname(folder)), os.path.realpath(folder)
-        if folder != root and f"{parent}/".startswith(f"{real}/"):
-            inside.clear()  # a link to a folder above: a circle
-            continue
-        inside[:] = [name for name in inside if name[0] != "."]
-        found += [Path(folder, name) for name in names if name[0] != "."]
-    return sorted(found, key=_natural)
+        rows += [(path, split, name, text) for text in captions[path] or [None] if split]
+    return rows, left_out
 
 
 def _natural(name):
@@ -122,87 +102,46 @@ def _natural(name):
     return [int(s) if i % 2 else s for i, s in enumerate(re.split(r"(\d+)", str(name)))]
 
 
-def _captions(files, images):
-    """{image: its captions, as keys}, the files they are from, whether these are tables."""
-    tables = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
-    captions, there = {}, set(images if tables else files)
-    for where, image, caption in (row for path in tables for row in _read_table(path)):
-        if image not in there:
-            raise ValueError(f"{where}: there is no image {image}")
-        captions.setdefault(image, {})[caption] = None
-    beside = {path: text for path in images for ending in (".caption", ".txt")
-              if (text := path.with_suffix(ending)) in there}
-    captions |= {path: {_read_text(text).strip(): None} for path, text in beside.items()}
-    return captions, [*tables, *beside.values()], bool(tables)
-
-
-def _read_table(path):
-    """(where, image, caption) of each row of a metadata.jsonl or metadata.csv."""
-    text, is_csv = _read_text(path), path.suffix == ".csv"
-    lines = csv.DictReader(io.StringIO(text, newline="")) if is_csv else text.split("\n")
-    for number, line in enumerate(lines, 1):
-        if is_csv:
-            number = lines.line_num
-        elif not line.strip():
-            continue
-        try:
-            row = line if is_csv else json.loads(line)
-            image = Path(os.path.normpath(path.parent / row["file_name"]))
-            caption = row["text"] if "text" in row else row["caption"]
-            if not isinstance(caption, str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} line {number}: expected file_name and text (strings), found "
-                             f"{str(line)[:80]}") from error
-        yield f"{path} line {number}", image, caption
-
-
-def _read_text(path):
-    """The text of a UTF-8 file, with or without a byte order mark."""
+def _read_captions(path, image, captions):
+    """Add a table's rows, or the text of a file beside `image`, to {image: {caption: None}}."""
+    number, row = 1, "other bytes"
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path} line {line} is not UTF-8: save the file as UTF-8") from error
+        text = path.read_bytes().decode("utf-8-sig")
+        rows = (csv.DictReader(io.StringIO(text)) if path.suffix == ".csv" else
+                [{"file_name": image.name, "text": text}] if image else
+                filter(str.strip, text.split("\n")))
+        for number, row in enumerate(rows, 1 + (path.suffix == ".csv")):
+            row = json.loads(row) if isinstance(row, str) else row
+            image = Path(os.path.normpath(path.parent / row["file_name"]))
+            captions[image][str.strip(row["text"] if "text" in row else row["caption"])] = None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} line {number}: expected UTF-8 (in tables: file_name, an existing "
+                         f"image, and text), found {str(row)[:80]}") from error
 
 
-# ---------------------------------------------------------------- picture files
+def read_image(path, size, background="white"):
+    """The centre square of a picture file, resized as in ADM and DiT: (3, size, size) uint8.
 
-
-def _to_rgb(image, background):
-    """Any Pillow image to RGB, upright."""
-    image = ImageOps.exif_transpose(image)  # phones store upright pictures sideways
-    if image.mode.startswith("I"):  # 16-bit grey is scaled, not clipped: 65535 / 255 = 257
-        image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, background)
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    return image.convert("RGB")
-
-
-def _square(image, size):
-    """The centre square, halved with a box filter while it can be, then bicubic (as ADM, DiT)."""
+    background: shows through where the picture is transparent.  Raises ValueError with the path.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)  # phones store upright pictures sideways
+            if image.mode.startswith("I"):  # 16-bit grey: scaled, not clipped; 65535 / 255 = 257
+                image = Image.fromarray((np.array(image).clip(0, 65535) / 257 + 0.5).astype("B"))
+            if image.has_transparency_data:
+                canvas, image = Image.new("RGBA", image.size, background), image.convert("RGBA")
+                image = Image.alpha_composite(canvas, image)
+            image = image.convert("RGB")
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"cannot read image {path} ({type(error).__name__}): damaged, cut short "
+                         "or no image; delete it, or leave it out with --skip-bad") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     while image.width >= 2 * size:
         image = image.resize((image.width // 2,) * 2, Image.Resampling.BOX)
-    return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def read_image(path, size, background="white"):
-    """One picture file as uint8 (3, size, size): its centre square, resized.
-
-    background: what shows through where the picture is transparent; "black" for a mask.
-    Raises ValueError with the file's name.
-    """
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(_square(_to_rgb(image, background), size))             # (H, W, 3)
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"cannot read image {path} ({type(error).__name__}): damaged, cut short "
-                         "or no image; delete it, or leave it out with --skip-bad") from error
+    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))          # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)                                 # (3, H, W)
 
 
@@ -213,15 +152,12 @@ def _read_images(paths, size, skip_bad):
     def read(i):
         try:
             images[i] = read_image(paths[i], size)
+            return True
         except ValueError:
             if not skip_bad:
                 raise
-            return False
-        return True
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # map cancels the rest after an exception
         work = tqdm(pool.map(read, range(len(paths))), "reading images", len(paths), disable=None)
         good = [i for i, is_read in enumerate(work) if is_read]
-    if not good:
-        raise ValueError(f"none of the {len(paths)} images could be read, the first is {paths[0]}")
-    return (images if len(good) == len(paths) else images[good]), good
+    return images if len(good) == len(paths) else images[good], good
