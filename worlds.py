@@ -8,12 +8,6 @@ The idea
     can read a sampled picture back and compare it with its caption, exactly.
     A world is a function of (name, image size, split, count, seed, hold_out) and of nothing else.
 
-Contents
-    SHAPES ... PLACES, CONVERSE, HELD_OUT      the vocabulary
-    shape_coverage, render_shapes              outlines to pixels
-    caption_of, parse_caption                  facts to a caption, and back
-    draw_world                                 a whole data set
-
 How to use
     python train.py --data scenes --image-size 32
     images, labels, captions = draw_world("scenes", image_size=32, count=1000)
@@ -31,8 +25,7 @@ NEW_SHAPES = ("heart", "diamond")  # indices 6, 7: in no training set, for new c
 COLORS = {
     "red": (230, 40, 40), "green": (50, 180, 60), "blue": (60, 100, 255), "yellow": (250, 220, 40),
     "orange": (255, 125, 10), "purple": (160, 60, 220), "cyan": (40, 215, 230),
-    "white": (250, 250, 250),
-}
+    "white": (250, 250, 250)}
 # Dull colours, so that every object can be seen: at RGB distance >= 90 from each colour above.
 BACKGROUNDS = {"black": (20, 20, 26), "gray": (110, 110, 115), "navy": (20, 30, 90),
                "brown": (90, 55, 25)}
@@ -69,11 +62,9 @@ def _star(x, y):
 def _heart(x, y):
     # A square standing on its corner, and a disc on each of its two upper sides.
     q = 0.8                                                  # half the diagonal of the square
-    y = y - 0.1 * q
-    x = x.abs()
-    square = (x + y.abs() - q) * math.sqrt(0.5)
+    x, y = x.abs(), y - 0.1 * q
     disc = torch.hypot(x - q / 2, y + q / 2) - q * math.sqrt(0.5)
-    return torch.minimum(square, disc)
+    return torch.minimum((x + y.abs() - q) * math.sqrt(0.5), disc)
 
 
 def _triangle(x, y):
@@ -87,10 +78,9 @@ def _cross(x, y):
     return torch.minimum(torch.maximum(x - 0.36, y - 0.98), torch.maximum(x - 0.98, y - 0.36))
 
 
-# Signed distance, negative inside, of a shape of r = 1 around the origin.
-# x (n, 1, W), y (n, H, 1), y points down.  Every shape lies in the square |x|, |y| <= 1 and has an
-# area between 1.7 and 2.4.  Beyond a sharp corner the distance is that to the extended edges, which
-# is a little too small.
+# Signed distance, negative inside, of a shape of r = 1 around the origin.  x (n, 1, W),
+# y (n, H, 1), y points down.  Every shape lies in the square |x|, |y| <= 1 and has an area between
+# 1.7 and 2.4.  Beyond a sharp corner it is the distance to the extended edges, a little too small.
 OUTLINES = (
     lambda x, y: torch.hypot(x, y) - 0.86,                   # circle
     lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.76,     # square
@@ -116,8 +106,6 @@ def shape_coverage(shape_index, cx, cy, r, image_size=32):
     coverage = torch.zeros(len(cx), image_size, image_size, device=cx.device)        # (B, H, W)
     for index, outline in enumerate(OUTLINES):
         rows = (shape_index == index).nonzero()[:, 0]                                # (n,)
-        if len(rows) == 0:
-            continue
         size = r[rows, None, None].float()                                           # (n, 1, 1)
         x = (grid - cx[rows, None].float())[:, None, :] / size                       # (n, 1, W)
         y = (grid - cy[rows, None].float())[:, :, None] / size                       # (n, H, 1)
@@ -139,8 +127,7 @@ def render_shapes(shape, color, cx, cy, r, background, image_size=32):
         rows = slice(i, i + chunk)
         canvas = background[rows, :, None, None].float().repeat(1, 1, side, side)    # (b, 3, H, W)
         for k in range(shape.shape[1]):
-            # (b, H, W)
-            alpha = shape_coverage(shape[rows, k], cx[rows, k], cy[rows, k], r[rows, k], side)
+            alpha = shape_coverage(*(v[rows, k] for v in (shape, cx, cy, r)), side)  # (b, H, W)
             canvas.lerp_(color[rows, k, :, None, None].float(), alpha[:, None])      # (b, 3, H, W)
         images[rows] = canvas.add_(0.5).to(torch.uint8)  # + 0.5: conversion to uint8 rounds down
     return images
@@ -153,7 +140,7 @@ def caption_of(objects, relation=None, background=None):
     """The caption of a scene, e.g. "a red circle left of a blue square on gray".
 
     objects: one or two dicts with shape, color and, for a single object, optionally size and place.
-    Returns str.  The inverse of parse_caption: caption_of(**parse_caption(text)) == text.
+    The inverse of parse_caption: caption_of(**parse_caption(text)) == text.
     """
     phrases = []
     for thing in objects:
@@ -166,8 +153,7 @@ def parse_caption(caption):
     """The facts that a caption of `shapes` or `scenes` states.
 
     Returns {"objects": [{"shape", "color", "size"?, "place"?}, ...], "relation"?, "background"?};
-    a key with ? is there only if the caption states it.
-    Raises ValueError for a caption outside the grammar.
+    a key with ? only if the caption states it.  Raises ValueError for any other caption.
     """
     colors, shapes = "|".join(COLORS), "|".join(SHAPES + NEW_SHAPES)
     one = (rf"an? (?:(?P<size>{'|'.join(SIZES)}) )?(?P<color>{colors}) (?P<shape>{shapes})"
@@ -181,8 +167,8 @@ def parse_caption(caption):
                          '"a small red circle on the left on black" or '
                          '"a red circle left of a blue square on gray"')
     found = {key: value for key, value in match.groupdict().items() if value is not None}
-    keys = [key for key in ("shape", "color", "size", "place") if key in found]
-    facts = {"objects": [{key: found[key] for key in keys}]}
+    keys = ("shape", "color", "size", "place")
+    facts = {"objects": [{key: found[key] for key in keys if key in found}]}
     if "shape2" in found:
         facts["objects"].append({"shape": found["shape2"], "color": found["color2"]})
     return facts | {key: found[key] for key in ("relation", "background") if key in found}
@@ -194,19 +180,17 @@ def parse_caption(caption):
 def draw_world(name, image_size=32, split="train", count=None, seed=0, hold_out=False):
     """Draw the world `shapes` or `scenes`.
 
-    count: pictures; None = 48,000 for split "train" and 2,000 for "test".
-    hold_out: leave the pairs of HELD_OUT out of the training split.
+    count: pictures; None = 48,000 for split "train" and 2,000 for "test".  hold_out: leave the
+    pairs of HELD_OUT out of the training split.
     Returns images (N, 3, H, W) uint8, labels (N,) int64 into CLASS_NAMES (the class of the first
     object), captions (N strings).
     """
     count = count or (48_000 if split == "train" else 2_000)
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     first, second = _draw_classes(count, hold_out and split == "train", generator)
-    if name == "shapes":
-        world = _shapes_world(first, generator)
-    else:
-        world = _scenes_world(first, second, generator, CONVERSE[split])
-    classes, cx, cy, r, ground, captions = world
+    classes, cx, cy, r, ground, captions = (
+        _shapes_world(first, generator) if name == "shapes" else
+        _scenes_world(first, second, generator, CONVERSE[split]))
     palette = torch.tensor(list(COLORS.values()), dtype=torch.uint8)                 # (8, 3)
     grounds = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.uint8)            # (4, 3)
     shape = torch.where(classes < 0, -1, classes // len(COLORS))                     # (N, K)
@@ -216,10 +200,7 @@ def draw_world(name, image_size=32, split="train", count=None, seed=0, hold_out=
 
 
 def _draw_classes(count, hold_out, generator):
-    """Classes of the first and second object, (count,) int64 each, never the same two.
-
-    Each allowed class is the first object equally often.
-    """
+    """Classes (count,) of two objects, never the same two; as the first, all equally often."""
     removed = {f"{color} {shape}" for shape, color in HELD_OUT} if hold_out else set()
     allowed = torch.tensor([i for i, name in enumerate(CLASS_NAMES) if name not in removed])
     first = torch.arange(count)[torch.randperm(count, generator=generator)] % len(allowed)
@@ -238,10 +219,7 @@ def _object(label):
 
 
 def _shapes_world(first, generator):
-    """One large object near the centre, on black.
-
-    Returns class, cx, cy, r (N, 1), background (N,), captions.
-    """
+    """One large object near the centre: class, cx, cy, r (N, 1), background (N,), captions."""
     count = len(first)
     cx, cy = (_uniform((count, 1), 13.0, 19.0, generator) for _ in range(2))
     r = _uniform((count, 1), 8.0, 11.0, generator)
@@ -250,17 +228,14 @@ def _shapes_world(first, generator):
 
 
 def _scenes_world(first, second, generator, converse):
-    """One object (60 %) or two (40 %).
-
-    Returns class, cx, cy, r (N, 2), background (N,), captions.
-    """
+    """One object (60 %) or two: class, cx, cy, r (N, 2), background (N,), captions."""
     count = len(first)
     two = torch.rand(count, generator=generator) < 0.4                               # (N,)
     small, place, upright, ground = (torch.randint(n, (count,), generator=generator)
                                      for n in (2, 5, 2, 4))
     small = small.bool()
-    swapped = torch.rand(count, generator=generator) < converse
-    relation = 2 * upright + swapped                              # (N,) in the order of RELATIONS
+    # (N,), in the order of RELATIONS
+    relation = 2 * upright + (torch.rand(count, generator=generator) < converse)
 
     # One object: a small one has more room, so it goes further to the side.
     r1 = torch.where(small | two, _uniform(count, 4.5, 6.0, generator),
@@ -280,11 +255,8 @@ def _scenes_world(first, second, generator, converse):
 
 
 def _place_pair(relation, r1, r2, generator):
-    """Centres of two objects in their relation: x (N, 2), y (N, 2).
-
-    Along the axis of the relation each object stays in its half, at least one pixel apart; on the
-    other axis they nearly agree.
-    """
+    """Centres x (N, 2), y (N, 2) of two objects: along the axis of their relation each is in its
+    half, at least one pixel apart; on the other axis they nearly agree."""
     count = len(relation)
     near, far = (_uniform(count, r + 0.5, 15.5 - r, generator) for r in (r1, r2))
     level = (_uniform(count, 10.0, 22.0, generator)[:, None]
