@@ -13,8 +13,8 @@ comes first in a published list of 48,894 merges is joined, until no pair is in 
   V*, a new word, is a parameter outside the table: forward(ids, modifiers={id: row}) uses `row`
 wherever `id` stands, so training it cannot change the vector of any other word.
 
-Contents: CausalAttention, Layer, TextEncoder, TextConditional, WordTokenizer, CLIPTokenizer.
-Tokenizers: tokenizer([captions]) -> (B, L) int64; encode, add_token, ids, vocab_size, max_length.
+Both tokenizers: tokenizer([captions]) -> (B, L) int64; encode(caption) -> list of ids without start
+and end; add_token(name) -> id; ids {word: id}; vocab_size; max_length, L; open: any word has ids.
 
     states = TextEncoder(60, 18)(WordTokenizer.from_captions(captions)(["a red circle", ""]))
     python -m pytest tests/test_text.py
@@ -45,10 +45,8 @@ class CausalAttention(nn.Module):
     def __init__(self, hidden_size, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.k_proj = nn.Linear(hidden_size, hidden_size)
-        self.v_proj = nn.Linear(hidden_size, hidden_size)
-        self.q_proj = nn.Linear(hidden_size, hidden_size)
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (
+            nn.Linear(hidden_size, hidden_size) for _ in range(4))
 
     def forward(self, x):
         B, L, D = x.shape
@@ -80,8 +78,7 @@ class TextEncoder(nn.Module):
     """Token ids (B, L) to states (B, L, D), one per token: what cross-attention reads.
 
     vocab_size, max_length: of the tokenizer; hidden_size: D, the image model's context width;
-    depth: layers. Raises ValueError for sizes that do not fit together.
-    Source: CLIP §2.4; LDM §3.3.
+    depth: layers. Source: CLIP §2.4; LDM §3.3.
     """
 
     def __init__(self, vocab_size, max_length, hidden_size=64, depth=2, num_heads=4, mlp_ratio=4.0):
@@ -91,11 +88,10 @@ class TextEncoder(nn.Module):
         self.vocab_size, self.max_length, self.hidden_size = vocab_size, max_length, hidden_size
         # the nesting is that of the official names, text_model.encoder.layers.0. ...
         layers = nn.ModuleList(Layer(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        tables = {"token_embedding": nn.Embedding(vocab_size, hidden_size),
+                  "position_embedding": nn.Embedding(max_length, hidden_size)}
         self.text_model = nn.ModuleDict({
-            "embeddings": nn.ModuleDict({
-                "token_embedding": nn.Embedding(vocab_size, hidden_size),
-                "position_embedding": nn.Embedding(max_length, hidden_size)}),
-            "encoder": nn.ModuleDict({"layers": layers}),
+            "embeddings": nn.ModuleDict(tables), "encoder": nn.ModuleDict({"layers": layers}),
             "final_layer_norm": nn.LayerNorm(hidden_size, eps=1e-5)})
         self.initialize_weights()
 
@@ -122,8 +118,7 @@ class TextEncoder(nn.Module):
         """ids (B, L) int64 -> states (B, L, D), after the final LayerNorm.
 
         modifiers: {token id: row (D,)}; `row` is used in place of the table's row of that id, which
-        then gets no gradient. The id may lie beyond the table.
-        Raises ValueError if L > max_length. Source: CLIP §2.4; Custom Diffusion §3.2.
+        then gets no gradient. Source: CLIP §2.4; Custom Diffusion §3.2.
         """
         if ids.shape[1] > self.max_length:
             raise ValueError(f"{ids.shape[1]} tokens, expected at most {self.max_length}: use the "
@@ -136,7 +131,7 @@ class TextEncoder(nn.Module):
             x = torch.where((ids == token)[..., None], row.to(x.dtype), x)          # (B, L, D)
         x = x + embeddings.position_embedding.weight[:ids.shape[1]]                 # (B, L, D)
         for layer in self.text_model.encoder.layers:
-            x = layer(x)                                                            # (B, L, D)
+            x = layer(x)
         return self.text_model.final_layer_norm(x)                                  # (B, L, D)
 
 
@@ -145,15 +140,14 @@ class TextConditional(nn.Module):
 
     denoiser: denoiser(x, t, context (B, L, D)), a UNet or VQTransformer; text: ids (B, L) ->
     states (B, L, D); null_ids (L,): ids of the empty caption, which replaces a share
-    class_dropout_prob of the captions in training, so that guidance can compare with it.
-    Source: LDM §3.3; VQ-Diffusion §4.3.
+    class_dropout_prob of the captions in training, so that guidance can compare with it;
+    matrices: Muon's share of the weights. Source: LDM §3.3; VQ-Diffusion §4.3.
     """
 
     def __init__(self, denoiser, text, null_ids, class_dropout_prob):
         super().__init__()
         self.denoiser, self.text, self.class_dropout_prob = denoiser, text, class_dropout_prob
         self.register_buffer("null_ids", null_ids, persistent=False)
-        # Muon's share of the parameters
         self.matrices = rf"denoiser\.{denoiser.matrices}|text\.text_model\.encoder\.layers\."
 
     def forward(self, x, t, y):
@@ -176,9 +170,6 @@ class TextConditional(nn.Module):
         return torch.where((draws < self.class_dropout_prob)[:, None], self.null_ids, y)    # (B, L)
 
 
-# --------------------------------------------------------------------------------------------------
-# one word, one token
-
 def _rows(captions, encode, start, end, pad, length):
     """Captions -> (B, length) int64: start, the ids that `encode` gives, end, then pad."""
     if isinstance(captions, str):
@@ -193,12 +184,11 @@ def _rows(captions, encode, start, end, pad, length):
 class WordTokenizer:
     """One word, one token. Ids: 0 padding, 1 start, 2 end, then the words, then free rows.
 
-    words: list of known words; reserved: number of free rows, for add_token; max_length: L of every
-    row, start and end included. A word is a run of letters or digits in lower case, or a new word
-    such as <new1> or V*; all else separates words. Source: Custom Diffusion §3.2 for new words.
+    words: list of known words; reserved: number of free rows, for add_token. A word is a run of
+    letters or digits in lower case, or a new word such as <new1> or V*; all else separates words.
+    Source: Custom Diffusion §3.2 for new words.
     """
-    PAD, START, END = 0, 1, 2
-    open = False            # a word that it was not built with is an error
+    PAD, START, END, open = 0, 1, 2, False
     WORD = re.compile(r"<\w+>|\b[^\W\d_]\*(?!\w)|[^\W_]+")
     ROOM, RESERVED = 4, 8       # words that a prompt may have more than any caption; free rows
 
@@ -217,7 +207,7 @@ class WordTokenizer:
         return _rows(captions, self.encode, self.START, self.END, self.PAD, self.max_length)
 
     def encode(self, caption):
-        """Caption -> list of ids, without start and end. Raises ValueError for an unknown word."""
+        """Raises ValueError for an unknown word, or too many."""
         words = self.WORD.findall(caption.lower())
         for word in words:
             if word not in self.ids:
@@ -235,19 +225,15 @@ class WordTokenizer:
         return 3 + len(self.words) + self.reserved
 
     def add_token(self, name):
-        """Give the next free row a name, such as "<new1>" or "V*" -> its id.
-
-        Raises ValueError if that cannot be. Source: Custom Diffusion §3.2.
-        """
+        """Give the next free row a name, such as <new1> or V*. Source: Custom Diffusion §3.2."""
         name = name.lower()
         if name in self.ids or not self.WORD.fullmatch(name):
             raise ValueError(f"token {name!r} exists already, or is not a single word: choose "
                              "another name, such as <new1>, V* or letters and digits")
         if not self.reserved:
             raise ValueError(f"no row left for {name!r}: all reserved rows are taken")
-        self.ids[name] = 3 + len(self.words)
+        self.ids[name], self.reserved = 3 + len(self.words), self.reserved - 1
         self.words.append(name)
-        self.reserved -= 1
         return self.ids[name]
 
     def state(self):
@@ -260,17 +246,13 @@ class WordTokenizer:
         return cls(**state)
 
 
-# --------------------------------------------------------------------------------------------------
-# any string: byte-level byte-pair encoding
-
 class CLIPTokenizer:
     """CLIP's byte pairs: any string -> ids below 49,408; 49406 starts, 49407 ends and pads.
 
     path: the published list of merges, bpe_simple_vocab_16e6.txt.gz, or Stable Diffusion's
-    tokenizer/merges.txt. Raises ValueError if it is missing or no such list.
-    Source: CLIP §2.4; Sennrich et al. 2016, algorithm 1.
+    tokenizer/merges.txt. Source: CLIP §2.4; Sennrich et al. 2016, algorithm 1.
     """
-    open = True             # any string has ids
+    open = True
     MERGES = 48_894                     # 49,408 ids - 2 x 256 single bytes - start and end
 
     def __init__(self, path="data/bpe_simple_vocab_16e6.txt.gz"):
@@ -293,20 +275,16 @@ class CLIPTokenizer:
         return _rows(captions, cut, self.start, self.end, self.end, self.max_length)
 
     def encode(self, caption):
-        """Caption -> list of ids, without start and end. Source: CLIP's released tokenizer."""
+        """Source: CLIP's released tokenizer."""
         text = html.unescape(html.unescape(unicodedata.normalize("NFC", caption)))
-        ids = []
-        for piece in self.pattern.findall(" ".join(text.split()).lower()):
-            if piece in self.special:
-                ids.append(self.ids[piece])
-            else:
-                symbols = [self.symbols[byte] for byte in piece.encode()]
-                symbols[-1] += "</w>"
-                ids += [self.ids[symbol] for symbol in self._merge(symbols)]
-        return ids
+        pieces = self.pattern.findall(" ".join(text.split()).lower())
+        return [self.ids[symbol] for piece in pieces
+                for symbol in ([piece] if piece in self.special else self._merge(piece))]
 
-    def _merge(self, symbols):
-        """Join, everywhere, the pair that comes first in the list of merges; repeat."""
+    def _merge(self, piece):
+        """From bytes on, join everywhere the pair that comes first in the list of merges."""
+        symbols = [self.symbols[byte] for byte in piece.encode()]
+        symbols[-1] += "</w>"
         while len(symbols) > 1:
             first = min(zip(symbols, symbols[1:]), key=lambda p: self.ranks.get(p, len(self.ranks)))
             if first not in self.ranks:
@@ -322,11 +300,8 @@ class CLIPTokenizer:
         return symbols
 
     def add_token(self, name):
-        """Make `name`, such as "<new1>", one token -> its id, the next one beyond the table.
-
-        The encoder has no row for it: pass one as forward(..., modifiers={id: row}).
-        Raises ValueError if it exists or holds spaces. Source: Custom Diffusion §3.2.
-        """
+        """Make `name`, such as "<new1>", one token, the next one beyond the encoder's table: pass
+        its row as forward(..., modifiers={id: row}). Source: Custom Diffusion §3.2."""
         name = name.lower()
         if name in self.special or not name or re.search(r"\s", name):
             raise ValueError(f"token {name!r} exists, is empty or has a space: choose another name")
@@ -346,17 +321,16 @@ class CLIPTokenizer:
         return re.compile("|".join([*names, pieces]))
 
     def _read(self, path):
-        if not path.is_file():
-            raise ValueError(f"no list of BPE merges at {path}: fetch bpe_simple_vocab_16e6.txt.gz "
-                             "(1.4 MB) from clip/ of github.com/openai/CLIP, save it in data/")
-        data = path.read_bytes()
         try:
+            data = path.read_bytes()
             data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-            lines = data.decode().split("\n")
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged or no list of BPE merges: {error}") from error
-        # line 1 is a version; the public file has more merges than CLIP uses
-        merges = [tuple(line.split()) for line in lines[1:self.MERGES + 1] if line]
-        if "version" not in lines[0] or any(len(pair) != 2 for pair in merges):
-            raise ValueError(f"{path} is no list of BPE merges (a version line, then pairs)")
+            # line 1 is a version; the public file has more merges than CLIP uses
+            lines = data.decode().split("\n")[:self.MERGES + 1]
+            merges = [tuple(line.split()) for line in lines[1:] if line]
+            if "version" not in lines[0] or any(len(pair) != 2 for pair in merges):
+                raise ValueError("not a version line, then pairs")
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise ValueError(f"{path} is no list of BPE merges ({error}): fetch "
+                             "bpe_simple_vocab_16e6.txt.gz (1.4 MB) from clip/ of "
+                             "github.com/openai/CLIP, save it in data/") from error
         return merges
