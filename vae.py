@@ -6,12 +6,8 @@ Neural Discrete Representation Learning (van den Oord et al. 2017), VQ-VAE; VQ-D
 The idea.  Most bits of a picture are fine texture, which a small convolutional decoder can fill in.
 The hard part is the arrangement. So first train an autoencoder that shrinks each side by f and
 keeps a few numbers per cell, then run diffusion on these latents: with f = 4, a transformer with
-one token per cell sees a 32 x 32 picture as 64 tokens instead of 1,024 pixels. A VQ-VAE also
-replaces the numbers of each cell by the nearest of K vectors, the codebook: a picture becomes N
-tokens, each one of K codes.
-
-Contents: FirstStage (what all of them answer), TinyAutoencoder, Codebook, VQVAE, AutoencoderKL
-(the official weights of Stable Diffusion load by name), Pixels (the identity), FIRST_STAGES.
+one token per cell sees a 32 x 32 picture as 64 tokens instead of 1,024 pixels. A VQ-VAE replaces
+the numbers of each cell by the nearest of K vectors, its codes: a picture becomes N tokens.
 
     python train.py --model tiny-ae --data shapes     # or vq-vae, kl-ae
 
@@ -38,9 +34,10 @@ LATENT_WEIGHT = 1e-4     # of the L2 pull (tiny-ae) and the KL term (kl-ae), per
 class FirstStage(nn.Module):
     """What every first stage answers; pictures x are (B, C, H, W), float in [-1, 1].
 
-    encode(x) -> latents z; decode(z) -> pictures; objective(x, draws) -> (training loss, metrics);
-    factor: f, a picture's side over its latents'; matrices: regular expression of the names of
-    Muon's weights; noisy: the objective reads noise; standardised: False until standardise(x).
+    encode(x) -> latents z, standardised; decode(z) -> pictures; objective(x, draws) -> (training
+    loss, metrics), draws as from draw(); factor: f, a picture's side over its latents'; matrices:
+    regular expression of the names of Muon's weights; noisy: the objective reads noise;
+    standardised: False until standardise(x). Encode raises ValueError for pictures of other sizes.
     """
     kind, noisy, standardised = "", True, True
     matrices = r"(en|de)coder\.\d+\.conv"               # the convolutions of the residual blocks
@@ -91,9 +88,8 @@ def image_metrics(recon, x):
 
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))): (B, C_in, H, W) -> (B, C_out, H, W).
+    Source: He et al. 2016, pre-activation; LDM, ResnetBlock (32 groups, eps 1e-6)."""
 
-    Source: He et al. 2016, pre-activation; LDM, ResnetBlock (32 groups, eps 1e-6).
-    """
     def __init__(self, in_channels, out_channels, groups=8, eps=1e-5):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
@@ -135,32 +131,25 @@ class TinyAutoencoder(FirstStage):
         self.register_buffer("std", torch.ones(latent_channels, 1, 1))
 
     def objective(self, x, draws):
-        """Squared error of the pictures after noise on the latents, and a small pull towards 0.
-
-        draws: {"noise": (B, c, h, w)}. Returns (loss, {"mse", "psnr"}). Source: LDM §3.1.
-        """
+        """Squared error of the pictures after noise on the latents, and a small pull towards 0."""
         z = self.encoder(x)                                                 # (B, c, h, w)
         recon = self.decoder(z + self.latent_noise * z.detach().std() * draws["noise"]).float()
         loss = (recon - x).square().mean() + LATENT_WEIGHT * z.float().square().mean()
         return loss, image_metrics(recon, x)
 
     def encode(self, x):
-        """Pictures (B, C, H, W) -> standardised latents (B, c, H/f, W/f). Source: LDM §3.1."""
         self.latent_shape(x.shape[1:])
         return (self.encoder(x) - self.mean) / self.std
 
     def decode(self, z):
-        """Standardised latents (B, c, h, w) -> pictures (B, C, f*h, f*w). Source: LDM §3.1."""
         return self.decoder(z * self.std + self.mean)
 
     @property
     def standardised(self):
-        """Whether `standardise` has been called. Source: LDM appendix G."""
         return bool((self.std != 1).any())
 
     @torch.no_grad()
-    def standardise(self, x):
-        """Measure mean and standard deviation per latent channel. Source: LDM appendix G."""
+    def standardise(self, x):                               # per latent channel
         z = self.encoder(x)                                                 # (B, c, h, w)
         self.mean.copy_(z.mean((0, 2, 3))[:, None, None])                   # (c, 1, 1)
         self.std.copy_(z.std((0, 2, 3))[:, None, None])
@@ -188,9 +177,8 @@ class Codebook(nn.Module):
     def nearest(self, vectors):
         """Vectors (n, D) -> ids (n,) of the nearest codes. Source: VQ-Diffusion Eq. 1."""
         # by differences: a matrix product cancels, and a GPU may round it to 10 bits (TF32)
-        distances = torch.cdist(vectors.detach(), self.embedding,           # (n, K)
-                                compute_mode="donot_use_mm_for_euclid_dist")
-        return distances.argmin(1)
+        return torch.cdist(vectors.detach(), self.embedding,                # (n, K)
+                           compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
 
     def count(self, ids):
         """How often each code occurs in ids (n,): (K,) float. Source: VQ-VAE Eq. 6."""
@@ -217,24 +205,20 @@ class Codebook(nn.Module):
         n = size.sum()                                                      # Laplace smoothing:
         smooth = (size + self.eps) / (n + self.num_codes * self.eps) * n    # no N_k is 0
         code = average / smooth[:, None]                                    # Eq. 8: e_k = m_k / N_k
-        for buffer, new in ((self.cluster_size, size), (self.embedding_avg, average),
-                            (self.embedding, code)):
-            buffer.copy_(torch.where(keep.bool(), new, buffer))
+        for name, new in (("cluster_size", size), ("embedding_avg", average), ("embedding", code)):
+            getattr(self, name).copy_(torch.where(keep.bool(), new, getattr(self, name)))
 
     @torch.no_grad()
-    def start(self, vectors, iterations=20, weight=10.0):
-        """Put the codes at k-means centres of vectors (n, D), starting from K evenly spaced rows.
-
-        weight: how many vectors a centre then counts for in the averages. Source: Lloyd 1982.
-        """
+    def start(self, vectors):
+        """Put the codes at k-means centres of vectors (n, D), at first K evenly spaced rows."""
         rows = torch.linspace(0, len(vectors) - 1, self.num_codes, device=vectors.device).long()
         self.embedding.copy_(vectors[rows])
-        for _ in range(iterations):
+        for _ in range(20):
             counts, sums, far = self._assign(vectors)
             centres = sums / counts.clamp(min=1)[:, None]                   # (K, D)
             self.embedding.copy_(_replace(centres, counts == 0, far))
-        self.cluster_size.fill_(weight)
-        self.embedding_avg.copy_(self.embedding * weight)
+        self.cluster_size.fill_(10.0)       # each centre counts for 10 vectors in the averages
+        self.embedding_avg.copy_(self.embedding * 10.0)
         self.started.fill_(True)
 
     def _assign(self, vectors):
@@ -260,7 +244,7 @@ class VQVAE(FirstStage):
     """Pictures (B, in_channels, S, S) <-> tokens (B, N), N = (S / factor)^2, ids below num_codes.
 
     dim: D of a code; width: channels inside; beta: weight of the commitment loss; decay, restart,
-    warmup: see Codebook. Raises ValueError for sizes that do not fit. Source: VQ-Diffusion §3.1.
+    warmup: see Codebook. Tokens are in the order of rows. Source: VQ-Diffusion §3.1, Eq. 1, 2.
     """
     kind, noisy = "vq-vae", False
 
@@ -277,9 +261,9 @@ class VQVAE(FirstStage):
     def objective(self, x, draws):
         """Squared error of the pictures; the commitment loss keeps the encoder near the codes.
 
-        Until the codes have started, the decoder reads the encoder's output as it is. Returns
-        (loss, metrics): psnr, perplexity, codes (number in use), and vectors (n, D), from which
-        Codebook.update learns. draws: {}. Source: VQ-Diffusion Eq. 2.
+        Until the codes have started, the decoder reads the encoder's output as it is. Metrics:
+        codes, the number in use; perplexity, exp of their entropy, 1 to K; vectors (n, D), from
+        which Codebook.update learns.
         """
         z, started = self.encoder(x).float(), self.codebook.started         # (B, D, h, w)
         vectors = z.detach().permute(0, 2, 3, 1).flatten(0, 2)              # (n, D), n = B*N
@@ -289,42 +273,33 @@ class VQVAE(FirstStage):
         recon = self.decoder(z + torch.where(started, z_q - z, 0.0).detach()).float()
         commitment = torch.where(started, (z_q - z).square().mean(), 0.0)
         loss = (recon - x).square().mean() + self.beta * commitment
-        codes = (self.codebook.count(ids.flatten()) > 0).sum().float()
-        return loss, {"psnr": image_metrics(recon, x)["psnr"], "codes": codes,
-                      "perplexity": self.perplexity(ids), "vectors": vectors}
+        share = self.codebook.count(ids.flatten()) / ids.numel()            # (K,)
+        perplexity = torch.exp(-torch.xlogy(share, share).sum())
+        return loss, {"psnr": image_metrics(recon, x)["psnr"], "codes": (share > 0).sum().float(),
+                      "perplexity": perplexity, "vectors": vectors}
 
     def encode(self, x):
-        """Pictures (B, C, S, S) -> tokens (B, N) int64, row by row. Source: VQ-Diffusion Eq. 1."""
         self.latent_shape(x.shape[1:])
         z = self.encoder(x).float()                                         # (B, D, h, w)
         return self.codebook.nearest(z.permute(0, 2, 3, 1).flatten(0, 2)).view(len(x), -1)
 
     def look_up(self, ids):
-        """Tokens (B, N) -> their codes (B, D, h, w). Source: VQ-Diffusion Eq. 1."""
+        """Tokens (B, N) -> their codes (B, D, h, w)."""
         return self.codebook.embedding[ids].mT.unflatten(2, (self.grid, self.grid))
 
     def decode(self, ids):
-        """Tokens (B, N) -> pictures (B, C, S, S). Raises ValueError for a wrong count or range."""
-        if ids.shape[1] != self.grid ** 2 or ids.min() < 0 or ids.max() >= self.num_codes:
-            raise ValueError(f"this VQ-VAE decodes {self.grid ** 2} tokens from 0 to "
-                             f"{self.num_codes - 1} (no [MASK]), not {ids.shape[1]} tokens from "
-                             f"{int(ids.min())} to {int(ids.max())}")
+        low, high = int(ids.min()), int(ids.max())
+        if ids.shape[1] != self.grid ** 2 or low < 0 or high >= self.num_codes:
+            raise ValueError(f"this VQ-VAE decodes {self.grid ** 2} tokens below {self.num_codes} "
+                             f"(no [MASK]), not {ids.shape[1]} tokens from {low} to {high}")
         return self.decoder(self.look_up(ids))
 
-    def perplexity(self, ids):
-        """exp of the entropy of ids: codes in use, weighed by frequency, 1 to K."""
-        p = self.codebook.count(ids.flatten()) / ids.numel()                # (K,)
-        return torch.exp(-torch.xlogy(p, p).sum())
-
     def check_batch(self, batch_size):
-        """Raise ValueError if a step of batch_size pictures is too small to start the codes."""
-        vectors = batch_size * self.grid ** 2
-        if vectors < self.num_codes:
+        if (vectors := batch_size * self.grid ** 2) < self.num_codes:
             raise ValueError(f"{self.num_codes} codes cannot start from the {vectors} vectors of "
                              "one step: give a larger --batch-size or fewer --codes")
 
     def latent_shape(self, image_shape):
-        """Shape (C, S, S) of a picture -> (N,). Raises ValueError. Source: VQ-Diffusion §3.1."""
         expected = (self.in_channels, self.image_size, self.image_size)
         if tuple(image_shape) != expected:
             raise ValueError(f"this VQ-VAE reads pictures (C, H, W) = {expected}, not "
@@ -332,8 +307,7 @@ class VQVAE(FirstStage):
         return (self.grid ** 2,)
 
     def shrink_mask(self, mask):
-        """Mask (B, 1, H, W) -> that of the tokens, (B, N)."""
-        return super().shrink_mask(mask).flatten(1)
+        return super().shrink_mask(mask).flatten(1)                         # (B, N)
 
 
 class AutoencoderKL(FirstStage):
@@ -356,10 +330,7 @@ class AutoencoderKL(FirstStage):
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
 
     def objective(self, x, draws):
-        """L1 of the pictures from sampled latents, and a little of the KL to a standard normal.
-
-        draws: {"noise": (B, z, h, w)}. Returns (loss, {"mse", "psnr"}). Source: LDM §3.1.
-        """
+        """L1 of the pictures from sampled latents, and a little of the KL to a standard normal."""
         mean, logvar = (m.float() for m in self.moments(x))                 # 2x (B, z, h, w)
         z = mean + torch.exp(0.5 * logvar) * draws["noise"]
         recon = self.decoder(self.post_quant_conv(z)).float()
@@ -370,27 +341,23 @@ class AutoencoderKL(FirstStage):
     def moments(self, x):
         """Pictures -> mean, log-variance of the latents before scaling, 2x (B, z, h, w)."""
         self.latent_shape(x.shape[1:])
-        h = self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
-        mean, logvar = h.chunk(2, dim=1)
+        h = self.encoder(x.to(self.quant_conv.weight.dtype))
+        mean, logvar = self.quant_conv(h).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, x):
-        """Pictures -> scaled latents (B, z, H/f, W/f), their mean. Source: LDM appendix G."""
         return (self.scale * self.moments(x)[0]).to(x.dtype)
 
     def decode(self, z):
-        """Scaled latents (B, z, h, w) -> pictures (B, C, f*h, f*w). Source: LDM appendix G."""
         unscaled = (z / self.scale).to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(unscaled)).to(z.dtype)
 
     @property
     def standardised(self):
-        """Whether the scale is known: the published one, or measured. Source: LDM appendix G."""
         return self.scale != 1
 
     @torch.no_grad()
-    def standardise(self, x):
-        """Measure the scale, 1 / standard deviation of all latents. Source: LDM appendix G."""
+    def standardise(self, x):                               # one scale for all channels
         means = torch.cat([self.moments(some)[0].flatten() for some in x.split(50)])
         self.scale = 1 / means.std().item()
 
@@ -400,10 +367,7 @@ def _named(**layers):
 
 
 def kl_networks(channels, multipliers, res_blocks, in_channels, z_channels):
-    """Encoder (B, C, H, W) -> (B, 2 * z, H/f, W/f) and decoder (B, z, h, w) -> (B, C, f*h, f*w).
-
-    Source: LDM, Encoder and Decoder.
-    """
+    """Encoder (B, C, H, W) -> (B, 2 z, H/f, W/f), decoder (B, z, h, w) -> (B, C, f h, f w)."""
     widths = [channels * m for m in multipliers]
     last, conv = widths[-1], partial(nn.Conv2d, kernel_size=3, padding=1)
     norm, block = partial(nn.GroupNorm, 32, eps=1e-6), partial(ResBlock, groups=32, eps=1e-6)
@@ -452,13 +416,11 @@ class Pixels(FirstStage):
     kind, factor, noisy, matrices = "none", 1, False, r"(?!)"               # (?!) matches no name
 
     def encode(self, x):
-        """Return what is given, be it a picture, latents, a picture's shape or a mask."""
         return x
 
     decode = latent_shape = shrink_mask = encode
 
     def objective(self, x, draws):
-        """Raise ValueError, for there is nothing to train."""
         raise ValueError("pixels have no weights to train: choose tiny-ae, kl-ae or vq-vae")
 
 
