@@ -4,14 +4,11 @@ The idea
     A data set is one tensor in memory: images, a label for each, a caption for each or none.
     A batch is a function of (seed, step) alone: a run that resumes needs no other state, and
     several processes can each take their rows of the same batch.
-    `load` turns a name into a data set: a drawn world (worlds.py), official files (MNIST,
-    Fashion-MNIST, CIFAR-10), a folder of pictures (folders.py), emoji, arrays (.npz), latents.
+    `load` turns a name into a data set: drawn, official, your own pictures, arrays.
 
 How to use
     python train.py --data folder:my_pictures              # any name that load knows
-
     train = load("scenes", image_size=32)
-    print(train.about)                                     # pictures, classes, what is left out
     x = to_float(Batches(train, batch_size=64).batch(step=0)["x"])     # (64, 3, 32, 32) in [-1, 1]
     save_grid(x, "grid.png")
 """
@@ -48,27 +45,26 @@ class Dataset:
     captions: list            # N strings, or None
     class_names: list         # empty = unconditional
     flip: bool                # whether a left-right flip keeps the meaning
-    left_out: str = ""        # what the source holds beside these pictures, and why it is not used
+    left_out: str = ""        # what the source holds beside these pictures
 
     def __post_init__(self):
         counts = [len(x) for x in (self.images, self.labels, self.captions) if x is not None]
         if len(set(counts)) > 1:
-            raise ValueError(f"{self.name}: {counts[0]} images but {counts[1:]} labels and "
-                             "captions; the numbers must agree")
-        top = max(0, self.num_classes - 1)
-        wrong = len(self) and not 0 <= self.labels.min() <= self.labels.max() <= top
-        if wrong and self.labels.ndim == 1:
-            raise ValueError(f"{self.name}: labels {self.labels.min()} to {self.labels.max()}, but "
-                             f"{self.num_classes} class names allow 0 to {top}")
+            raise ValueError(f"{self.name}: the numbers of images, labels and captions must agree, "
+                             f"not {counts}")
+        if len(self) and self.labels.ndim == 1:
+            low, high, top = *self.labels.aminmax(), max(0, self.num_classes - 1)
+            if low < 0 or high > top:
+                raise ValueError(f"{self.name}: labels {low} to {high}, but {self.num_classes} "
+                                 f"class names allow 0 to {top}")
 
     @property
     def num_classes(self):
-        """How many class names there are; 0 = no classes."""
         return len(self.class_names)
 
     @property
     def about(self):
-        """One line: how many pictures, classes and captions, and what was left out and why."""
+        """One line: how many pictures, classes and captions, and what was left out."""
         captions = "no" if self.captions is None else f"{len(self.captions):,}"
         left_out = f"; left out: {self.left_out}" if self.left_out else ""
         return (f"{self.name}: {len(self):,} pictures, {self.num_classes or 'no'} classes, "
@@ -82,8 +78,7 @@ class Batches:
     """Shuffled batches as a function of the step.
 
     The examples of all epochs form one endless row, each epoch in its own order; batch s is the
-    positions [s * batch_size, (s + 1) * batch_size).  So a batch may end one epoch and begin the
-    next, and in any whole epoch every example comes once.
+    positions [s * batch_size, (s + 1) * batch_size), which may reach into the next epoch.
     """
 
     def __init__(self, dataset, batch_size, device="cpu", seed=0):
@@ -101,10 +96,9 @@ class Batches:
     def batch(self, step, rows=slice(None), flip_draws=None):
         """The batch of a step (from 0): {"x": (B, C, H, W) as stored, "y": (B,), "index": (B,)}.
 
-        y: labels; index: positions in the data set; both int64, nothing waits for the device.
-        rows: the slice of the whole batch that this process works on.
-        flip_draws: (batch_size,) uniform draws in [0, 1) for the whole batch, on the device; those
-            below 0.5 are mirrored if dataset.flip.  None: no flips.
+        y: labels; index: positions in the data set.  rows: the slice of the whole batch that this
+        process works on.  flip_draws: (batch_size,), uniform in [0, 1), for the whole batch, on the
+        device; those below 0.5 are mirrored if dataset.flip.  None: no flips.
         """
         position, end, pieces = step * self.batch_size, (step + 1) * self.batch_size, []
         while position < end:
@@ -136,16 +130,14 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
           mnist, fashion, cifar10   official files in data_dir, checked; downloaded if absent
           emoji                     the installed Noto colour font; captions: Unicode names
           folder:PATH               classes or captions, see folders.py
-          npz:FILE, latents:FILE    see read_npz, save_latents (its image_size is not used)
+          npz:FILE, latents:FILE    see read_npz, save_latents (image_size is not used)
     split: train or test.  Where a source has no test split it is a fixed 5 %, or all if under 200.
-    count: keep this many, chosen by seed.  hold_out: see draw_world.
-    skip_bad: leave out unreadable images of a folder instead of stopping.
+    count: keep this many, chosen by seed.  hold_out: see draw_world.  skip_bad: see read_folder.
     Returns a Dataset.  Raises ValueError for anything that the caller can mend.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be train or test, not {split!r}")
-    if image_size < 1 or (count is not None and count < 1):
-        raise ValueError(f"image_size and count must be positive, not {image_size} and {count}")
+    if split not in ("train", "test") or image_size < 1 or (count is not None and count < 1):
+        raise ValueError("split must be train or test, image_size and count positive, not "
+                         f"{split!r}, {image_size} and {count}")
     kind, _, path = name.partition(":")
     if hold_out and name not in ("shapes", "scenes"):
         raise ValueError(f"hold_out is for shapes and scenes, not for {name}")
@@ -160,10 +152,9 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
         *found, left_out = read_folder(path, image_size, split, count, seed, skip_bad)
         # A caption may say left or right: flips only without captions.
         return Dataset(name, *found, flip=found[2] is None, left_out=left_out)
-    if kind == "npz" and path:
-        return _take(_dataset(name, *read_npz(path), []), image_size, split, count, seed)
-    if kind == "latents" and path:
-        return _take(_dataset(name, *_read_latents(path)), None, split, count, seed)
+    if kind in ("npz", "latents") and path:
+        whole = _dataset(name, *_read_arrays(path, kind))
+        return _take(whole, image_size if kind == "npz" else None, split, count, seed)
     known = ["shapes", "scenes", *OFFICIAL, "emoji", "folder:PATH", "npz:FILE", "latents:FILE"]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -180,7 +171,7 @@ def _take(whole, image_size, split, count, seed):
     return Dataset(whole.name, images, labels, captions, whole.class_names, whole.flip)
 
 
-# ---------------------------------------------------------------- official files
+# ---------------------------------------------------------------- official files, emoji
 
 IDX = [f"{split}-{what}-ubyte.gz" for split in ("train", "t10k")
        for what in ("images-idx3", "labels-idx1")]
@@ -194,8 +185,7 @@ OFFICIAL = {  # name: address, md5 of each file, class names
         "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot".split(",")),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
-        "airplane automobile bird cat deer dog frog horse ship truck".split()),
-}
+        "airplane automobile bird cat deer dog frog horse ship truck".split())}
 
 
 def _official(name, image_size, split, data_dir):
@@ -222,8 +212,8 @@ def _official_bytes(name, file, data_dir):
     """The checked and unzipped bytes of a file, downloaded first if it is not there."""
     path, url, md5 = Path(data_dir, name, file), OFFICIAL[name][0] + file, OFFICIAL[name][1][file]
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:  # writes under another name, then renames the complete file
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
         except Exception as error:  # no network, no such host, refused, cut off, disk full
             raise ValueError(f"could not download {url} ({error}); fetch it elsewhere and put it "
@@ -234,8 +224,6 @@ def _official_bytes(name, file, data_dir):
         raise ValueError(f"{path} has md5 {found}, expected {md5}: delete the file and load again")
     return bytearray(gzip.decompress(raw))
 
-
-# ---------------------------------------------------------------- emoji
 
 EMOJI_FONT = "/usr/share/fonts/**/NotoColorEmoji.ttf"
 # Pictures among the single code points of Unicode 14: no letters, arrows, buttons, skin tones.
@@ -272,6 +260,8 @@ def _emoji():
 # ---------------------------------------------------------------- arrays and latents
 
 LATENTS = ("latents", "labels", "captions", "class_names")  # all in a file of latents, empty = none
+FORMS = {"latents": (LATENTS, "finite floats (N, C, h, h)"),
+         "npz": (("arr_0",), "uint8 (N, H, H, 1 or 3)")}
 
 
 def _dataset(name, images, labels, captions, class_names):
@@ -283,8 +273,9 @@ def _dataset(name, images, labels, captions, class_names):
     return Dataset(name, images, labels, captions, list(class_names), flip)
 
 
-def _read_arrays(path, needed):
-    """First array of `needed`, labels or None, captions or None, class names of an npz file."""
+def _read_arrays(path, kind):
+    """Images or latents (N, C, H, H), labels and captions or None, class names of an npz file."""
+    needed, form = FORMS[kind]
     try:
         with np.load(os.path.expanduser(path), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -293,8 +284,15 @@ def _read_arrays(path, needed):
         x = torch.from_numpy(arrays[needed[0]])
     except Exception as error:  # not there, no zip, cut short, Python objects, text
         reason = "no such file" if isinstance(error, FileNotFoundError) else error
-        raise ValueError(f"{path} is not a whole npz file with {', '.join(needed)}: "
-                         f"{reason}") from error
+        needed = ", ".join(needed)
+        raise ValueError(f"{path} is not a whole npz file with {needed}: {reason}") from error
+    given = f"{x.dtype} {tuple(x.shape)}"
+    if kind == "npz" and x.ndim == 4:
+        x = x.permute(0, 3, 1, 2).contiguous()                                       # (N, C, H, H)
+    square = x.ndim == 4 and x.numel() and x.shape[2] == x.shape[3]
+    if not square or not (x.dtype == torch.uint8 and x.shape[1] in (1, 3) if kind == "npz" else
+                          x.is_floating_point() and x.isfinite().all()):
+        raise ValueError(f"{path}: {needed[0]} must be {form}, N > 0, not {given}")
     labels, captions, names = (arrays.get(name, np.array([])) for name in LATENTS[1:])
     for what, array, kinds in (("labels", labels, "iu"), ("captions", captions, "U")):
         if array.size and (array.shape != x.shape[:1] or array.dtype.kind not in kinds):
@@ -305,17 +303,9 @@ def _read_arrays(path, needed):
 
 
 def read_npz(path):
-    """An .npz as sample.py --npz writes it: arr_0 uint8 (N, H, H, C); maybe labels and captions.
-
-    Returns images (N, C, H, H) uint8, labels (N,) int64 or None, captions (N strings) or None.
-    Raises ValueError with the file's name.
-    """
-    x, labels, captions, _ = _read_arrays(path, ["arr_0"])
-    if (x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not x.numel()
-            or x.shape[1] != x.shape[2]):
-        raise ValueError(f"{path}: arr_0 must be square images, uint8 (N, H, H, 1 or 3), not "
-                         f"{x.dtype} {tuple(x.shape)}")
-    return x.permute(0, 3, 1, 2).contiguous(), labels, captions                      # (N, C, H, H)
+    """Of a file as sample.py --npz writes it: images (N, C, H, H) uint8, labels (N,) int64 or None,
+    captions (N strings) or None."""
+    return _read_arrays(path, "npz")[:3]
 
 
 def save_latents(path, latents, labels=None, captions=None, class_names=()):
@@ -324,22 +314,12 @@ def save_latents(path, latents, labels=None, captions=None, class_names=()):
     Raises ValueError if `path` exists and is no file of latents.
     """
     if os.path.lexists(path):
-        _read_latents(path)
+        _read_arrays(path, "latents")
     labels = np.zeros(0, int) if labels is None else labels.cpu()
     arrays = latents.cpu(), labels, np.array(captions or [], str), np.array(class_names, str)
     with open(f"{path}.tmp", "wb") as file:
         np.savez(file, **dict(zip(LATENTS, arrays)))
     os.replace(f"{path}.tmp", path)
-
-
-def _read_latents(path):
-    """Latents (N, C, h, h), labels, captions, class names as save_latents wrote them."""
-    z, *others = _read_arrays(path, LATENTS)
-    if (not z.is_floating_point() or z.ndim != 4 or not z.numel() or z.shape[2] != z.shape[3]
-            or not z.isfinite().all()):
-        raise ValueError(f"{path}: latents must be finite floats (N, C, h, h) with N > 0, not "
-                         f"{z.dtype} {tuple(z.shape)}")
-    return z, *others
 
 
 # ---------------------------------------------------------------- looking at results
@@ -385,13 +365,13 @@ def make_grid(images, nrow=8, captions=None, pad=2, scale=None):
     tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)                        # nearest
     if captions:
         tiles = np.concatenate([tiles, _strips(captions, tiles.shape[2])], axis=1)
+    tiles = np.pad(tiles, ((0, 0), (pad, 0), (pad, 0), (0, 0)), constant_values=255)
     count, height, width, _ = tiles.shape
     columns = min(nrow, count)
-    rows, height, width = math.ceil(count / columns), height + pad, width + pad
-    grid = np.full((rows * height + pad, columns * width + pad, 3), 255, np.uint8)
+    grid = np.full((-(-count // columns) * height + pad, columns * width + pad, 3), 255, np.uint8)
     for i, tile in enumerate(tiles):
-        top, left = i // columns * height + pad, i % columns * width + pad
-        grid[top:top + height - pad, left:left + width - pad] = tile
+        top, left = i // columns * height, i % columns * width
+        grid[top:top + height, left:left + width] = tile
     return grid
 
 

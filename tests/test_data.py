@@ -107,8 +107,8 @@ def test_labels_and_captions_must_fit():
     for labels, captions, names, message in (
             ([0, 1, 2], None, ["a", "b"], "labels 0 to 2, but 2 class names allow 0 to 1"),
             ([0, -1, 0], None, ["a", "b"], "labels -1 to 0"), ([0, 1, 0], None, [], "allow 0 to 0"),
-            ([0, 0], None, [], "must agree"), ([[0]] * 3, None, [], "must agree"),
-            ([0, 0, 0], ["one"], [], "must agree"), ([0, 0, 0], [], [], "must agree")):
+            ([0, 0], None, [], "must agree"), ([0, 0, 0], ["one"], [], "must agree"),
+            ([0, 0, 0], [], [], "must agree")):
         with pytest.raises(ValueError, match=message):
             data.Dataset("x", images, torch.tensor(labels), captions, names, False)
 
@@ -308,7 +308,7 @@ def test_npz(tmp_path):
     ({"images": np.zeros(3)}, "only images"), ({"arr_0": np.array([{}], dtype=object)}, "npz file"),
     ({"arr_0": np.array(["text"])}, "npz file"), ({"arr_0": np.zeros((2, 8, 8, 3))}, "uint8"),
     ({"arr_0": bytes_like(2, 3, 8, 8)}, "uint8 .N, H, H"),
-    ({"arr_0": bytes_like(2, 8, 4, 3)}, "square"),
+    ({"arr_0": bytes_like(2, 8, 4, 3)}, "H, H"),
     ({"arr_0": bytes_like(0, 8, 8, 3)}, "uint8"),
     ({"arr_0": bytes_like(2, 8, 8, 3), "labels": np.zeros(3, int)}, "labels"),
     ({"arr_0": bytes_like(2, 8, 8, 3), "labels": np.zeros(2)}, "labels"),
