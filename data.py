@@ -261,7 +261,7 @@ def _emoji():
 
 LATENTS = ("latents", "labels", "captions", "class_names")  # all in a file of latents, empty = none
 FORMS = {"latents": (LATENTS, "finite floats (N, C, h, h)"),
-         "npz": (("arr_0",), "uint8 (N, H, H, 1 or 3)")}
+         "npz": (("arr_0",), "square, uint8 (N, H, H, 1 or 3)")}
 
 
 def _dataset(name, images, labels, captions, class_names):

@@ -308,7 +308,7 @@ def test_npz(tmp_path):
     ({"images": np.zeros(3)}, "only images"), ({"arr_0": np.array([{}], dtype=object)}, "npz file"),
     ({"arr_0": np.array(["text"])}, "npz file"), ({"arr_0": np.zeros((2, 8, 8, 3))}, "uint8"),
     ({"arr_0": bytes_like(2, 3, 8, 8)}, "uint8 .N, H, H"),
-    ({"arr_0": bytes_like(2, 8, 4, 3)}, "H, H"),
+    ({"arr_0": bytes_like(2, 8, 4, 3)}, "square"),
     ({"arr_0": bytes_like(0, 8, 8, 3)}, "uint8"),
     ({"arr_0": bytes_like(2, 8, 8, 3), "labels": np.zeros(3, int)}, "labels"),
     ({"arr_0": bytes_like(2, 8, 8, 3), "labels": np.zeros(2)}, "labels"),
