@@ -67,7 +67,7 @@ class Downsampler(nn.Module):
                                groups=dim) if kernel_size else None
 
     def kernel(self):
-        """The whole filter (D, 1, k, k): x + conv(x) is a convolution with 1 more at the centre."""
+        """The filter (D, 1, k, k); x + conv(x) has 1 more at its centre. Source: U-DiT §3.2."""
         w = self.layer.weight
         identity = F.pad(w.new_ones(len(w), 1, 1, 1), (w.shape[-1] // 2,) * 4)      # (D, 1, k, k)
         return w + identity if self.shortcut else w
