@@ -1,7 +1,8 @@
 """evaluate.py against worlds whose truth is known, closed forms, and brute force."""
+import dataclasses
+import inspect
 import json
 import math
-import time
 
 import numpy as np
 import pytest
@@ -12,19 +13,24 @@ from PIL import Image
 import data
 import evaluate
 import sample
+import worlds
+from checkpoint import load_checkpoint, save_checkpoint
 
+DRAW = inspect.signature(sample.draw)
 
 # ---------------------------------------------------------------- the reader
 
-def world(name, count=2000):
-    """Test renders as float [-1, 1], and their captions."""
+
+def world(name, count=500):
+    """Test renders as float [-1, 1], their captions and labels."""
     drawn = data.load(name, 32, "test", count=count, seed=7)
     return data.to_float(drawn.images), drawn.captions, drawn.labels
 
 
 def noisy(x, sigma, seed=0):
     """Gaussian noise, sigma on the 0..1 scale."""
-    return (x + 2 * sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))).clamp(-1, 1)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    return (x + 2 * sigma * noise).clamp(-1, 1)
 
 
 def box_blur(x, width):
@@ -33,22 +39,24 @@ def box_blur(x, width):
 
 def picture(*objects, background="black", size=32):
     """One render (1, 3, size, size) of objects (shape, color, cx, cy, r)."""
-    shapes = data.SHAPES + data.NEW_SHAPES
+    shapes = worlds.SHAPES + worlds.NEW_SHAPES
     shape, color, cx, cy, r = zip(*objects)
-    return data.render_shapes(
+    return worlds.render_shapes(
         torch.tensor([[shapes.index(s) for s in shape]]),
-        torch.tensor([[data.COLORS[c] for c in color]], dtype=torch.uint8), torch.tensor([cx]), torch.tensor([cy]),
-        torch.tensor([r]), torch.tensor([data.BACKGROUNDS[background]], dtype=torch.uint8), size)
+        torch.tensor([[worlds.COLORS[c] for c in color]], dtype=torch.uint8),
+        torch.tensor([cx]), torch.tensor([cy]), torch.tensor([r]),
+        torch.tensor([worlds.BACKGROUNDS[background]], dtype=torch.uint8), size)
 
 
 @pytest.mark.parametrize("name", ["shapes", "scenes"])
 def test_clean_and_noisy_renders_are_read(name):
+    # The bounds leave about 1 % of the pictures; the table in evaluate.py has what is measured.
     x, captions, _ = world(name)
     clean = evaluate.prompt_accuracy(x, captions)
     assert set(clean) >= ({"shape", "color", "count", "all"} if name == "shapes" else
-                          {"shape", "color", "size", "place", "background", "count", "relation", "all"})
-    assert min(rate for rate, _ in clean.values()) >= 0.995, clean  # every axis, all of them together, legible
-    x, captions = x[:1000], captions[:1000]
+                          {"shape", "color", "size", "place", "background", "count", "relation",
+                           "all"})
+    assert min(rate for rate, _ in clean.values()) >= 0.99, clean   # each axis, legible, each group
     strong = evaluate.prompt_accuracy(noisy(x, 0.1), captions)
     assert strong["all"][0] >= 0.99, strong
     assert evaluate.read_shapes(noisy(x, 0.05))["legible"].double().mean() >= 0.97
@@ -56,136 +64,204 @@ def test_clean_and_noisy_renders_are_read(name):
 
 @pytest.mark.parametrize("name", ["shapes", "scenes"])
 def test_soft_and_tinted_renders_are_read(name):
-    # What a small autoencoder does: a soft edge, noise, a colour cast per image. Together about 24 dB.
-    x, captions, _ = world(name, 1000)
+    # What a small autoencoder does: a soft edge, noise, a colour cast per image; 24 dB in all.
+    x, captions, _ = world(name)
     cast = 0.1 * torch.randn(len(x), 3, 1, 1, generator=torch.Generator().manual_seed(1))
     soft = (noisy((x + box_blur(x, 3)) / 2, 0.03) + cast).clamp(-1, 1)
     assert 10 * math.log10(4 / (soft - x).square().mean()) < 26
     for pictures in (soft, box_blur(x, 3)):
         scores = evaluate.prompt_accuracy(pictures, captions)
-        assert scores["all"][0] >= 0.985 and scores["legible"][0] >= 0.98, scores
+        assert scores["all"][0] >= 0.98 and scores["legible"][0] >= 0.98, scores
 
 
 @pytest.mark.parametrize("name", ["shapes", "scenes"])
 def test_shuffled_captions_do_not_match(name):
-    x, captions, labels = world(name, 1000)
+    x, captions, labels = world(name)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).tolist()
-    assert evaluate.prompt_accuracy(x, [captions[i] for i in order])["all"][0] <= 0.03
+    assert evaluate.prompt_accuracy(x, [captions[i] for i in order])["all"][0] <= 0.05  # 1 in 48
     if name == "shapes":
-        assert evaluate.class_accuracy(x, labels)["match"] >= 0.995
-        assert evaluate.class_accuracy(x, labels[order])["match"] <= 0.03
+        assert evaluate.class_accuracy(x, labels) == evaluate.prompt_accuracy(x, captions)
+        assert evaluate.class_accuracy(x, labels[order])["all"][0] <= 0.05
 
 
 def test_smears_are_not_legible():
     x, _, labels = world("shapes", 480)
     generator = torch.Generator().manual_seed(0)
-    order = torch.argsort(labels % 8 * 6 + labels // 8)  # by color, then shape: 60 of each color, 10 of each shape
-    a, b = order, order.view(8, 60).roll(10, 1).reshape(-1)  # same color, next shape
+    # by color, then shape: 60 of each color, 10 of each shape
+    order = torch.argsort(labels % 8 * 6 + labels // 8, stable=True)
+    a, b = order, order.view(8, 60).roll(10, 1).reshape(-1)     # same color, next shape
     assert bool((labels[a] % 8 == labels[b] % 8).all() and (labels[a] // 8 != labels[b] // 8).all())
-    low = F.interpolate(torch.randn(480, 3, 4, 4, generator=generator), 32, mode="bicubic").clamp(-1, 1)
+    low = torch.randn(480, 3, 4, 4, generator=generator)
     dots = torch.randn(480, 3, 4, 4, generator=generator).abs() - 0.9
-    on_black = F.interpolate(dots, 32, mode="bicubic").clamp(-1, 1)
+    blobs, on_black = (F.interpolate(z, 32, mode="bicubic").clamp(-1, 1) for z in (low, dots))
     smears = {"wide blur": box_blur(x, 9), "two shapes": (x[a] + x[b]) / 2,
-              "two shapes and colors": (x + x.flip(0)) / 2, "blobs": low, "blobs on black": on_black,
+              "two shapes and colors": (x + x.flip(0)) / 2, "blobs": blobs,
+              "blobs on black": on_black,
               "noise": torch.rand(x.shape, generator=generator) * 2 - 1}
     for name, smear in smears.items():
         share = evaluate.read_shapes(smear)["legible"].double().mean()
-        assert share <= 0.1, f"{name}: {share:.3f} legible"
+        assert share <= 0.12, f"{name}: {share:.3f} legible"
 
 
 def test_empty_pictures_hold_nothing():
-    colors = torch.tensor(list(data.BACKGROUNDS.values()), dtype=torch.uint8)
+    colors = torch.tensor(list(worlds.BACKGROUNDS.values()), dtype=torch.uint8)
     empty = data.to_float(colors.view(4, 3, 1, 1).expand(4, 3, 32, 32))
     for x in (empty, noisy(empty, 0.1)):
         read = evaluate.read_shapes(x)
         assert read["count"].tolist() == [0] * 4 and not read["legible"].any()
         assert read["background"].tolist() == [0, 1, 2, 3]
-        assert (read["shape"] == -1).all() and read["radius"].isnan().all() and read["residual"].isinf().all()
+        assert (read["shape"] == -1).all() and read["radius"].isnan().all()
+        assert read["residual"].isinf().all()
 
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_centre_and_radius_of_every_shape(size):
-    for k, shape in enumerate(data.SHAPES + data.NEW_SHAPES):
+    for k, shape in enumerate(worlds.SHAPES + worlds.NEW_SHAPES):
         one = picture((shape, "cyan", 14.3, 17.6, 9.2), background="brown", size=size)
         read = evaluate.read_shapes(one, num_shapes=8)
-        assert read["shape"].tolist() == [[k, -1]] and read["count"].item() == 1 and read["legible"].item()
-        torch.testing.assert_close(read["center"][0, 0], torch.tensor([14.3, 17.6]), atol=0.1, rtol=0)
-        torch.testing.assert_close(read["radius"][0, 0], torch.tensor(9.2), atol=0.1, rtol=0)
+        assert read["shape"].tolist() == [[k, -1]] and read["count"].item() == 1
+        assert read["legible"].item()
+        # a tenth of a pixel: more than 8-bit colours, at most 1/255 per pixel of the edge, can move
+        center, radius = read["center"][0, 0], read["radius"][0, 0]
+        torch.testing.assert_close(center, torch.tensor([14.3, 17.6]), atol=0.1, rtol=0)
+        torch.testing.assert_close(radius, torch.tensor(9.2), atol=0.1, rtol=0)
+
+
+def test_a_picture_reads_the_same_alone_and_in_a_batch():
+    x, _, _ = world("scenes", 130)      # more than one chunk
+    whole, last = evaluate.read_shapes(x), evaluate.read_shapes(x[-1:])
+    for key, value in last.items():
+        torch.testing.assert_close(whole[key][-1:], value, atol=1e-3, rtol=1e-3, equal_nan=True)
+
+
+def judge(x, caption):
+    """{axis: bool} of one picture and its caption, without `legible` and the groups."""
+    return {axis: rate == 1 for axis, (rate, _) in evaluate.prompt_accuracy(x, [caption]).items()
+            if not axis.startswith("legible") and ":" not in axis}
+
+
+def test_places_and_sizes_of_one_object():
+    places = {"in the middle": (16.0, 16.0), "on the left": (9.0, 16.5),
+              "on the right": (23.0, 15.5), "at the top": (16.5, 9.0),
+              "at the bottom": (15.5, 23.0)}
+    for place, (cx, cy) in places.items():
+        for size, r in (("small", 5.0), ("large", 8.6)):
+            x = picture(("ring", "white", cx, cy, r), background="navy")
+            for other in places:
+                right = judge(x, f"a {size} white ring {other} on navy")
+                assert right["place"] == right["all"] == (other == place)
+                assert right["size"] and right["background"]
+            swapped = {"small": "large", "large": "small"}[size]
+            assert not judge(x, f"a {swapped} white ring {place} on navy")["size"]
 
 
 def test_roles_of_two_objects():
-    x = picture(("circle", "red", 8.0, 16.0, 5.5), ("square", "blue", 24.0, 16.5, 5.0), background="gray")
-    right = {"count": True, "relation": True, "shape": True, "color": True, "background": True, "all": True}
-    def judge(caption):
-        return {axis: rate == 1 for axis, (rate, _) in evaluate.prompt_accuracy(x, [caption]).items()
-                if not axis.startswith("legible")}
-    assert judge("a red circle left of a blue square on gray") == right
-    assert judge("a blue square right of a red circle on gray") == right
-    assert judge("a blue square left of a red circle on gray") == right | {
+    x = picture(("circle", "red", 8.0, 16.0, 5.5), ("square", "blue", 24.0, 16.5, 5.0),
+                background="gray")
+    right = dict.fromkeys(("count", "relation", "shape", "color", "background", "all"), True)
+    assert judge(x, "a red circle left of a blue square on gray") == right
+    assert judge(x, "a blue square right of a red circle on gray") == right
+    assert judge(x, "a blue square left of a red circle on gray") == right | {
         "relation": False, "shape": False, "color": False, "all": False}
-    assert judge("a blue circle left of a red square on gray") == right | {"color": False, "all": False}
-    above = judge("a red circle above a blue square on navy")
+    assert judge(x, "a blue circle left of a red square on gray") == right | {
+        "color": False, "all": False}
+    above = judge(x, "a red circle above a blue square on navy")
     assert not (above["relation"] or above["background"] or above["all"]) and above["count"]
-    alone = judge("a small red circle on the left on gray")
+    alone = judge(x, "a small red circle on the left on gray")
     assert not (alone["count"] or alone["all"]) and alone["background"]
+    turned = x.transpose(2, 3)          # the circle is above the square
+    assert judge(turned, "a red circle above a blue square on gray") == right
+    assert judge(turned, "a blue square below a red circle on gray") == right
+    assert not judge(turned, "a red circle below a blue square on gray")["relation"]
+    one = judge(picture(("circle", "red", 8.0, 16.0, 5.5), background="gray"),
+                "a red circle left of a blue square on gray")
+    assert not any(one[axis] for axis in ("count", "relation", "shape", "color", "all"))
 
 
-def test_reader_is_fast():
-    x, _, _ = world("scenes", 480)
-    start = time.process_time()
-    evaluate.read_shapes(x)
-    assert (time.process_time() - start) / 480 < 0.010  # about 0.002 on a free core
+def test_new_shapes_are_looked_for_when_a_caption_names_one():
+    for shape in worlds.NEW_SHAPES:
+        x = picture((shape, "red", 16.0, 16.0, 9.0))
+        for other in worlds.NEW_SHAPES:
+            assert judge(x, f"a red {other}")["all"] == (other == shape)
+
+
+def test_captions_are_also_scored_in_groups():
+    scenes = data.load("scenes", split="test", count=200)
+    captions = list(scenes.captions)
+    wrong = next(i for i, caption in enumerate(captions) if "of a" in caption)  # two objects
+    captions[wrong] = captions[wrong].replace("left of", "@").replace("right of", "left of")
+    captions[wrong] = captions[wrong].replace("@", "right of")
+    rates = evaluate.prompt_accuracy(scenes.images, captions)
+    one, two, held_out = (rates[f"{group}: all"]
+                          for group in ("one object", "two objects", "held-out pair"))
+    things = [worlds.parse_caption(caption)["objects"] for caption in captions]
+    assert one[1] == sum(len(objects) == 1 for objects in things) == 200 - two[1]
+    assert held_out[1] == sum(any((thing["shape"], thing["color"]) in worlds.HELD_OUT
+                                  for thing in objects) for objects in things)
+    assert one[0] * one[1] + two[0] * two[1] == pytest.approx(rates["all"][0] * 200)
+    assert two[0] <= 1 - 1 / two[1] and rates["two objects: relation"] == rates["relation"]
+    assert "one object: relation" not in rates
 
 
 def test_reader_refuses_what_it_cannot_read():
     for bad in (torch.zeros(2, 1, 32, 32), torch.zeros(2, 3, 32, 16), torch.zeros(3, 32, 32),
                 torch.zeros(2, 3, 32, 32, dtype=torch.int64)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="images"):
             evaluate.read_shapes(bad)
     x = torch.zeros(2, 3, 32, 32)
-    for labels in (torch.tensor([0]), torch.tensor([0, 48]), torch.tensor([-1, 0])):
-        with pytest.raises(ValueError, match="labels"):
+    for labels, word in ((torch.tensor([0]), "2 images"), (torch.tensor([0, 48]), "48"),
+                         (torch.tensor([-1, 0]), "-1")):
+        with pytest.raises(ValueError, match=word):
             evaluate.class_accuracy(x, labels)
     with pytest.raises(ValueError, match="captions"):
         evaluate.prompt_accuracy(x, ["a red circle"])
+    with pytest.raises(ValueError, match="hello"):
+        evaluate.prompt_accuracy(x, ["a red circle", "hello"])
 
 
 # ---------------------------------------------------------------- distances
+
 
 def white(n, d, seed):
     """(n, d) float64 with mean exactly 0 and sample covariance exactly the identity."""
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = x - x.mean(0)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(x.T @ x / (n - 1)), x.T, upper=False).T
+    root = torch.linalg.cholesky(x.T @ x / (n - 1))
+    return torch.linalg.solve_triangular(root, x.T, upper=False).T
 
 
 def test_frechet_distance_closed_form():
-    d = 6
+    # Tolerances: float64 has 2e-16, the terms are below 100, and sqrt is taken of values above 0.5.
+    d, generator = 6, torch.Generator().manual_seed(0)
     v1, v2 = torch.arange(1.0, 7.0).double(), torch.linspace(0.5, 9, d).double()
     m1, m2 = torch.zeros(d).double(), torch.linspace(-1, 1, d).double()
-    turn = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
-    expected = ((m1 - m2).square().sum() + (v1.sqrt() - v2.sqrt()).square().sum()).item()
+    turn = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    means, spreads = (m1 - m2).square(), (v1.sqrt() - v2.sqrt()).square()
+    expected = (means + spreads).sum().item()
     a, b = white(50, d, 1) * v1.sqrt() + m1, white(80, d, 2) * v2.sqrt() + m2
     assert evaluate.frechet_distance(a, b) == pytest.approx(expected, abs=1e-10)
-    # commuting, not diagonal
-    assert evaluate.frechet_distance(a @ turn, b @ turn) == pytest.approx(expected, abs=1e-10)
+    turned = evaluate.frechet_distance(a @ turn, b @ turn)      # commuting, not diagonal
+    assert turned == pytest.approx(expected, abs=1e-10)
     assert evaluate.frechet_distance(a, a.flip(0)) == pytest.approx(0, abs=1e-10)
     one = evaluate.frechet_distance(a[:, :1], b[:, :1])
-    assert one == pytest.approx(((m1 - m2)[0] ** 2 + (v1[0].sqrt() - v2[0].sqrt()) ** 2).item(), abs=1e-10)
+    assert one == pytest.approx((means + spreads)[0].item(), abs=1e-10)
 
 
 def test_frechet_distance_general():
     generator = torch.Generator().manual_seed(3)
-    a = torch.randn(200, 8, generator=generator).double() @ torch.randn(8, 8, generator=generator).double()
-    b = torch.randn(150, 8, generator=generator).double() @ torch.randn(8, 8, generator=generator).double() + 1
+    a, b = (torch.randn(n, 8, generator=generator).double()
+            @ torch.randn(8, 8, generator=generator).double() for n in (200, 150))
+    b = b + 1
     S1, S2 = torch.from_numpy(np.cov(a.numpy().T)), torch.from_numpy(np.cov(b.numpy().T))
-    Y, Z = S1 @ S2, torch.eye(8).double()  # Denman-Beavers iteration: Y -> (S1 S2)^(1/2)
+    Y, Z = S1 @ S2, torch.eye(8).double()   # Denman-Beavers iteration: Y -> (S1 S2)^(1/2)
     for _ in range(60):
         Y, Z = (Y + torch.linalg.inv(Z)) / 2, (Z + torch.linalg.inv(Y)) / 2
     torch.testing.assert_close(Y @ Y, S1 @ S2, rtol=1e-6, atol=1e-6)
-    expected = ((a.mean(0) - b.mean(0)).square().sum() + (S1 + S2 - 2 * Y).trace()).item()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    expected = (means + (S1 + S2 - 2 * Y).trace()).item()
     assert evaluate.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-    # Fewer samples than dimensions: singular covariances, the general eigenvalues of S1 S2 still say it.
+    # Fewer samples than dimensions: singular covariances, and the eigenvalues of S1 S2 still
+    # give the trace. The square root of a zero that is 1e-16 is 1e-8; there are about ten.
     a, b = a[:5], b[:4]
     S1, S2 = torch.from_numpy(np.cov(a.numpy().T)), torch.from_numpy(np.cov(b.numpy().T))
     cross = np.sqrt(np.linalg.eigvals((S1 @ S2).numpy()).real.clip(0)).sum()
@@ -196,118 +272,263 @@ def test_frechet_distance_general():
 def test_kernel_distance_brute_force():
     generator = torch.Generator().manual_seed(4)
     a, b = torch.randn(7, 5, generator=generator), torch.randn(9, 5, generator=generator) + 0.3
+
     def kernel(x, y):
         return (sum(p * q for p, q in zip(x.tolist(), y.tolist())) / 5 + 1) ** 3
     within_a = sum(kernel(a[i], a[j]) for i in range(7) for j in range(7) if i != j) / 42
     within_b = sum(kernel(b[i], b[j]) for i in range(9) for j in range(9) if i != j) / 72
     across = sum(kernel(x, y) for x in a for y in b) / 63
-    assert evaluate.kernel_distance(a, b) == pytest.approx(within_a + within_b - 2 * across, rel=1e-9)
+    expected = within_a + within_b - 2 * across
+    assert evaluate.kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("distance", [evaluate.frechet_distance, evaluate.kernel_distance])
 def test_distances_refuse_other_shapes(distance):
     for a, b in ((torch.zeros(4, 3), torch.zeros(4, 2)), (torch.zeros(1, 3), torch.zeros(4, 3)),
                  (torch.zeros(4), torch.zeros(4))):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="N, M >= 2"):
             distance(a, b)
 
 
 # ---------------------------------------------------------------- the classifier
 
+
 @pytest.fixture(scope="module")
 def stripes():
-    """600 gray pictures 16 x 16 of stripes, lying or standing, with noise: two classes that no colour mean can tell."""
+    """600 gray pictures 16 x 16 of stripes with noise, lying or standing: no mean can tell them."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(600) % 2
-    wave = torch.sin(torch.arange(16) * 1.6 + 6.3 * torch.rand(600, 1, generator=generator))  # (N, 16)
-    x = torch.where(labels.view(-1, 1, 1) == 0, wave.unsqueeze(1), wave.unsqueeze(2)).expand(600, 16, 16)
-    x = 128 + 60 * x + 30 * torch.randn(600, 16, 16, generator=generator)
-    return data.Dataset("stripes", x.clamp(0, 255).byte().unsqueeze(1), labels, None, ["lying", "standing"], False)
+    phase = 6.3 * torch.rand(600, 1, generator=generator)
+    wave = torch.sin(torch.arange(16) * 1.6 + phase)        # (N, 16)
+    x = torch.where(labels.view(-1, 1, 1) == 0, wave.unsqueeze(1), wave.unsqueeze(2))
+    x = 128 + 60 * x + 30 * torch.randn(600, 16, 16, generator=generator)   # (N, 16, 16)
+    images = x.clamp(0, 255).byte().unsqueeze(1)
+    return data.Dataset("stripes", images, labels, None, ["lying", "standing"], False)
+
+
+def rows(dataset, chosen):
+    """The chosen rows of a data set."""
+    return dataclasses.replace(dataset, images=dataset.images[chosen],
+                               labels=dataset.labels[chosen])
 
 
 def test_classifier_learns_and_its_distance_sees(stripes):
     state = torch.random.get_rng_state()
     model, accuracy = evaluate.train_classifier(stripes, steps=30)
-    assert torch.equal(state, torch.random.get_rng_state())  # other people's random numbers are left alone
-    assert accuracy >= 0.95
-    again, _ = evaluate.train_classifier(stripes, steps=30)
-    for p, q in zip(model.parameters(), again.parameters()):
-        assert torch.equal(p, q)
-    images = stripes.images
-    assert evaluate.features(model, images).shape == (600, 128)
-    lying, standing = images[::2], images[1::2]
-    same = evaluate.classifier_fid(model, images[:150], images[300:], images[150:300])
-    half = evaluate.classifier_fid(model, lying[:150], images[300:], images[150:300])  # one class was dropped
-    assert same["n"] == 150 and same["n_real"] == 300
+    assert torch.equal(state, torch.random.get_rng_state())     # the global generator is left alone
+    assert accuracy >= 0.9
+    images, labels = stripes.images, stripes.labels
+    vectors = evaluate.features(model, images)
+    assert vectors.shape == (600, 128)
+    real = rows(stripes, slice(150, None))
+    same = evaluate.score_pictures(model, images[:150], real, labels[:150])
+    half = evaluate.score_pictures(model, images[:300:2], real, labels[:300:2])     # one class
+    assert same["n_real"] == 300 and same["rates"]["class"][1] == 150
+    assert same["rates"]["class"][0] >= 0.9
+    wrong = evaluate.score_pictures(model, images[:150], real, 1 - labels[:150])
+    assert wrong["rates"]["class"][0] == pytest.approx(1 - same["rates"]["class"][0])
     assert same["fid_floor"] == half["fid_floor"] and same["fid"] < 3 * same["fid_floor"]
     assert half["fid"] > 10 * same["fid_floor"] and half["kid"] > 10 * abs(same["kid_floor"])
-    with pytest.raises(ValueError, match="floor"):
-        evaluate.classifier_fid(model, images[:10], images, standing[:5])
+    # the floor is other pictures than the reference: together they are the data set, once each
+    order = torch.randperm(450, generator=torch.Generator().manual_seed(0))
+    floor, rest = (evaluate.features(model, real.images[i]) for i in (order[:150], order[150:]))
+    assert same["fid_floor"] == pytest.approx(evaluate.frechet_distance(floor, rest), rel=1e-6)
+    assert same["kid"] == pytest.approx(evaluate.kernel_distance(vectors[:150], rest), rel=1e-6)
+
+
+def test_mirrored_copies_only_where_the_data_set_allows_them():
+    # Two classes that are each other's mirror image: with mirrored copies nobody can learn them.
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(400) % 2
+        images = torch.randint(0, 100, (400, 1, 8, 8), generator=generator).byte()
+        images[0::2, :, :, :4] += 100
+        images[1::2, :, :, 4:] += 100
+        for flip in (False, True):
+            sides = data.Dataset("sides", images, labels, None, ["left", "right"], flip)
+            model, _ = evaluate.train_classifier(sides, steps=20, seed=seed)
+            with torch.no_grad():
+                chance = model(data.to_float(images)).softmax(1)[torch.arange(400), labels].mean()
+            assert chance > 0.8 if not flip else chance < 0.7, (seed, flip, chance)
 
 
 def test_classifier_needs_classes(stripes):
-    bare = data.Dataset("bare", stripes.images, torch.zeros(600, dtype=torch.int64), None, [], False)
+    bare = dataclasses.replace(stripes, name="bare", labels=0 * stripes.labels, class_names=[])
     with pytest.raises(ValueError, match="bare"):
         evaluate.train_classifier(bare, steps=1)
 
 
+def test_only_like_is_compared_with_like(stripes):
+    shape = stripes.images.shape[1:]
+    evaluate.check_comparable((300, *shape), stripes)
+    for bad in ((1, *shape), (301, *shape), (10, 3, 16, 16), (10, 1, 32, 32)):
+        with pytest.raises(ValueError, match="stripes"):
+            evaluate.check_comparable(bad, stripes)
+    with pytest.raises(ValueError, match="float32"):
+        latents = dataclasses.replace(stripes, images=stripes.images.float())
+        evaluate.check_comparable((10, *shape), latents)
+
+
+def test_a_classifier_is_kept_and_found_again(stripes, tmp_path, capsys):
+    model, accuracy, path = evaluate.kept_classifier(stripes, tmp_path, steps=2)
+    assert "training" in capsys.readouterr().out and path.parent == tmp_path
+    again, same, found = evaluate.kept_classifier(stripes, tmp_path, steps=2)
+    assert not capsys.readouterr().out and found == path and same == accuracy
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+    long = "folder:" + "/ordner" * 40 + "/글자"                # 290 bytes, Hangul at its end
+    others = [dataclasses.replace(stripes, name=name)
+              for name in (long, "folder:a/b", "folder:a-b")]
+    others.append(rows(stripes, slice(0, 500)))               # a folder that has changed
+    files = [evaluate.kept_classifier(other, tmp_path, steps=1)[2] for other in others]
+    files.append(evaluate.kept_classifier(stripes, tmp_path, steps=1)[2])
+    assert len({path, *files}) == 6 and all(len(file.name.encode()) < 200 for file in files)
+    assert "글자" in files[0].name
+    broken = tmp_path / "a file"
+    broken.write_text("x")
+    with pytest.raises((ValueError, OSError)):
+        evaluate.kept_classifier(stripes, broken, steps=1)
+    assert "training" not in capsys.readouterr().out.split("1 steps")[-1]
+
+
 # ---------------------------------------------------------------- command line
 
+
 def save(path, images, **arrays):
-    np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)  # (N, C, H, W) -> (N, H, W, C)
+    np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)      # (N, H, W, C)
     return str(path)
+
+
+def refuse(capsys, *call):
+    """The one line that a refused command prints."""
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(call)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.strip().splitlines()) == 1, (call, error)
+    return error
+
+
+def run_of(path, images, **config):
+    """A checkpoint as train.py writes it, as far as evaluate.py reads it."""
+    info = {"channels": images.shape[1], "image_size": images.shape[-1]}
+    save_checkpoint(path, {"format": 2, "config": config, "info": info})
+    return str(path)
+
+
+def sampled(monkeypatch, images, labels=None, captions=None, **expected):
+    """Let sample.draw return these; its call must fit the real one, and have these arguments."""
+    def draw(*args, **options):
+        given = DRAW.bind(*args, **options).arguments
+        assert {key: given[key] for key in expected} == expected
+        return images, labels, captions
+    monkeypatch.setattr(sample, "draw", draw)
 
 
 def test_command_line_on_drawn_worlds(tmp_path, capsys, monkeypatch):
     drawn = data.load("shapes", 32, "test", count=96, seed=3)
     labels = drawn.labels.clone()
-    labels[:24] = (labels[:24] + 1) % 48  # a quarter was not asked for
-    file, out = save(tmp_path / "a.npz", drawn.images, labels=labels.numpy()), str(tmp_path / "a.json")
-    assert evaluate.main(["--images", file, "--data", "shapes", "--json", out]) == 0
+    labels[:24] = (labels[:24] + 1) % 48        # a quarter was not asked for
+    out = str(tmp_path / "a.json")
+    file = save(tmp_path / "a.npz", drawn.images, labels=labels.numpy())
+    evaluate.main(["--images", file, "--data", "shapes", "--json", out])
     text, scores = capsys.readouterr().out, json.load(open(out))
-    assert scores["rates"]["match"] == [0.75, 96] and scores["rates"]["legible"] == [1.0, 96] and scores["n"] == 96
+    assert scores["rates"]["all"] == [0.75, 96] and scores["rates"]["legible"] == [1.0, 96]
+    assert scores["n"] == 96 and scores["source"] == file
     assert f"0.750 +- {math.sqrt(0.75 * 0.25 / 96):.3f}" in text
 
     scene = data.load("scenes", 32, "test", count=60, seed=3)
     file = save(tmp_path / "b.npz", scene.images, captions=np.array(scene.captions))
-    assert evaluate.main(["--images", file, "--data", "scenes"]) == 0
-    assert "relation" in capsys.readouterr().out
-    assert evaluate.main(["--images", save(tmp_path / "c.npz", scene.images), "--data", "scenes", "--json", out]) == 0
-    assert list(json.load(open(out))["rates"]) == ["legible"]  # nothing was asked for
+    evaluate.main(["--images", file, "--data", "scenes"])
+    assert "two objects: relation" in capsys.readouterr().out
+    file = save(tmp_path / "c.npz", scene.images)
+    evaluate.main(["--images", file, "--data", "scenes", "--json", out])
+    assert json.load(open(out))["rates"] == {"legible": [1.0, 60]}      # nothing was asked for
 
-    torch.save({"format": 1, "config": {"data": "shapes"}}, tmp_path / "ckpt.pt")
-    def draw(path, n, cfg_scale, steps, seed, device):
-        assert (n, cfg_scale, steps, seed, device) == (96, 2.0, None, 5, "cpu")
-        return drawn.images, drawn.labels, None
-    monkeypatch.setattr(sample, "draw", draw)
-    call = ["--ckpt", str(tmp_path / "ckpt.pt"), "--n", "96", "--cfg-scale", "2", "--seed", "5", "--device", "cpu"]
-    assert evaluate.main(call + ["--json", out]) == 0
-    assert json.load(open(out))["rates"]["match"] == [1.0, 96]
+    ckpt = run_of(tmp_path / "ckpt.pt", drawn.images, data="shapes")
+    sampled(monkeypatch, drawn.images, drawn.labels, path=ckpt, n=96, cfg_scale=2.0, steps=None,
+            seed=5, device="cpu")
+    evaluate.main(["--ckpt", ckpt, "--n", "96", "--cfg-scale", "2", "--seed", "5",
+                   "--device", "cpu", "--json", out])
+    scores = json.load(open(out))
+    assert scores["rates"]["all"] == [1.0, 96]
+    assert (scores["cfg_scale"], scores["steps"], scores["seed"]) == (2, None, 5)
 
 
-def test_command_line_on_pictures(tmp_path, capsys, stripes):
-    for k, (image, label) in enumerate(zip(stripes.images[:240, 0], stripes.labels)):
-        folder = tmp_path / "real" / stripes.class_names[label]
+def folder_of(path, stripes, count):
+    """Pictures of the stripes as a folder with one sub-folder per class -> its --data name."""
+    for k, (image, label) in enumerate(zip(stripes.images[:count, 0], stripes.labels)):
+        folder = path / stripes.class_names[label]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.numpy()).convert("RGB").save(folder / f"{k}.png")
-    run = tmp_path / "run"
-    run.mkdir()
+    return f"folder:{path}"
+
+
+def test_command_line_on_pictures(tmp_path, capsys, monkeypatch, stripes):
+    monkeypatch.chdir(tmp_path)
+    name = folder_of(tmp_path / "real", stripes, 300)
     fake = stripes.images[300:360].expand(-1, 3, -1, -1)
-    file = save(run / "s.npz", fake, labels=stripes.labels[300:360].numpy())
-    call = ["--images", file, "--data", f"folder:{tmp_path / 'real'}", "--classifier-steps", "30", "--device", "cpu",
-            "--json", str(run / "s.json")]
-    assert evaluate.main(call) == 0
-    first, text = json.load(open(run / "s.json")), capsys.readouterr().out
-    assert "classifier-FID" in text and "floor" in text and " FID" not in text and "n = 60" in text
-    assert first["rates"]["class"][0] >= 0.9 and first["fid"] < 5 * first["fid_floor"]
-    (cache,) = run.glob("classifier-*.pt")
-    torch.load(cache, weights_only=True)
-    assert evaluate.main(call) == 0 and "training" not in capsys.readouterr().out
-    assert json.load(open(run / "s.json")) == first
-    assert evaluate.main(call + ["--classifier-steps", "3", "--classifier", str(cache)]) == 2  # not that classifier
-    colored = save(run / "many.npz", stripes.images[:200].expand(-1, 3, -1, -1))
-    assert evaluate.main(["--images", colored, *call[2:]]) == 2
-    assert "too few" in capsys.readouterr().err
+    file = save("s.npz", fake, labels=stripes.labels[300:360].numpy())
+    call = ["--images", file, "--data", name, "--classifier-steps", "30", "--device", "cpu",
+            "--json", "s.json"]
+    evaluate.main(call)
+    first, text = json.load(open("s.json")), capsys.readouterr().out
+    assert "classifier-FID" in text and "floor" in text and " FID" not in text
+    assert first["n"] == 60 and first["fid"] < 5 * first["fid_floor"]
+    assert first["rates"]["class"][0] >= 0.9
+    assert load_checkpoint(first["classifier"])["accuracy"] == first["classifier_accuracy"]
+    evaluate.main(call)
+    assert "training" not in capsys.readouterr().out and json.load(open("s.json")) == first
+
+    # A run of the same folder: what cannot be compared is refused before anything is sampled.
+    ckpt = run_of("ckpt.pt", fake, data=name)
+    monkeypatch.setattr(sample, "draw", lambda *args, **options: pytest.fail("sampled"))
+    many = refuse(capsys, "--ckpt", ckpt, "--n", "290", *call[4:])
+    assert name in many and "290" in many
+    assert "nothing" in refuse(capsys, "--ckpt", ckpt, "--n", "60", "--data", "folder:nothing")
+    sampled(monkeypatch, fake, stripes.labels[300:360], n=60)
+    evaluate.main(["--ckpt", ckpt, "--n", "60", *call[4:]])
+    second = json.load(open("s.json"))
+    assert {key: second[key] for key in ("fid", "kid", "rates", "classifier")} == {
+        key: first[key] for key in ("fid", "kid", "rates", "classifier")}
+
+
+def test_skip_bad_and_data_dir_are_handed_on(tmp_path, capsys, monkeypatch, stripes):
+    monkeypatch.chdir(tmp_path)
+    fake = stripes.images[300:310].expand(-1, 3, -1, -1)
+    name, file = folder_of(tmp_path / "real", stripes, 100), save("s.npz", fake)
+    (tmp_path / "real" / "lying" / "broken.png").write_text("no picture")
+    few = ["--classifier-steps", "1", "--device", "cpu"]
+    assert "--skip-bad" in refuse(capsys, "--images", file, "--data", name, *few)
+    evaluate.main(["--images", file, "--data", name, "--skip-bad", *few])
+    sampled(monkeypatch, fake)
+    ckpt = run_of("ckpt.pt", fake, data=name, skip_bad=True)
+    evaluate.main(["--ckpt", ckpt, "--n", "10", *few])
+    assert "broken" in refuse(capsys, "--ckpt", ckpt, "--n", "10", "--no-skip-bad", *few)
+
+    asked = []
+
+    def load(name, image_size, data_dir, skip_bad):
+        asked.append((name, image_size, data_dir, skip_bad))
+        return dataclasses.replace(stripes, images=stripes.images.expand(-1, 3, -1, -1))
+    monkeypatch.setattr(data, "load", load)
+    ckpt = run_of("ckpt.pt", fake, data="cifar10", data_dir="there", seed=3)
+    for flags in ([], ["--data", "mnist", "--data-dir", "here", "--skip-bad"]):
+        evaluate.main(["--ckpt", ckpt, "--n", "10", *flags, *few])
+    evaluate.main(["--images", file, "--data", "emoji", *few])
+    assert asked == [("cifar10", 16, "there", False), ("mnist", 16, "here", True),
+                     ("emoji", 16, "data", False)]
+
+
+def test_outputs_are_checked_before_anything_is_sampled(tmp_path, capsys, monkeypatch):
+    drawn = data.load("shapes", 32, "test", count=4)
+    ckpt = run_of(tmp_path / "ckpt.pt", drawn.images, data="shapes")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    (tmp_path / "folder.json").mkdir()
+    monkeypatch.setattr(sample, "draw", lambda *args, **options: pytest.fail("sampled"))
+    for bad in ("no/x.json", "folder.json", "ckpt.pt", "x" * 300 + ".json"):
+        assert bad in refuse(capsys, "--ckpt", ckpt, "--json", str(tmp_path / bad))
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "folder.json"}
 
 
 def test_command_line_errors_are_one_line(tmp_path, capsys):
@@ -315,41 +536,21 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
     (tmp_path / "text.npz").write_text("not an archive")
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     np.savez(tmp_path / "float.npz", arr_0=np.zeros((2, 32, 32, 3), np.float32))
-    np.savez(tmp_path / "chw.npz", arr_0=np.zeros((2, 3, 32, 32), np.uint8))
-    np.savez(tmp_path / "wide.npz", arr_0=np.zeros((2, 32, 16, 3), np.uint8))
-    np.savez(tmp_path / "pickle.npz", arr_0=np.array([{}], dtype=object))
-    save(tmp_path / "few.npz", x, labels=np.zeros(3, np.int64))
     save(tmp_path / "words.npz", x, captions=np.array(["a red circle"] * 3 + ["hello"]))
     save(tmp_path / "range.npz", x, labels=np.array([0, 1, 2, 99]))
+    save(tmp_path / "gray.npz", x[:, :1], labels=np.array([0, 1, 2, 3]))
     save(tmp_path / "fine.npz", x)
+    for name, word in (("missing", "missing.npz"), ("text", "text.npz"), ("other", "arr_0"),
+                       ("float", "uint8"), ("words", "hello"), ("range", "99"), ("gray", "images")):
+        call = ["--images", str(tmp_path / f"{name}.npz"), "--data", "shapes"]
+        assert word in refuse(capsys, *call)
+    fine = str(tmp_path / "fine.npz")
+    assert "--data" in refuse(capsys, "--images", fine)
+    assert "cifar10" in refuse(capsys, "--images", fine, "--data", "cifar11")
     (tmp_path / "bad.pt").write_text("not a checkpoint")
-    calls = {name: (["--images", str(tmp_path / f"{name}.npz"), "--data", "shapes"], word) for name, word in (
-        ("missing", "no such file"), ("text", "npz"), ("other", "arr_0"), ("float", "uint8"), ("chw", "uint8"),
-        ("wide", "square"), ("pickle", "npz"), ("few", "labels"), ("words", "hello"), ("range", "labels"))}
-    calls["no data"] = (["--images", str(tmp_path / "fine.npz")], "--data")
-    calls["unknown data"] = (["--images", str(tmp_path / "fine.npz"), "--data", "cifar11"], "cifar10")
-    calls["bad ckpt"] = (["--ckpt", str(tmp_path / "bad.pt")], "bad.pt")
-    nowhere = ["--json", str(tmp_path / "no" / "x")]
-    calls["json nowhere"] = (["--images", str(tmp_path / "fine.npz"), "--data", "shapes", *nowhere], "no")
-    calls["n"] = (["--ckpt", str(tmp_path / "bad.pt"), "--n", "0"], "--n")
-    for name, (call, word) in calls.items():
-        assert evaluate.main(call) == 2, name
-        error = capsys.readouterr().err
-        assert word in error and len(error.strip().splitlines()) == 1, f"{name}: {error}"
-    for call in ([], ["--images", "a", "--ckpt", "b"]):
-        with pytest.raises(SystemExit) as stop:
-            evaluate.main(call)
-        assert stop.value.code == 2
-
-
-def test_prompt_groups_partition_the_captions():
-    captions = ["a small red circle on the left on black", "a red circle left of a blue square on gray"]
-    shape, color = data.HELD_OUT[0]
-    captions.append(f"a large {color} {shape} on the right on navy")
-    groups = evaluate.prompt_groups(captions)
-    assert groups["two objects"] == [1] and groups["one object"] == [0, 2] and 2 in groups["held-out pair"]
-    scenes = data.load("scenes", split="test", count=200)
-    scores = evaluate._score_drawn("scenes", scenes.images, None, scenes.captions)["rates"]
-    one, two = scores["one object: all"], scores["two objects: all"]
-    assert one[1] + two[1] == 200 and min(one[0], two[0]) > 0.99
-    assert one[0] * one[1] + two[0] * two[1] == pytest.approx(scores["all"][0] * 200)
+    assert "bad.pt" in refuse(capsys, "--ckpt", str(tmp_path / "bad.pt"))
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "official.pt")
+    assert "train.py" in refuse(capsys, "--ckpt", str(tmp_path / "official.pt"))
+    assert "--n" in refuse(capsys, "--images", fine, "--n", "0")
+    assert "--images" in refuse(capsys) and "--images" in refuse(capsys, "--images", fine,
+                                                                 "--ckpt", fine)
