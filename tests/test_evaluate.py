@@ -114,6 +114,16 @@ def test_empty_pictures_hold_nothing():
         assert read["residual"].isinf().all()
 
 
+def test_dust_is_not_an_object_and_not_legible():
+    for specks, legible in ((1, True), (8, False)):     # 8 specks of 2 x 2 are 32 pixels of dust
+        x = picture(("circle", "red", 16.0, 16.0, 8.0))
+        for k in range(specks):
+            x[:, :, 2 + 26 * (k // 4):4 + 26 * (k // 4), 3 + 7 * (k % 4):5 + 7 * (k % 4)] = 250
+        read = evaluate.read_shapes(x)
+        assert read["count"].tolist() == [1] and read["shape"].tolist() == [[0, -1]]
+        assert read["legible"].tolist() == [legible]
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_centre_and_radius_of_every_shape(size):
     for k, shape in enumerate(worlds.SHAPES + worlds.NEW_SHAPES):
@@ -173,6 +183,9 @@ def test_roles_of_two_objects():
     assert judge(turned, "a red circle above a blue square on gray") == right
     assert judge(turned, "a blue square below a red circle on gray") == right
     assert not judge(turned, "a red circle below a blue square on gray")["relation"]
+    views = torch.cat([x, x.flip(3), turned, turned.flip(2)])
+    read = evaluate.read_shapes(views)          # object 0 is the circle, whose area is larger
+    assert read["shape"].tolist() == [[0, 1]] * 4 and read["relation"].tolist() == [0, 1, 2, 3]
     one = judge(picture(("circle", "red", 8.0, 16.0, 5.5), background="gray"),
                 "a red circle left of a blue square on gray")
     assert not any(one[axis] for axis in ("count", "relation", "shape", "color", "all"))
@@ -332,8 +345,10 @@ def test_classifier_learns_and_its_distance_sees(stripes):
     # the floor is other pictures than the reference: together they are the data set, once each
     order = torch.randperm(450, generator=torch.Generator().manual_seed(0))
     floor, rest = (evaluate.features(model, real.images[i]) for i in (order[:150], order[150:]))
+    fake = evaluate.features(model, images[:150])   # the same batches, so the same float32 numbers
     assert same["fid_floor"] == pytest.approx(evaluate.frechet_distance(floor, rest), rel=1e-6)
-    assert same["kid"] == pytest.approx(evaluate.kernel_distance(vectors[:150], rest), rel=1e-6)
+    assert same["kid_floor"] == pytest.approx(evaluate.kernel_distance(floor, rest), rel=1e-6)
+    assert same["kid"] == pytest.approx(evaluate.kernel_distance(fake, rest), rel=1e-6)
 
 
 def test_mirrored_copies_only_where_the_data_set_allows_them():
