@@ -313,6 +313,7 @@ def save_encoded(config, task, dataset):
 
 def run(config, task, dataset):
     """Say what is trained and what it costs, and train it -> path of the checkpoint."""
+    task.check_batch(config.batch_size)                         # before a folder is made
     if ranks()[0] == 0:
         count = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         print(f"{config.model} on {dataset.about}: {count / 1e6:.2f} M parameters, "
