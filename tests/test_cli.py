@@ -1,49 +1,143 @@
-"""What a person may get wrong at the command line: exit code 2, one clear line, no traceback, nothing lost."""
-import os
+"""What a person may get wrong at the command line: exit code 2, one clear line, nothing lost."""
+import dataclasses
+import importlib
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
+import adapters
+import custom_diffusion
 import train
-import weights
-from test_train import ONE_THREAD, ROOT, pictures  # noqa: F401  (the fixture)
+from checkpoint import load_checkpoint
+from cli import flag, one_line, parse
+from conftest import ONE_THREAD, ROOT
 
 
-def refuse(capsys, *argv):
-    """train.py must refuse argv with code 2; returns its words."""
+def refuse(capsys, *argv, main=train.main):
+    """main must refuse argv with code 2; returns its words."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        train.main(list(argv))
+        main(list(argv))
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(err.strip().splitlines()) <= 3 and "Traceback" not in err, err
+    assert stopped.value.code == 2 and len(err.strip().splitlines()) == 1, err
+    assert err.startswith("error: ")
     return err
 
 
+@pytest.fixture
+def small(pictures):
+    """Flags of a run that takes a second."""
+    return ["--data", f"folder:{pictures}", "--image-size", "8", "--batch-size", "4", "--model",
+            "DiT-32x1/4", "--steps", "2", "--sample-every", "0"]
+
+
+# --------------------------------------------------------------------------------------------------
+# cli.py itself
+
+@dataclasses.dataclass
+class Options:
+    """a group"""
+    count: int = flag(3, "a number", "[1, 5)")
+    share: float = flag(None, "another, in %%", "(0, 1]")
+    names: tuple = flag(("a",), "some names")
+    on: bool = flag(False, "on or off")
+    kind: str = flag("x", "which", "", ["x", "y"])
+
+
+def test_a_dataclass_becomes_flags(capsys):
+    read = lambda *argv, **how: parse(argv, "words", Options, **how)[0]
+    assert read() == Options(3, None, ("a",), False, "x")
+    given = read("--count=4", "--share", "1", "--names", "b", "c", "--names", "d", "--on",
+                 "--kind", "y")
+    assert (given.count, given.share, list(given.names)) == (4, 1.0, ["b", "c", "d"])
+    assert given.on is True and given.kind == "y" and read("--on", "--no-on").on is False
+    seen = []
+    preset = lambda given: seen.append(dict(given)) or {"count": 2, "share": 0.5}
+    assert read("--count", "1", presets=preset) == Options(1, 0.5)      # what is given wins
+    assert seen == [{"count": 1}]
+    for argv in (["--count", "5"], ["--count", "0"], ["--share", "0"], ["--share", "nan"],
+                 ["--kind", "z"], ["--count", "x"], ["--coun", "3"], ["word"]):
+        with pytest.raises(ValueError):
+            read(*argv)
+    with pytest.raises(ValueError, match="unknown argument '--cuont': did you mean --count"):
+        read("--cuont", "3")
+    with pytest.raises(ValueError, match="read by others"):
+        read("--cuont", "3", other={"--cuont": "read by others"}.get)
+    with pytest.raises(SystemExit):
+        read("--help")
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("words", "a group", "in %", "(default: 3)"))
+
+
+def test_what_the_user_can_mend_is_one_line(capsys):
+    for error, code in ((ValueError("x"), 2), (FileNotFoundError("x"), 2), (KeyboardInterrupt, 130)):
+        @one_line
+        def main(argv):
+            raise error
+        with pytest.raises(SystemExit) as stopped:
+            main([])
+        assert stopped.value.code == code and len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(TypeError):                          # a fault of the program is not hidden
+        one_line(lambda argv: argv + 1)([])
+
+
+# --------------------------------------------------------------------------------------------------
+# flags of train.py
+
 @pytest.mark.parametrize("argv,words", [
-    (["--stesp", "3"], "did you mean --steps"),
-    (["--batchsize", "3"], "did you mean --batch-size"),
-    (["--steps", "many"], "invalid int value"),
-    (["--recipe", "nature"], "fast"),
-    (["--model", "DiT-S/3"], "Did you mean DiT-S"),
-    (["--model", "dit-xl/2"], "DiT-XL/2"),
-    (["--data", "shape"], "shapes"),
-    (["--data", "cifar"], "cifar10"),
-    (["--model", "DiT-64x2/3"], "divisible by its patch size 3"),
-    (["--data", "mnist", "--model", "DiT-S/8", "--image-size", "28"], "divisible by its patch size 8"),
-    (["--batch-size", "0"], "positive"),
-    (["--batch-size", "10", "--accum", "3", "--first-stage", "none"], "does not split"),
-    (["--class-dropout", "1"], "--class-dropout"),
-    (["--learn-sigma", "--first-stage", "none"], "Gaussian schedule"),
-    (["--resume"], "no checkpoint"),
-    (["--init", "nowhere.pt"], "no checkpoint at nowhere.pt"),
-    (["--first-stage", "nowhere.pt"], "no checkpoint at nowhere.pt"),
-    (["--data", "folder:/does/not/exist"], "/does/not/exist")])
-def test_wrong_flags(capsys, tmp_path, argv, words):
+    (["--stesp", "3"], "did you mean --steps"), (["--batchsize", "3"], "did you mean --batch-size"),
+    (["--batch_sise", "3"], "did you mean --batch-size"), (["--steps", "many"], "invalid int"),
+    (["--recipe", "nature"], "fast"), (["--data", "shape"], "shapes"),
+    (["--data", "cifar"], "cifar10"), (["--model", "DiT-S/3"], "did you mean DiT-S"),
+    (["--model", "dit-xl/2"], "DiT-XL/2"), (["--model", "vq-tinny"], "vq-tiny"),
+    (["--learning-rate", "1"], "--lr"), (["--resolution", "64"], "--image-size"),
+    (["--epochs", "3"], "--steps"), (["--mixed-precision", "bf16"], "bfloat16"),
+    (["--num-classes", "3"], "counted from --data"),
+    (["--model", "vq-tiny", "--schedule", "cosine"], "families dit, udit, unet alone"),
+    (["--model", "vq-tiny", "--flow-shift", "3"], "families dit, udit, unet alone"),
+    (["--model", "udit-tiny", "--conditioning", "adaln"], "families dit alone"),
+    (["--model", "unet-tiny", "--learn-sigma"], "families dit, udit alone"),
+    (["--model", "unet-tiny", "--no-qk-norm"], "families dit alone"),
+    (["--codes", "8"], "families vq, vq-vae alone"), (["--aux_weight", "1"], "families vq alone"),
+    (["--model", "tiny-ae", "--cfg-scale", "2"], "families dit, udit, unet, vq alone"),
+    (["--first-stage", "nowhere.pt"], "nowhere.pt"), (["--init", "nowhere.pt"], "nowhere.pt"),
+    (["--resume"], "no checkpoint"), (["--data", "folder:/does/not/exist"], "/does/not/exist")])
+def test_wrong_flags(capsys, tmp_path, argv, words, monkeypatch):
+    monkeypatch.setattr(train.data.worlds, "draw_world",
+                        lambda *args: (torch.zeros(48, 3, 32, 32, dtype=torch.uint8),
+                                       torch.arange(48), ["a red circle"] * 48))
     assert words in refuse(capsys, *argv, "--out", str(tmp_path / "run"))
     assert not list(tmp_path.rglob("ckpt.pt"))
+
+
+@pytest.mark.parametrize("name,values", [
+    ("lr", "inf nan 0 -1"), ("muon-lr", "nan 0"), ("weight-decay", "1e300 -1"), ("ema", "nan -3 1"),
+    ("grad-clip", "-1 nan inf"), ("flow-shift", "inf 0"), ("latent-noise", "nan -1"),
+    ("class-dropout", "1 -0.1"), ("cfg-scale", "-2"), ("batch-size", "0"), ("steps", "0"),
+    ("accum", "0"), ("warmup", "-1"), ("log-every", "0"), ("seed", "-1"), ("image-size", "0")])
+def test_numbers_out_of_range(capsys, tmp_path, name, values):
+    for value in values.split():
+        words = refuse(capsys, f"--{name}={value}", "--out", str(tmp_path / "run"))
+        assert f"--{name} " in words and "give a number in" in words
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["--model", "DiT-64x2/3"], "divisible by patch_size 3"),
+    (["--batch-size", "10", "--accum", "3"], "does not split"),
+    (["--learn-sigma"], "Gaussian schedule"), (["--prediction", "v"], "Gaussian schedule"),
+    (["--schedule", "cosine", "--flow-shift", "3"], "--schedule flow"),
+    (["--model", "unet-tiny"], "captions"),
+    (["--model", "vq-tiny", "--codes", "600"], "fewer --codes"),
+    (["--model", "vq-vae", "--codes", "65"], "fewer --codes")])
+def test_sizes_that_clash_are_refused_before_a_first_stage_is_trained(
+        capsys, tmp_path, small, argv, words):
+    stage = [] if "vq-vae" in argv else ["--first-stage", "new"]
+    flags = [*small, *stage, "--factor", "2", *argv]
+    assert words in refuse(capsys, *flags, "--out", str(tmp_path / "run"))
+    assert not list(tmp_path.rglob("*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -51,71 +145,106 @@ def test_cuda_asked_for_but_absent(capsys, tmp_path):
     assert "--device cpu" in refuse(capsys, "--device", "cuda", "--out", str(tmp_path / "run"))
 
 
-def test_a_run_stopped_in_its_first_stage_resumes(tmp_path, pictures):  # noqa: F811
-    flags = ["--data", f"folder:{pictures}", "--image-size", "8", "--batch-size", "4", "--sample-every", "0"]
-    train.main([*flags, "--model", "tiny-ae", "--steps", "2", "--out", str(tmp_path / "run" / "first_stage")])
-    train.main([*flags, "--model", "DiT-32x1/1", "--first-stage", "tiny", "--first-stage-steps", "4", "--steps", "3",
-                "--out", str(tmp_path / "run"), "--resume"])
-    assert weights.load_checkpoint(tmp_path / "run" / "first_stage" / "ckpt.pt")["step"] == 4
-    assert weights.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 3
+# --------------------------------------------------------------------------------------------------
+# folders and checkpoints
+
+def test_a_run_stopped_in_its_first_stage_resumes(tmp_path, small):
+    out, stage = tmp_path / "run", tmp_path / "run" / "first_stage"
+    train.main([*small, "--model", "tiny-ae", "--out", str(stage)])
+    train.main([*small, "--first-stage", "new", "--first-stage-steps", "4", "--model", "DiT-32x1/1",
+                "--out", str(out), "--resume"])
+    assert load_checkpoint(stage / "ckpt.pt")["step"] == 4
+    assert load_checkpoint(out / "ckpt.pt")["step"] == 2
 
 
-def test_a_used_folder_is_refused_and_kept(capsys, tmp_path):
+def test_a_used_folder_is_refused_and_kept(capsys, tmp_path, small):
     (tmp_path / "precious.txt").write_text("mine")
-    assert "--resume" in refuse(capsys, "--out", str(tmp_path))
+    assert "--resume" in refuse(capsys, *small, "--out", str(tmp_path))
     assert (tmp_path / "precious.txt").read_text() == "mine"
+    begun = tmp_path / "begun"                          # stopped before its first checkpoint
+    begun.mkdir()
+    (begun / "config.json").write_text("{}")
+    (begun / "log.csv").write_text("step,loss\n1,0.5\n")
+    train.main([*small, "--out", str(begun)])
+    assert load_checkpoint(begun / "ckpt.pt")["step"] == 2
 
 
-def test_bad_pictures_are_named(capsys, tmp_path, pictures):  # noqa: F811
-    import shutil
-    shutil.copytree(pictures, tmp_path / "mine")
-    (tmp_path / "mine" / "pear" / "broken.png").write_bytes(b"not a picture")
-    flags = ["--data", f"folder:{tmp_path / 'mine'}", "--image-size", "8", "--model", "DiT-32x1/4", "--batch-size", "4",
-             "--steps", "2", "--sample-every", "0", "--out", str(tmp_path / "run")]
+def test_bad_pictures_are_named(capsys, tmp_path, small):
+    (tmp_path / "mine").mkdir()
+    for file in sorted(pathlib.Path(small[1].partition(":")[2]).rglob("*.png"))[:12]:
+        (tmp_path / "mine" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "mine" / "broken.png").write_bytes(b"not a picture")
+    flags = [*small, "--data", f"folder:{tmp_path / 'mine'}", "--out", str(tmp_path / "run")]
     assert "broken.png" in refuse(capsys, *flags)
     train.main([*flags, "--skip-bad"])
-    assert "skipped 1" in capsys.readouterr().err
+    assert "1 unreadable" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    assert "empty" in refuse(capsys, "--data", f"folder:{tmp_path / 'empty'}", "--out", str(tmp_path / "run2"))
+    flags[flags.index("--out") - 1] = f"folder:{tmp_path / 'empty'}"
+    assert "empty" in refuse(capsys, *flags[:-1], str(tmp_path / "run2"))
 
 
-def test_damaged_checkpoints_do_not_resume(capsys, tmp_path, pictures):  # noqa: F811
-    flags = ["--data", f"folder:{pictures}", "--image-size", "8", "--model", "DiT-32x1/4", "--batch-size", "4",
-             "--steps", "3", "--out", str(tmp_path / "run")]
+def test_checkpoints_that_do_not_fit_do_not_resume(capsys, tmp_path, small):
+    flags = [*small, "--out", str(tmp_path / "run"), "--first-stage", "none"]
     train.main(flags)
-    whole = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    (tmp_path / "run" / "ckpt.pt").write_bytes(whole[:-1000])
-    assert "not readable" in refuse(capsys, *flags, "--steps", "6", "--resume")
-    (tmp_path / "run" / "ckpt.pt").write_bytes(whole)
-    # tensors differ, names are listed
-    words = refuse(capsys, *flags, "--steps", "6", "--resume", "--model", "DiT-64x1/4")
+    more = [*flags, "--steps", "6", "--resume"]
+    ckpt = tmp_path / "run" / "ckpt.pt"
+    whole = ckpt.read_bytes()
+    words = refuse(capsys, *more, "--model", "DiT-64x1/4")
     assert "does not fit" in words and "blocks.0" in words
+    assert "--optimizer" in refuse(capsys, *more, "--optimizer", "adamw")
+    assert ckpt.read_bytes() == whole
+    ckpt.write_bytes(whole[:-1000])
+    assert "damaged" in refuse(capsys, *more)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
-def test_help_teaches_and_is_quick(script):
-    start = time.time()
-    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True,
-                          env=ONE_THREAD)
-    assert done.returncode == 0 and ("--ckpt" in done.stdout or "--steps" in done.stdout)
-    assert "python " + script in done.stdout                                    # examples, not only flags
-    assert time.time() - start < 20                                             # most of it is importing torch
+# --------------------------------------------------------------------------------------------------
+# --help, and what happens on import
+
+COMMANDS = [("train",), ("sample",), ("evaluate",), ("bench",), ("adapters", "learn"),
+            *(("custom_diffusion", command) for command in ("learn", "merge", "compress"))]
+
+
+def show_help(capsys, name, *words):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(name).main([*words, "--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name,words", [(name, words) for name, *words in COMMANDS],
+                         ids=" ".join)
+def test_help_shows_examples_and_groups(capsys, name, words):
+    shown = show_help(capsys, name, *words)
+    assert " ".join(["python", f"{name}.py", *words]) in shown and "(default: " in shown
+
+
+def test_help_shows_the_flags_of_the_model(capsys):
+    shown = show_help(capsys, "train")
+    assert "flags of the loop" in shown and "--qk-norm" in shown and "--codes" not in shown
+    shown = show_help(capsys, "train", "--model", "unet-tiny")
+    assert "unet-tiny, unet-small and their like:" in shown and "--latent-channels" in shown
+    assert "--qk-norm" not in shown and "--learn-sigma" not in shown
+
+
+def test_commands_name_their_parts(capsys):
+    assert "learn" in refuse(capsys, main=adapters.main)
+    for argv in ([], ["compose"]):
+        assert "learn, merge or compress" in refuse(capsys, *argv, main=custom_diffusion.main)
 
 
 def test_a_real_process_leaves_code_two_and_no_traceback(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--modle", "x"], capture_output=True, text=True,
-                          env=ONE_THREAD, cwd=tmp_path)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--modle", "x"],
+                          capture_output=True, text=True, env=ONE_THREAD, cwd=tmp_path)
     assert done.returncode == 2 and "--model" in done.stderr and "Traceback" not in done.stderr
-    assert not list(pathlib.Path(tmp_path).iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_importing_does_nothing(tmp_path):
-    """No file prints, seeds, parses or writes on import, and none needs another package than the five."""
-    for name in ("diffusion", "data", "vae", "dit", "train", "sample", "evaluate"):
-        code = (f"import sys, torch; before = torch.get_rng_state().clone(); import {name}; "
-                "assert torch.equal(before, torch.get_rng_state()); assert not sys.argv[1:]")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
-        assert done.returncode == 0 and not done.stdout and not done.stderr, (name, done.stderr)
-        assert not list(tmp_path.iterdir())
+    """No file prints, seeds, reads arguments or writes when it is imported."""
+    names = sorted(path.stem for path in ROOT.glob("*.py"))
+    code = ("import sys, torch; before = torch.get_rng_state().clone(); sys.argv = None; import "
+            + ", ".join(names) + "; assert torch.equal(before, torch.get_rng_state())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=tmp_path, env=ONE_THREAD)
+    assert done.returncode == 0 and not done.stdout and not done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
