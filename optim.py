@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Update every parameter once. Source: Jordan et al. 2024."""
+        """Update every parameter once, or none if found_inf is 1."""
         keep = 1.0 - self.found_inf                                         # 0 = change nothing
         for group in self.param_groups:
             stacks = {}
