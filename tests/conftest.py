@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import data
+from tasks import DiffusionTask
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parent.parent
@@ -63,6 +64,19 @@ def assert_same(a, b, where=""):
 def one_thread():
     """Two threads on a busy machine run five to eight times slower than one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def short_previews():
+    """Previews of two pictures instead of up to 48."""
+    examples = DiffusionTask.examples
+
+    def two(task):
+        y, names = examples(task)
+        return y[:2], names and names[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionTask, "examples", two)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def refuse(capsys, *argv, main=train.main):
 
 
 @pytest.fixture
-def small(pictures):
+def small(pictures, short_previews):
     """Flags of a run that takes a second."""
     return ["--data", f"folder:{pictures}", "--image-size", "8", "--batch-size", "4", "--model",
             "DiT-32x1/4", "--steps", "2", "--sample-every", "0"]

@@ -23,6 +23,7 @@ from tasks import DiffusionTask, keep_rows
 from train import Config, default_out, make_step
 from vae import AutoencoderKL, first_stage_from
 
+pytestmark = pytest.mark.usefixtures("short_previews")
 LOOP = ["--image-size", "8", "--batch-size", "8", "--log-every", "1", "--sample-every", "0"]
 DIT = ["--model", "DiT-32x2/2", *LOOP, "--first-stage", "none"]
 VQVAE = ["--model", "vq-vae", *LOOP, "--codes", "16"]
