@@ -271,10 +271,30 @@ def make_task(config, settings, dataset):
     else:
         first_stage = Pixels() if name == "none" else load_first_stage(name)
     info = describe(dataset, config.model, first_stage)
+    start = load_checkpoint(config.init) if config.init else {}
+    keep_numbers(info, start.get("info", {}), config.init)
     task = build_task(config.model, settings, info, first_stage)
     if config.init:
-        load_weights(task.model, load_checkpoint(config.init)["ema"], config.init)
+        load_weights(task.model, start["ema"], config.init)
     return task
+
+
+def keep_numbers(info, known, path):
+    """Words of `info` keep the rows that they have in `known`, of --init; new ones get free rows.
+
+    Raises ValueError if there is none, and for a class that has another number there.
+    """
+    names = known.get("class_names", [])
+    for number, name in enumerate(info["class_names"]):
+        if name in names and names.index(name) != number:
+            raise ValueError(f"{path} knows class {name!r} as number {names.index(name)}, and here "
+                             f"it is number {number}: name the class folders in the same order")
+    if "vocabulary" in info and "vocabulary" in known:
+        tokenizer = WordTokenizer.from_state(known["vocabulary"])
+        for word in info["vocabulary"]["words"]:
+            if word not in tokenizer.ids:
+                tokenizer.add_token(word)
+        info["vocabulary"] = tokenizer.state()
 
 
 def task_from(state, path, weights="ema"):
