@@ -19,7 +19,7 @@ import train
 from checkpoint import load_checkpoint
 from conftest import ONE_THREAD, ROOT, assert_same
 from models import find_model, make_task, settings_class
-from tasks import DiffusionTask, keep_rows
+from tasks import keep_rows
 from train import Config, default_out, make_step
 from vae import AutoencoderKL, first_stage_from
 
@@ -381,6 +381,22 @@ def test_default_folders_of_two_data_sets_differ():
 
 def test_init_starts_from_the_averaged_weights(tmp_path, pictures):
     start = main(tmp_path / "a", pictures, *DIT, "--steps", "3")
-    config, _, task = by_hand(pictures, seed=5, init=str(tmp_path / "a" / "ckpt.pt"))
-    assert_same(dict(task.model.state_dict()), dict(start["ema"]))
-    assert isinstance(task, DiffusionTask) and config.resume is False
+    _, _, task = by_hand(pictures, seed=5, init=str(tmp_path / "a" / "ckpt.pt"))
+    assert_same(dict(task.model.state_dict()), start["ema"])
+    shutil.copytree(pictures, tmp_path / "b")
+    (tmp_path / "b" / "apple").rename(tmp_path / "b" / "zebra")
+    with pytest.raises(ValueError, match="'pear' as number 1, and here it is number 0"):
+        by_hand(tmp_path / "b", init=str(tmp_path / "a" / "ckpt.pt"))
+
+
+def test_init_keeps_the_rows_of_words(scenes):
+    """A fine-tuned model reads old words as before, and new words from free rows."""
+    init = str(ROOT / "assets" / "unet-scenes.pt")
+    dataset = data.load(f"folder:{scenes}", 32)
+    dataset.captions[:2] = ["a teal circle", "a mauve star"]
+    settings = settings_class("unet")(first_stage=init, latent_channels=6)
+    task = make_task(Config(model="unet-tiny", init=init), settings, dataset)
+    known = load_checkpoint(init)["info"]["vocabulary"]
+    assert task.tokenizer.words == [*known["words"], "mauve", "teal"]
+    assert task.tokenizer.reserved == known["reserved"] - 2
+    assert task.info["vocabulary"] == task.tokenizer.state()
