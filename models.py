@@ -7,8 +7,6 @@ and add one row here; tests/test_registry.py then tests it without another word:
     "mine": Family(CONTINUOUS, class_conditional(MyModel), {"mine-tiny": dict(width=64)}, "tiny-ae")
 
     python train.py --model mine-tiny
-
-Contents: the flags, the builders, FAMILIES and PRESETS, finding and building, loading from files.
 """
 import dataclasses
 import difflib
@@ -82,15 +80,15 @@ def readers_of(flag_name):
 
 def gaussian_or_flow(settings, learn_sigma=False):
     """The process of a continuous model. Raises ValueError for a flag its schedule ignores."""
-    schedule, prediction, shift = settings.schedule, settings.prediction, settings.flow_shift
-    if schedule == "flow" and (prediction or learn_sigma):
-        raise ValueError(f"--{'prediction' if prediction else 'learn-sigma'} belongs to a Gaussian "
-                         "schedule: add --schedule linear or cosine")
-    if schedule == "flow":
-        return RectifiedFlow(shift or 1.0)
-    if shift:
-        raise ValueError(f"--flow-shift belongs to --schedule flow, not to {schedule}")
-    return GaussianDiffusion(schedule=schedule, prediction=prediction or "eps",
+    if settings.schedule == "flow":
+        if settings.prediction or learn_sigma:
+            name = "prediction" if settings.prediction else "learn-sigma"
+            raise ValueError(f"--{name} belongs to a Gaussian schedule: add --schedule linear or "
+                             "cosine")
+        return RectifiedFlow(settings.flow_shift or 1.0)
+    if settings.flow_shift:
+        raise ValueError(f"--flow-shift belongs to --schedule flow, not to {settings.schedule}")
+    return GaussianDiffusion(schedule=settings.schedule, prediction=settings.prediction or "eps",
                              learn_sigma=learn_sigma)
 
 
@@ -258,10 +256,9 @@ def resolve_first_stage(config, settings):
 
 
 def make_task(config, settings, dataset):
-    """The task of a run: seeds, builds the first stage, then the model -> task.
+    """The task of a run. Every run, study and benchmark starts here: equal flags, equal weights.
 
-    settings.first_stage: new (untrained), none, or a file. Every run, study and benchmark starts
-    here, so equal flags are equal weights. Raises ValueError.
+    settings.first_stage: new (untrained), none, or a file. Raises ValueError.
     """
     torch.manual_seed(config.seed)
     row, name = FAMILIES[find_model(config.model)[0]], getattr(settings, "first_stage", "none")
@@ -280,9 +277,9 @@ def make_task(config, settings, dataset):
 
 
 def keep_numbers(info, known, path):
-    """Words of `info` keep the rows that they have in `known`, of --init; new ones get free rows.
+    """Let the words of `info` keep the rows that they have in `known`, the info of --init.
 
-    Raises ValueError if there is none, and for a class that has another number there.
+    Raises ValueError if no row is free for a new word, or a class has another number there.
     """
     names = known.get("class_names", [])
     for number, name in enumerate(info["class_names"]):
@@ -298,7 +295,13 @@ def keep_numbers(info, known, path):
 
 
 def task_from(state, path, weights="ema"):
-    """A loaded checkpoint of train.py -> its task, with the averaged or raw ("model") weights."""
+    """A loaded checkpoint of train.py -> its task, with averaged or raw ("model") weights.
+
+    Raises ValueError for other files, and for weights that are not there.
+    """
+    if "settings" not in state or "sizes" in state:
+        raise ValueError(f"{path} does not sample by itself: give a diffusion model's checkpoint; "
+                         "what an adapter or concept learned lies beside the memory of its run")
     if weights not in state:
         raise ValueError(f"{path} was exported with averaged weights alone: leave out --weights")
     settings = settings_class(state["task"])(**state["settings"])
@@ -308,47 +311,36 @@ def task_from(state, path, weights="ema"):
     return task
 
 
-def stable_diffusion(parts, dtype, bpe, path, image_size=512):
-    """Stable Diffusion v1's parts, from the file or folder `path` (see pretrained.build) -> task.
-
-    bpe: CLIP's list of merges. Raises ValueError if a part is missing. Source: LDM §4.3.1.
-    """
-    missing = [name for name in ("unet", "vae", "text") if name not in parts]
-    if missing:
-        raise ValueError(f"{path} has no {' and no '.join(missing)}: give the full file"
-                         + (", or a --vae" if "vae" in missing else ""))
-    models, tokenizer = build(parts, dtype), CLIPTokenizer(bpe)
-    settings = settings_class("unet")(first_stage="none", schedule="scaled_linear", cfg_scale=7.5)
-    null, dropout = tokenizer([""])[0], settings.class_dropout
-    model = TextConditional(models["unet"], models["text"], null, dropout)
-    info = {"name": "", "class_names": [], "channels": 3, "image_size": image_size,
-            "examples": ["an astronaut riding a horse"]}
-    process, vae = gaussian_or_flow(settings), models["vae"].eval().requires_grad_(False)
-    return DiffusionTask(settings, info, model, process, vae, tokenizer)
-
-
 def official_task(path, vae, dtype, bpe, image_size):
     """An official DiT, U-DiT or Stable Diffusion v1 file, or a diffusers folder -> its task.
 
-    vae: file of the autoencoder, or None. Raises ValueError. Source: the papers' released code.
+    vae: file of the autoencoder, or None; bpe: CLIP's list of merges. Raises ValueError.
+    Source: LDM §4.3.1; DiT §4; U-DiT §4.1.
     """
     state = {} if os.path.isdir(path) else read_weights(path)
     is_dit, is_udit = "x_embedder.proj.weight" in state, "latent.0.attn1.to_qkv.weight" in state
     parts = {} if is_dit else read_stable_diffusion(path)
     if vae:
         parts["vae"] = read_stable_diffusion(vae)["vae"]
-    if "unet" in parts:
-        return stable_diffusion(parts, dtype, bpe, path, image_size)
+    if not is_dit and (missing := {"unet", "vae", "text"} - parts.keys()):
+        raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}: give the full file"
+                         + (", or a --vae" if "vae" in missing else ""))
+    models = build(parts, dtype)
+    first_stage = models["vae"].eval().requires_grad_(False) if parts else Pixels()
+    info = {"name": "", "class_names": [], "channels": 3, "image_size": image_size,
+            "examples": ["an astronaut riding a horse"]}
     if not is_dit:
-        raise ValueError(f"{path} holds {' and '.join(parts)} only: no model in it samples")
-    first_stage = build(parts, dtype)["vae"].eval().requires_grad_(False) if parts else Pixels()
+        settings = settings_class("unet")(schedule="scaled_linear", cfg_scale=7.5)
+        tokenizer, process = CLIPTokenizer(bpe), gaussian_or_flow(settings)
+        model = TextConditional(models["unet"], models["text"], tokenizer([""])[0], 0.1)
+        return DiffusionTask(settings, info, model, process, first_stage, tokenizer)
     sizes = infer_udit(state) if is_udit else infer_dit(state)
-    model = (UDiT if is_udit else DiT)(**sizes)
+    model, process = (UDiT if is_udit else DiT)(**sizes), GaussianDiffusion(
+        learn_sigma=sizes["learn_sigma"])
     load_weights(model, state, path)
+    info |= {"channels": 3 if parts else sizes["in_channels"],
+             "image_size": model.input_size * first_stage.factor}
     settings = settings_class("dit")(cfg_scale=1.5 if is_udit else 4.0)     # that of their demos
-    info = {"name": "", "class_names": [], "channels": 3 if parts else sizes["in_channels"],
-            "image_size": model.input_size * first_stage.factor}
-    process = GaussianDiffusion(learn_sigma=sizes["learn_sigma"])
     return DiffusionTask(settings, info, model, process, first_stage)
 
 
@@ -369,17 +361,12 @@ def fingerprint(tensors):
 
 
 def base_task(path, bpe, image_size=512):
-    """A text-to-image checkpoint of ours, or Stable Diffusion v1 -> its task, in float32.
-
-    Raises ValueError if it does not read captions.
-    """
-    if is_official(path):
-        parts = read_stable_diffusion(path)
-        return stable_diffusion(parts, torch.float32, bpe, path, image_size)
-    state = load_checkpoint(path)
-    if "vocabulary" not in state.get("info", {}):
-        raise ValueError(f"{path} is no text-to-image checkpoint: try assets/unet-scenes.pt")
-    return task_from(state, path)
+    """A text-to-image checkpoint of ours, or Stable Diffusion v1 -> its task, in float32."""
+    task = official_task(path, None, torch.float32, bpe, image_size) if is_official(path) else (
+        task_from(load_checkpoint(path), path))
+    if task.tokenizer is None:
+        raise ValueError(f"{path} does not read captions: try assets/unet-scenes.pt")
+    return task
 
 
 # flags of a short run beside a base that is already good

@@ -29,7 +29,7 @@ from cli import flag, one_line, parse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from diffusion import randn, seeds
-from models import FAMILIES, official_task, task_from
+from models import official_task, task_from
 from pretrained import is_official
 from udit import fold
 
@@ -139,21 +139,16 @@ def load(path, device="cpu", options=None):
 def load_ours(path, device, options):
     """A file of train.py or adapters.py -> task. Raises ValueError for other files of ours."""
     state = load_checkpoint(path)
-    if "adapter" in state:
-        if not options.base:
-            raise ValueError(f"{path} is an adapter: give the --base that it was trained on")
-        task, model = load(options.base, device, dataclasses.replace(options, base=None))
-        load_adapters(model, state)
-        set_scale(model, state["spec"]["scale"] if options.scale is None else options.scale)
-        return task
     if "tensors" in state:
         raise ValueError(f"{path} is a concept: say --ckpt BASE --concept {path}")
-    if "sizes" in state:
-        raise ValueError(f"{path} is an autoencoder, which samples nothing by itself")
-    if state.get("task") not in FAMILIES:
-        raise ValueError(f"{path} is the memory of a run, for its --resume: give the adapter.pt or "
-                         "concept.pt beside it")
-    return task_from(state, path, options.weights)
+    if "adapter" not in state:
+        return task_from(state, path, options.weights)
+    if not options.base:
+        raise ValueError(f"{path} is an adapter: give the --base that it was trained on")
+    task, model = load(options.base, device, dataclasses.replace(options, base=None))
+    load_adapters(model, state)
+    set_scale(model, state["spec"]["scale"] if options.scale is None else options.scale)
+    return task
 
 
 def add_concept(path, task):
