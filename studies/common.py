@@ -1,9 +1,13 @@
-"""What the studies share: a table that survives a kill, one way to train, one held-out loss, and statistics.
+"""What the studies share: one way to train, a table of results, statistics, text and figures.
 
-A study is a list of cells (variant, seed, ...). Each finished cell adds rows to a CSV in studies/results, so a study
-that was stopped goes on with the same command; `--part 0/2` and `--part 1/2` share one between two processes.
+A study is a list of cells, such as one model with one seed. A finished cell adds its rows to a CSV
+in studies/results, so a study that was stopped goes on with the same command. `--part 0/2` and
+`--part 1/2` divide one between two processes; train its first stage before, with one of them.
+Cell (model, seed k) is the run of `python train.py --model ... --first-stage FILE --seed k`.
 
-    python -m studies.dit_conditioning              # for example; every study says what it asks and what it costs
+    python -m studies.dit_conditioning              # run what is left, print table, plot figure
+    python -m studies.dit_conditioning --summary    # only table and figure, from the CSV
+    python -m studies.report                        # write studies/README.md from all CSVs
 """
 import argparse
 import csv
@@ -18,19 +22,75 @@ import time
 import torch
 from tqdm import tqdm
 
-import data
-from tasks import TASKS, build_first_stage, describe, task_name
-from train import Config, prepare_run, step_maker, train_first_stage
+import train
+from adapters import incomplete_beta
+from models import make_task, resolve_first_stage
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
+def setup(model, out, **flags):
+    """(config, dataset, task) as `python train.py --model MODEL ...` has them, on the CPU.
+
+    flags: those of train.py, {name: value}. A first stage that is to be new is trained once, with
+    seed 0, in OUT/first_stage, and then used by all runs, as --first-stage FILE does.
+    """
+    argv = ["--model", model, "--device", "cpu", "--out", f"{out}/unused"]
+    for name, value in flags.items():
+        word = ("no-" if value is False else "") + name.replace("_", "-")
+        argv += [f"--{word}"] + ([] if isinstance(value, bool) else [str(value)])
+    config, settings = train.read_flags(argv)
+    resolve_first_stage(config, settings)
+    if getattr(settings, "first_stage", "") == "new":
+        shared = dataclasses.replace(config, out=str(out), seed=0)
+        settings.first_stage = train.train_first_stage(shared, settings, train.load_data(shared))
+    dataset = train.load_data(config)
+    return config, dataset, make_task(config, settings, dataset)
+
+
+def train_and_watch(config, dataset, task, every, measure):
+    """Train, and measure(averaged model) -> dict every so many steps -> (rows, averaged model).
+
+    A row has the step, the CPU seconds of training until then, and what was measured.
+    """
+    step, rows, cpu = train.make_step(config, dataset, task), [], 0.0
+    for s in tqdm(range(config.steps), leave=False, unit="step"):
+        begin = time.process_time()
+        step(s)
+        cpu += time.process_time() - begin
+        if (s + 1) % every == 0 or s + 1 == config.steps:
+            rows.append({"step": s + 1, "cpu_s": round(cpu, 2), **measure(step.ema)})
+    return rows, step.ema
+
+
+@torch.no_grad()
+def heldout_loss(task, model, x0, y, levels=8, seed=0):
+    """Loss on pictures x0 (N, C, H, W) that were not trained on, at fixed times and noise.
+
+    Times are the middles of `levels` equal parts of [0, 1000]; the same for every model.
+    """
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
+    losses = []
+    for k in range(levels):
+        t = torch.full((len(x0),), 1000 * (k + 0.5) / levels)
+        for rows in torch.arange(len(x0)).split(100):
+            loss, _ = task.process.loss(model, x0[rows], y[rows], t=t[rows], eps=eps[rows])
+            losses.append(loss.item() * len(rows))
+    return math.fsum(losses) / (levels * len(x0))
+
+
+# --------------------------------------------------------------------------------------------------
+# the table and the command
+
 class Table:
-    """studies/results/NAME.csv. keys: the columns that name a cell. Numbers come back as floats."""
+    """studies/results/NAME.csv. keys: the columns that name a cell. Numbers come back as such."""
 
     def __init__(self, name, keys, folder=None):
-        self.path, self.keys = pathlib.Path(folder or RESULTS) / f"{name}.csv", keys
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.name, self.keys, self.folder = name, keys, folder
+
+    @property
+    def path(self):
+        return pathlib.Path(self.folder or RESULTS) / f"{self.name}.csv"
 
     def rows(self):
         """All rows so far, a list of dicts."""
@@ -42,20 +102,35 @@ class Table:
     def __contains__(self, cell):
         return any(all(_same(row[k], cell[k]) for k in self.keys) for row in self.rows())
 
+    @property
+    def first_edition(self):
+        """Are these rows older than train.make_step? Then they have no column "edition"."""
+        rows = self.rows()
+        return bool(rows) and "edition" not in rows[0]
+
     def add(self, *rows):
-        """Append the rows of one cell in one write: a kill loses the cell that is running, never part of one."""
+        """Append the rows of one cell in one write: a kill loses the running cell and no other."""
         new = not self.path.is_file()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{**row, "edition": 2} for row in rows]
         with open(self.path, "a", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
-            text = [] if not new else [dict(zip(rows[0], rows[0]))]
-            writer.writerows([*text, *({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-                                       for row in rows)])
+            text = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+                    for row in rows]
+            writer.writerows([*([dict(zip(rows[0], rows[0]))] if new else []), *text])
             file.flush()
             os.fsync(file.fileno())
 
     def column(self, name, **where):
         """The values of a column in the rows that match."""
-        return [row[name] for row in self.rows() if all(_same(row[k], v) for k, v in where.items())]
+        return [row[name] for row in self.rows() if all(_same(row[k], where[k]) for k in where)]
+
+    def by(self, unit, name, **where):
+        """{value of the column `unit`: mean of the column `name`} over the rows that match."""
+        groups = {}
+        for key, value in zip(self.column(unit, **where), self.column(name, **where)):
+            groups.setdefault(key, []).append(value)
+        return {key: statistics.fmean(values) for key, values in groups.items()}
 
 
 def _same(stored, asked):
@@ -63,107 +138,110 @@ def _same(stored, asked):
 
 
 def _number(text):
-    try:
-        return int(text)
-    except ValueError:
+    for kind in (int, float):
         try:
-            return float(text)
+            return kind(text)
         except ValueError:
-            return text
+            pass
+    return text
 
 
 def parser(description):
     """The flags that every study takes."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--part", default="0/1", help="this process takes cells i, i+n, ... of the study: i/n (default 0/1)")
+    p = argparse.ArgumentParser(description=description,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--part", default="0/1", help="i/n: this process takes cells i, i+n, ...")
     p.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
-    p.add_argument("--summary", action="store_true", help="only redraw table and figure from the CSV")
-    p.add_argument("--threads", type=int, default=1, help="threads of this process (default 1; two processes beat two)")
+    p.add_argument("--summary", action="store_true", help="only table and figure, from the CSV")
+    p.add_argument("--threads", type=int, default=1, help="threads of this process (default 1)")
     return p
 
 
 def todo(cells, table, part):
-    """The cells of this part that the table does not hold yet, with a progress bar."""
+    """The cells of this part that the table does not hold yet, with a progress bar.
+
+    Raises ValueError if the table is of the first edition, with which new rows do not compare.
+    """
+    if table.first_edition:
+        raise ValueError(f"{table.path} holds rows of the first edition, whose seeds share their "
+                         "noise: remove the file to measure again, or look at it with --summary")
     i, n = map(int, part.split("/"))
     left = [cell for k, cell in enumerate(cells) if k % n == i and cell not in table]
-    for cell in tqdm(left, desc=table.path.stem, unit="cell"):
-        tqdm.write(f"{table.path.stem}: {cell}")
+    for cell in tqdm(left, desc=table.name, unit="cell"):
+        tqdm.write(f"{table.name}: {cell}")
         yield cell
 
 
-def setup(model, out, build=None, **flags):
-    """(config, dataset, task) as train.py would make them; a tiny first stage is trained once, in OUT/first_stage.
-
-    flags: fields of train.Config. build(config, info, first_stage) -> task: for a model that train.py has no name for.
-    """
-    config = prepare_run(Config(model=model, out=f"{out}/nothing", device="cpu", **flags))     # a study saves no models
-    dataset = data.load(config.data, config.image_size, "train", config.data_dir, seed=0)
-    if config.first_stage == "tiny":                            # one first stage for all seeds of the study
-        config.first_stage = train_first_stage(dataclasses.replace(config, out=str(out), seed=0), dataset)
-    first_stage = build_first_stage(config, dataset.images.shape[1])
-    info = describe(dataset, config, first_stage)
-    torch.manual_seed(config.seed)
-    task = (build or TASKS[task_name(model)])(config, info, first_stage)
-    return config, task.prepare(dataset, "cpu"), task           # prepared first: it may set the latents' scale
+def run(args, table, cells, run_cell):
+    """Run the cells that the table lacks: run_cell(cell) -> its rows. With --summary, none."""
+    torch.set_num_threads(args.threads)
+    for cell in () if args.summary else todo(cells, table, args.part):
+        table.add(*run_cell(cell))
 
 
-def train_and_watch(config, dataset, task, every, measure):
-    """Train, and measure(average) -> dict every so many steps -> (rows, average).
-
-    A row has the step, the CPU seconds of the training so far (without the measuring), and what was measured.
-    """
-    run, _, ema = step_maker(config, dataset, task)
-    rows, cpu = [], 0.0
-    for step in tqdm(range(config.steps), leave=False, unit="step"):
-        start = time.process_time()
-        run(step)
-        cpu += time.process_time() - start
-        if (step + 1) % every == 0 or step + 1 == config.steps:
-            rows.append({"step": step + 1, "cpu_s": round(cpu, 2), **measure(ema)})
-    return rows, ema
-
-
-@torch.no_grad()
-def heldout_loss(task, model, x0, y, levels=8, seed=0):
-    """Loss on pictures x0 (N, C, H, W) that were not trained on, at fixed times and noise, the same for every model.
-
-    Times are the middles of `levels` equal parts of [0, 1000].
-    """
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
-    losses = []
-    for k in range(levels):
-        t = torch.full((len(x0),), 1000 * (k + 0.5) / levels)
-        losses += [task.process.loss(model, x0[i:i + 100], y[i:i + 100], t[i:i + 100], eps[i:i + 100])[0].item()
-                   for i in range(0, len(x0), 100)]
-    return statistics.fmean(losses)
-
+# --------------------------------------------------------------------------------------------------
+# statistics, text, figures
 
 def mean_se(values):
     """(mean, standard error of the mean); the error of a single value is nan."""
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    values = list(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
 
 
 def bootstrap(differences, draws=10_000, seed=0):
     """95 % interval of the mean of paired differences, by resampling the pairs -> (low, high)."""
-    rng = random.Random(seed)
-    means = sorted(statistics.fmean(rng.choices(differences, k=len(differences))) for _ in range(draws))
+    rng, n = random.Random(seed), len(differences)
+    means = sorted(statistics.fmean(rng.choices(differences, k=n)) for _ in range(draws))
     return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
 
 
-def write_markdown(name, header, rows, note=""):
-    """studies/results/NAME.md: a table that can be pasted into the README; also printed."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(str(v) for v in row) + " |" for row in rows]
-    text = "\n".join(lines) + "\n" + (f"\n{note}\n" if note else "")
-    (RESULTS / f"{name}.md").write_text(text)
-    print(text)
+def shown(values, digits=2, scale=1, unit=""):
+    """ "mean ± standard error" of values times scale; without an error if there is one value."""
+    mean, error = (scale * v for v in mean_se(values))
+    return f"{mean:.{digits}f}{unit if math.isnan(error) else f' ± {error:.{digits}f}{unit}'}"
 
 
-def figure(name, draw, size=(5, 4), panels=1, **options):
-    """studies/results/NAME.png: draw(axes), or draw(a list of them) for several panels; options of Figure.subplots."""
-    from matplotlib.figure import Figure
+def difference(a, b):
+    """Paired difference of two {unit: value}: (mean of a - b, standard error, t, p of the t-test).
+
+    Raises ValueError if fewer than two units are in both.
+    """
+    gaps = [a[unit] - b[unit] for unit in a if unit in b]
+    if len(gaps) < 2:
+        raise ValueError(f"fewer than two units are in both: {sorted(a)} and {sorted(b)}")
+    (mean, error), df = mean_se(gaps), len(gaps) - 1
+    t = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+    return mean, error, t, incomplete_beta(df / (df + t * t), df / 2, 0.5)
+
+
+def compared(a, b, digits=3, scale=1):
+    """The same as text, "+0.017 ± 0.004 (t 4.5)"; bold if p < 0.05."""
+    mean, error, t, p = difference(a, b)
+    text = f"{scale * mean:+.{digits}f} ± {scale * error:.{digits}f} (t {t:.1f})"
+    return f"**{text}**" if p < 0.05 else text
+
+
+def markdown(header, rows):
+    """A table as text."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def notice(table, text="The seeds had the same timesteps and noise, so the standard errors here "
+                       "are too small. A new run has noise of its own for every seed."):
+    """What to say above a table of the first edition; nothing above one of the second."""
+    return f"> **Rows of the first edition.** {text}\n\n" if table.first_edition else ""
+
+
+def figure(name, plot, size=(5, 4), panels=1, **options):
+    """studies/results/NAME.png by plot(axes), or plot(list of them) for several panels.
+
+    options: of Figure.subplots.
+    """
+    from matplotlib.figure import Figure        # not pyplot, whose backend belongs to the caller
     fig = Figure(figsize=size, dpi=90)
     axes = fig.subplots(1, panels, squeeze=False, **options)
-    draw(axes[0][0] if panels == 1 else axes[0])
+    plot(axes[0][0] if panels == 1 else axes[0])
     fig.tight_layout()
     fig.savefig(RESULTS / f"{name}.png")

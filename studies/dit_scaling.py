@@ -1,77 +1,94 @@
 """Quality against Gflops: does it matter how a DiT spends them?
 
-The claim (DiT, figure 8 and table 4): FID falls with the Gflops of a forward pass, whether they come from width and
-depth or from smaller patches; parameters alone do not explain it.  Here three sizes x three patch sizes on latents of
-`shapes`, equal steps; loss on held-out pictures at fixed times and noise (the target is the same for every patch size).
-20 to 100 CPU-seconds a cell on one thread, 9 cells a seed.
+Claim (DiT, Fig. 8 and Table 4): FID falls with the Gflops of a forward pass, whether they come from
+width and depth or from smaller patches; parameters alone do not explain it. Here: three sizes times
+three patch sizes on latents of `shapes`, 300 steps of 64; the loss on held-out pictures at fixed
+times and noise, whose target is the same for every patch size. 20 to 100 CPU-seconds a cell, 9
+cells a seed.
 
-    python -m studies.dit_scaling                   # -> studies/results/dit_scaling.{csv,md,png}
+    python -m studies.dit_scaling
 """
 import math
-
-import torch
+import statistics
 
 import data
-from studies.common import Table, figure, heldout_loss, mean_se, parser, setup, todo, train_and_watch, write_markdown
+from cli import one_line
+from studies.common import (Table, compared, figure, heldout_loss, markdown, mean_se, notice,
+                            parser, run, setup, shown, train_and_watch)
+from tasks import macs
 
 SIZES, PATCHES, STEPS = ("DiT-64x2", "DiT-96x3", "DiT-128x4"), (4, 2, 1), 300
+TABLE = Table("dit_scaling", ["size", "patch", "seed"])
 
 
-def run_cell(cell):
+def run_cell(cell, steps=STEPS, out="out/studies/shapes", **flags):
     """Train one size and patch with one seed -> its row."""
-    config, dataset, task = setup(f"{cell['size']}/{cell['patch']}", "out/studies/shapes", data="shapes", steps=STEPS,
-                                  seed=cell["seed"])
+    config, dataset, task = setup(f"{cell['size']}/{cell['patch']}", out, data="shapes",
+                                  steps=steps, seed=cell["seed"], **flags)
     test = data.load("shapes", split="test", count=500)
-    x0 = task.encode(data.to_float(test.images))                                            # (500, 4, 8, 8)
-    rows, _ = train_and_watch(config, dataset, task, STEPS,
-                              lambda ema: {"loss": heldout_loss(task, ema, x0, test.labels)})
-    params = sum(p.numel() for p in task.model.parameters())
-    return {**cell, "macs_m": task.macs() / 1e6, "params": params, **rows[-1]}
+    x0 = task.encode(data.to_float(test.images))                                # (500, 4, 8, 8)
+    measure = lambda ema: {"loss": heldout_loss(task, ema, x0, test.labels)}
+    rows, _ = train_and_watch(config, dataset, task, steps, measure)
+    sizes = {"macs_m": macs(task) / 1e6, "params": sum(p.numel() for p in task.model.parameters())}
+    return [{**cell, **sizes, **rows[-1]}]
 
 
-def correlation(x, y):
-    """Pearson's r of two lists."""
-    return torch.corrcoef(torch.tensor([x, y], dtype=torch.float64))[0, 1].item()
-
-
-def summarise(table):
-    """Table, figure, and how well log Gflops and log parameters each explain log loss."""
-    points = []
+def points():
+    """[(size, patch, million MACs, parameters, losses of the seeds)], fewest MACs first."""
+    found = []
     for size in SIZES:
         for patch in PATCHES:
-            if losses := table.column("loss", size=size, patch=patch):
-                one = {c: table.column(c, size=size, patch=patch)[0] for c in ("macs_m", "params")}
-                points.append((size, patch, one["macs_m"], one["params"], mean_se(losses), len(losses)))
-    logs = [[math.log(v) for v in column] for column in zip(*((p[2], p[3], p[4][0]) for p in points))]
-    by_macs, by_params = (correlation(x, logs[2]) for x in logs[:2])
-    note = (f"{STEPS} steps of 64, mean ± standard error over seeds: `python -m studies.dit_scaling`. Correlation of "
-            f"log loss with log MACs {by_macs:.2f}, with log parameters {by_params:.2f}.")
-    write_markdown("dit_scaling", ["model", "seeds", "M MACs", "M params", "held-out loss"],
-                   [[f"{size}/{patch}", n, f"{macs:.1f}", f"{params / 1e6:.2f}", f"{m:.4f} ± {e:.4f}"]
-                    for size, patch, macs, params, (m, e), n in sorted(points, key=lambda p: p[2])], note)
-
-    def draw(axes):
-        for size in SIZES:
-            mine = [p for p in points if p[0] == size]
-            axes.errorbar([p[2] / 1e3 * 2 for p in mine], [p[4][0] for p in mine], [p[4][1] for p in mine], marker="o",
-                          capsize=2, label=size)
-            for _, patch, macs, _, (mean, _), _ in mine:
-                axes.annotate(f"/{patch}", (macs / 1e3 * 2, mean), textcoords="offset points", xytext=(4, 4))
-        axes.set(xlabel="Gflops of a forward pass (2 per multiply-accumulate)", ylabel="held-out loss (velocity MSE)",
-                 xscale="log", yscale="log", title="Quality against Gflops, equal steps")
-        axes.legend()
-    figure("dit_scaling", draw)
+            column = lambda key: TABLE.column(key, size=size, patch=patch)
+            if column("loss"):
+                found.append((size, patch, column("macs_m")[0], column("params")[0],
+                              column("loss")))
+    return sorted(found, key=lambda point: point[2])
 
 
-def main():
-    args = parser(__doc__).parse_args()
-    torch.set_num_threads(args.threads)
-    table = Table("dit_scaling", ["size", "patch", "seed"])
-    cells = [{"size": size, "patch": patch, "seed": seed} for seed in range(args.seeds) for size in SIZES
-             for patch in PATCHES]
-    for cell in [] if args.summary else todo(cells, table, args.part):
-        table.add(run_cell(cell))
-    summarise(table)
+def report():
+    """Table and sentences from the CSV."""
+    found = points()
+    if len(found) < len(SIZES) * len(PATCHES):
+        return ""
+    lines = [[f"{size}/{patch}", len(losses), f"{million:.1f}", f"{params / 1e6:.2f}",
+              shown(losses, 4)] for size, patch, million, params, losses in found]
+    loss = [math.log(mean_se(point[4])[0]) for point in found]
+    by_macs, by_params = (statistics.correlation([math.log(point[k]) for point in found], loss)
+                          for k in (2, 3))
+    wide, fine = (next(p for p in found if p[:2] == name)
+                  for name in (("DiT-128x4", 4), ("DiT-64x2", 1)))
+    gap = compared(*(TABLE.by("seed", "loss", size=p[0], patch=p[1]) for p in (wide, fine)), 4)
+    return (notice(TABLE)
+            + markdown(["model", "seeds", "M MACs", "M params", "held-out loss"], lines)
+            + f"\nThe logarithm of the loss correlates with that of the MACs at {by_macs:.2f}, and "
+            f"with that of the parameters at {by_params:.2f}. A wider model with large patches "
+            f"against a narrow one with small patches: DiT-128x4/4 has {wide[2] / fine[2]:.2f} "
+            f"times the MACs of DiT-64x2/1, and its loss minus the other's is {gap}.\n")
+
+
+def plot(axes):
+    """Held-out loss against Gflops, a line per size."""
+    for size in SIZES:
+        mine = [(2e-3 * p[2], p[1], *mean_se(p[4])) for p in points() if p[0] == size]
+        axes.errorbar(*zip(*((x, mean, error) for x, _, mean, error in mine)), marker="o",
+                      capsize=2, label=size)
+        for x, patch, mean, _ in mine:
+            axes.annotate(f"/{patch}", (x, mean), textcoords="offset points", xytext=(4, 4))
+    axes.set(xlabel="Gflops of a forward pass (2 per multiply-accumulate)", xscale="log",
+             ylabel="held-out loss (velocity MSE)", yscale="log",
+             title="Quality against Gflops, equal steps")
+    axes.legend()
+
+
+@one_line
+def main(argv):
+    """Command line of the study."""
+    args = parser(__doc__).parse_args(argv)
+    cells = [{"size": size, "patch": patch, "seed": seed} for seed in range(args.seeds)
+             for size in SIZES for patch in PATCHES]
+    run(args, TABLE, cells, run_cell)
+    print(report())
+    figure("dit_scaling", plot)
 
 
 if __name__ == "__main__":
