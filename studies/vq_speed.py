@@ -1,18 +1,16 @@
-"""How much do probabilities save? Time and memory of one training step of the mask-and-replace loss, two ways.
+"""Time and memory of the mask-and-replace loss in probabilities and on log-one-hot tensors
 
-Claim: the loss of vqdiffusion.py takes at most half the time and half the memory of the formulas as they were
-published, on log-one-hot tensors. One step is: draw t, noise the tokens, loss, gradient with respect to the logits; no
-network. The size is the paper's: batch 4, 2886 codes, 1024 tokens, 100 steps.
+Claim, ours: the loss of vqdiffusion.py takes at most half the time and half the memory of the
+formulas as they were published, on log-one-hot tensors. One step is: random numbers, noised tokens,
+loss, gradient of the logits; no network. The size is the paper's: batch 4, 2886 codes, 1024 tokens,
+100 steps. Each way runs in a process of its own, so that its peak memory is its own: what the
+operating system counts at the end, less what it counted once the logits were there. On a GPU the
+peak is torch's count of allocated memory. A minute.
 
-    python -m studies.vq_speed          # a minute; writes studies/results/vq_speed.csv
-
-Each way runs in a process of its own, so that its peak memory is its own: what the operating system counts at the end,
-less what it counted once the logits were there. On a GPU the peak is torch's count of allocated memory.
+    python -m studies.vq_speed
+    python -m studies.vq_speed --device cuda
 """
-import argparse
-import csv
 import multiprocessing
-import pathlib
 import resource
 import statistics
 import time
@@ -20,13 +18,16 @@ import time
 import torch
 import torch.nn.functional as F
 
+from cli import one_line
+from studies.common import Table, markdown, parser
 from vqdiffusion import MaskReplace
 
 BATCH, CODES, TOKENS, STEPS = 4, 2886, 1024, 100
+TABLE = Table("vq_speed", ["way", "device"])
 
 
 class LogOneHot:
-    """The published formulas: every distribution is a tensor of log-probabilities (B, K+1, L), one-hot ones too."""
+    """The published formulas: every distribution is a tensor of log-probabilities (B, K+1, L)."""
 
     def __init__(self, chain):
         self.K, self.T, self.weight = chain.num_codes, chain.steps, chain.aux_weight
@@ -34,33 +35,40 @@ class LogOneHot:
         single = dict(zip(("a", "b", "g"), chain.transition(t, t - 1)))
         total = {"a_bar": chain.alpha_bar, "b_bar": chain.beta_bar, "g_bar": chain.gamma_bar}
         self.tables = {k: v.log().float() for k, v in {**single, **total}.items()}
-        self.tables |= {"not_g": (1 - single["g"]).log().float(), "not_g_bar": (1 - chain.gamma_bar).log().float()}
+        self.tables |= {"not_g": (1 - single["g"]).log().float(),
+                        "not_g_bar": (1 - chain.gamma_bar).log().float()}
 
     def at(self, name, t):
-        return self.tables[name].to(t.device)[t].view(-1, 1, 1)                             # (B, 1, 1)
+        """A table's values at t (B,), (B, 1, 1)."""
+        return self.tables[name].to(t.device)[t].view(-1, 1, 1)
 
     def one_hot(self, tokens):
-        return F.one_hot(tokens, self.K + 1).movedim(-1, 1).float().clamp(min=1e-30).log()  # (B, K+1, L)
+        """Tokens (B, L) -> log-probabilities (B, K+1, L)."""
+        return F.one_hot(tokens, self.K + 1).movedim(-1, 1).float().clamp(min=1e-30).log()
 
     def forward_step(self, log_x, t, suffix):
         """log q(x_t | x) with the tables of one step ("") or of all steps so far ("_bar")."""
-        codes = torch.logaddexp(log_x[:, :-1] + self.at("a" + suffix, t), self.at("b" + suffix, t))
-        mask = torch.logaddexp(log_x[:, -1:] + self.at("not_g" + suffix, t), self.at("g" + suffix, t))
+        a, b, g, not_g = (self.at(name + suffix, t) for name in ("a", "b", "g", "not_g"))
+        codes = torch.logaddexp(log_x[:, :-1] + a, b)
+        mask = torch.logaddexp(log_x[:, -1:] + not_g, g)
         return torch.cat([codes, mask], dim=1)
 
     def posterior(self, log_x0, xt, t):
         """log q(x_{t-1} | x_t, x_0) for a one-hot or a guessed x_0."""
         log_xt, masked = self.one_hot(xt), (xt == self.K)[:, None]
         nothing = torch.full_like(log_x0[:, :1], -69.0776)
-        reach = torch.where(masked, self.at("g_bar", t), self.forward_step(log_xt, t, "_bar")[:, :-1])
+        reach = self.forward_step(log_xt, t, "_bar")[:, :-1]
+        reach = torch.where(masked, self.at("g_bar", t), reach)
         step = torch.cat([self.forward_step(log_xt, t, "")[:, :-1], nothing], dim=1)
-        masked_step = torch.cat([self.at("g", t).expand(-1, self.K, -1), torch.zeros_like(self.at("g", t))], dim=1)
+        g = self.at("g", t)
+        masked_step = torch.cat([g.expand(-1, self.K, -1), torch.zeros_like(g)], dim=1)
         step = torch.where(masked, masked_step, step)
         ratio = torch.cat([log_x0[:, :-1] - reach, nothing], dim=1)
         scale = ratio.logsumexp(1, keepdim=True)
         return (self.forward_step(ratio - scale, t - 1, "_bar") + step + scale).clamp(-70, 0)
 
-    def loss(self, model, x0, generator=None):
+    def loss(self, model, x0):
+        """The bound plus the auxiliary loss of x0 (B, L), a scalar."""
         t = torch.randint(self.T, (len(x0),), device=x0.device)
         log_x0 = self.one_hot(x0)
         log_q = self.forward_step(log_x0, t, "_bar")
@@ -69,9 +77,9 @@ class LogOneHot:
         log_p0 = F.log_softmax(model(xt, t, None).double(), dim=1).float()
         log_p0 = torch.cat([log_p0, torch.full_like(log_p0[:, :1], -70)], dim=1).clamp(-70, 0)
         guess, truth = self.posterior(log_p0, xt, t), self.posterior(log_x0, xt, t)
-        kl = (truth.exp() * (truth - guess)).sum(1).sum(1)                                  # (B,)
-        nll = -(log_x0.exp() * guess).sum(1).sum(1)
-        aux = (log_x0[:, :-1].exp() * (log_x0[:, :-1] - log_p0[:, :-1])).sum(1).sum(1)
+        kl = (truth.exp() * (truth - guess)).sum((1, 2))                        # (B,)
+        nll = -(log_x0.exp() * guess).sum((1, 2))
+        aux = (log_x0[:, :-1].exp() * (log_x0[:, :-1] - log_p0[:, :-1])).sum((1, 2))
         base, aux = torch.where(t == 0, nll, kl), torch.where(t == 0, nll, aux)
         return self.T * (base + (2 - t / self.T) * self.weight * aux).sum() / x0.numel()
 
@@ -85,47 +93,59 @@ def measure(way, device, repeats, queue):
     logits = torch.randn(BATCH, *layout, device=device).requires_grad_()
     x0 = torch.randint(CODES, (BATCH, TOKENS), device=device)
     model = lambda x, t, cond: logits
-    loss = (lambda: chain.loss(model, x0)[0]) if way == "ours" else (lambda: LogOneHot(chain).loss(model, x0))
+    ours = lambda: chain.loss(model, x0, **chain.draw(x0.shape, device=device))[0]
+    loss = ours if way == "ours" else lambda: LogOneHot(chain).loss(model, x0)
     if cuda:
         loss().backward()                                       # kernels load at first use
         logits.grad = None
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds, clock = [], time.perf_counter if cuda else time.process_time     # one thread: not what others take
+    most = lambda: (torch.cuda.max_memory_allocated() if cuda else
+                    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    before = torch.cuda.memory_allocated() if cuda else most()
+    # one thread's CPU time, so that other programs do not count
+    seconds, clock = [], time.perf_counter if cuda else time.process_time
     for _ in range(repeats):
-        logits.grad, start = None, clock()
+        logits.grad, begin = None, clock()
         loss().backward()
         if cuda:
             torch.cuda.synchronize()
-        seconds.append(clock() - start)
-    after = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    queue.put((statistics.median(seconds), after - before))
+        seconds.append(clock() - begin)
+    queue.put((statistics.median(seconds), most() - before))
 
 
-def main(argv=None):
-    """Measure both ways, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu (one thread) or cuda")
-    parser.add_argument("--repeats", type=int, default=5, help="steps of which the median time counts")
-    args, rows, spawn = parser.parse_args(argv), {}, multiprocessing.get_context("spawn")
-    for way in ("log-one-hot", "ours"):
+def report():
+    """The table, and the ratios of its rows."""
+    rows = {row["way"]: row for row in TABLE.rows()}
+    if len(rows) < 2:
+        return ""
+    time_, memory = (rows["ours"][key] / rows["log-one-hot"][key]
+                     for key in ("seconds per step", "peak MiB"))
+    lines = [[row[key] for key in ("way", "device", "seconds per step", "peak MiB")]
+             for row in rows.values()]
+    return (markdown(["way", "device", "seconds per step", "peak MiB"], lines)
+            + f"\nOurs takes {time_:.2f} times the time and {memory:.2f} times the memory.\n")
+
+
+@one_line
+def main(argv):
+    """Measure both ways, one after another, and replace the table."""
+    p = parser(__doc__)
+    p.add_argument("--device", default="cpu", help="cpu (one thread) or cuda")
+    p.add_argument("--repeats", type=int, default=5, help="steps of which the median time counts")
+    args, spawn = p.parse_args(argv), multiprocessing.get_context("spawn")
+    rows = []
+    for way in () if args.summary else ("log-one-hot", "ours"):
         queue = spawn.Queue()
         process = spawn.Process(target=measure, args=(way, args.device, args.repeats, queue))
         process.start()
-        rows[way] = queue.get()
+        seconds, peak = queue.get()
         process.join()
-    path = pathlib.Path(__file__).parent / "results" / "vq_speed.csv"
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["way", "device", "seconds per step", "peak MiB"])
-        for way, (seconds, peak) in rows.items():
-            table.writerow([way, args.device, f"{seconds:.3f}", round(peak / 2**20)])
-            print(f"{way:12} {seconds:7.3f} s per step, {peak / 2**20:6.0f} MiB at the peak")
-    time_ratio, memory_ratio = (ours / theirs for ours, theirs in zip(rows["ours"], rows["log-one-hot"]))
-    print(f"ours / log-one-hot: time {time_ratio:.2f}, memory {memory_ratio:.2f}")
+        rows.append({"way": way, "device": args.device, "seconds per step": round(seconds, 3),
+                     "peak MiB": round(peak / 2 ** 20)})
+    if rows:
+        TABLE.path.unlink(missing_ok=True)
+        TABLE.add(*rows)
+    print(report())
 
 
 if __name__ == "__main__":
