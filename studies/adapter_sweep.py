@@ -41,7 +41,7 @@ TABLE = Table("adapter_sweep", ["task", "method", "activation", "scale", "seed"]
 
 
 def learn(world, method, seed=0, activation="relu", scale=1.0, steps=STEPS):
-    """Train an adapter (READ-ADD), "lora" or "full" on a World -> (averaged model, row of facts)."""
+    """Train an adapter (READ-ADD), "lora" or "full" on a World -> (averaged model, facts)."""
     task = copy.copy(world.task)
     task.model = model = copy.deepcopy(world.model).requires_grad_(True)
     torch.manual_seed(seed)
@@ -171,9 +171,11 @@ def adjusted_F(y, factor, *others):
 def permutation_p(y, factor, rounds=1999, seed=0):
     """Share of shuffles of y over the units whose one-way F is at least as large, this one too."""
     rng, y, hits = random.Random(seed), list(y), 1
-    groups = lambda: [[v for v, at in zip(y, factor) if at == level] for level in sorted(set(factor))]
-    # F grows with the sum of squares between groups alone, the total being fixed
-    between = lambda: sum(sum(group) ** 2 / len(group) for group in groups())
+    levels = sorted(set(factor))
+
+    def between():          # F grows with this sum of squares alone, because the total is fixed
+        groups = ([v for v, at in zip(y, factor) if at == level] for level in levels)
+        return sum(sum(group) ** 2 / len(group) for group in groups)
     found = between() - 1e-9
     for _ in range(rounds):
         rng.shuffle(y)

@@ -1,7 +1,7 @@
 """Spectra of the maps inside a U-DiT: does its main path hold low frequencies? (notebooks/02_udit)
 
-U-DiT §3.2 argues that features on a U-Net's main path are mostly low frequencies. The paper plots no
-spectrum; these four functions do.
+U-DiT §3.2 argues that features on a U-Net's main path are mostly low frequencies. The paper plots
+no spectrum; these four functions do.
 
     python -c "from studies.spectra import low_share"
 """
@@ -40,12 +40,12 @@ def radial_spectrum(x):
 
 
 def low_share(x):
-    """Share of the energy of maps x (B, C, S, S), means removed, at |fx|, |fy| < 1/4 cycle per cell.
+    """Share of the energy of maps x (B, C, S, S), means removed, at |fx|, |fy| < 1/4 cycle a cell.
 
     In [0, 1]. A map of half the side can hold these frequencies. Source: U-DiT §3.2.
     """
     low = torch.fft.fftfreq(x.shape[-1], device=x.device).abs() < 0.25                  # (S,)
-    power = torch.fft.fft2(x - x.mean((2, 3), keepdim=True)).abs().square()             # (B, C, S, S)
+    power = torch.fft.fft2(x - x.mean((2, 3), keepdim=True)).abs().square()         # (B, C, S, S)
     return (power[..., low, :][..., low].sum() / power.sum()).item()
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import data
 import sample
 from cli import one_line
+from diffusion import check_options
 from models import FAMILIES, TOKENS, Family, text_conditional
 from studies.common import (Table, compared, markdown, mean_se, notice, parser, run, setup, shown,
                             train_and_watch)
@@ -52,9 +53,11 @@ class NextToken:
         loss = F.cross_entropy(logits.float().flatten(0, 1), x0.flatten())
         return loss, {"ce": loss.detach()}
 
-    def trajectory(self, model, shape, cond=None, uncond=None, sampler=None, steps=None,
-                   cfg_scale=1.0, generator=None, device="cpu"):
+    def trajectory(self, model, shape, cond=None, uncond=None, sampler=None, steps=None, **options):
         """Yield (tokens so far,) * 2, after every token; guidance acts on log-probabilities."""
+        check_options(self, sampler or self.default_sampler, options)
+        cfg_scale, generator, device = (options.get(name, default) for name, default in (
+            ("cfg_scale", 1.0), ("generator", None), ("device", "cpu")))
         context = torch.cat([cond, uncond])                                 # (2B, L, D_ctx)
         token = torch.full((shape[0], 1), self.num_codes, device=device)
         tokens, past = token[:, :0], None
@@ -181,10 +184,12 @@ def report():
                       *(shown(TABLE.column(axis, **where), 1, 100) for axis in AXES),
                       *(f"{value:.3f}" for value in times.values())])
         if where is not rival:
-            slower = [value / mean_se(TABLE.column(key, **rival))[0] for key, value in times.items()]
+            slower = [value / mean_se(TABLE.column(key, **rival))[0]
+                      for key, value in times.items()]
             gap = compared(*(TABLE.by("seed", "all", **w) for w in (where, rival)), 1, 100)
-            text += (f"- {where['calls']} calls take {slower[0]:.2f} times as long as the rival for "
-                     f"one picture, {slower[1]:.2f} times for 48; `all` minus the rival's: {gap}\n")
+            text += (f"- {where['calls']} calls take {slower[0]:.2f} times as long as the rival "
+                     f"for one picture, {slower[1]:.2f} times for 48; `all` minus the rival's: "
+                     f"{gap}\n")
     count = 240 if TABLE.first_edition else TABLE.column("captions")[0]
     return (notice(TABLE, "The seeds of the autoregressive model hid the same captions, so its "
                           "standard errors are too small; those of VQ-Diffusion are runs of "

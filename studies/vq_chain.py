@@ -86,7 +86,8 @@ def report():
                   for axis in AXES)] for n in (50, 25, 10, 5)]
     few = [[n, *(compared(by(axis, n, "exact"), by(axis, 100, "exact"), 1, 100) for axis in AXES)]
            for n in (25, 5)]
-    return ("**How much to mask**\n\n" + notice(MASKS) + markdown(["masked at the end", *AXES], masks)
+    return ("**How much to mask**\n\n" + notice(MASKS)
+            + markdown(["masked at the end", *AXES], masks)
             + f"\nPer cent of {captions_of(MASKS)} captions after {STEPS} steps. One-way analysis "
             f"of variance of `all` over the rates: F {F:.1f}, p {p:.2g}. Shapes are near chance "
             "after so few steps, so this table does not test the claim.\n\n"

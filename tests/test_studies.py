@@ -1,80 +1,239 @@
-"""The studies' plumbing, and that the committed tables say what the committed CSV files say."""
+"""The studies train as train.py does, stop and go on; the report says what the CSVs say."""
+import csv
 import importlib
 import itertools
 import math
 import pathlib
 import random
 import statistics
+import types
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import data
-from studies import common
+import models
+import train
+import worlds
+from adapters import anova
+from diffusion import RectifiedFlow
+from studies import common, report
+from studies.adapter_sweep import adjusted_F, permutation_p
 
 RESULTS = pathlib.Path(common.__file__).parent / "results"
-TABLES = {**{name: [name] for name in ("dit_conditioning", "dit_scaling", "udit_ablation", "vq_autoregressive",
-                                       "adapter_sweep")},
-          "vq_chain": ["vq_mask", "vq_samplers"],
-          "custom_concepts": ["custom_concepts", "custom_pairs", "custom_compression", "custom_change"]}
-DONE = [name for name, tables in TABLES.items() if (RESULTS / f"{tables[-1]}.md").is_file()]
+PLOTTED = ("dit_conditioning", "dit_scaling", "udit_ablation", "vq_chain", "adapter_sweep")
+TINY = {"data": "shapes", "batch_size": 4, "steps": 3, "first_stage_steps": 2}
 
+
+@pytest.fixture
+def few_pictures(monkeypatch):
+    """The drawn worlds with at most 300 pictures; models.FAMILIES as it was, afterwards."""
+    whole = worlds.draw_world
+    monkeypatch.setattr(worlds, "draw_world", lambda name, size, split, count, *more: whole(
+        name, size, split, min(count or 300, 300), *more))
+    before = dict(models.FAMILIES), {f: dict(row.sizes) for f, row in models.FAMILIES.items()}
+    yield
+    models.FAMILIES.clear()
+    models.FAMILIES.update(before[0])
+    for family, sizes in before[1].items():
+        models.FAMILIES[family].sizes.clear()
+        models.FAMILIES[family].sizes.update(sizes)
+
+
+# --------------------------------------------------------------------------------------------------
+# training
+
+def losses_of(config, dataset, task):
+    step = train.make_step(config, dataset, task)
+    return [step(s)[0]["loss"].item() for s in range(config.steps)]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_study_with_a_seed_is_the_run_of_train_with_it(seed, tmp_path, few_pictures):
+    mine = losses_of(*common.setup("DiT-32x1/4", tmp_path, seed=seed, **TINY))
+    shared = tmp_path / "first_stage" / "ckpt.pt"
+    assert not (tmp_path / "unused").exists()               # a study keeps no checkpoints of models
+    train.main(["--model", "DiT-32x1/4", "--data", "shapes", "--batch-size", "4", "--steps", "3",
+                "--first-stage", str(shared), "--seed", str(seed), "--device", "cpu",
+                "--log-every", "1", "--out", str(tmp_path / "run")])
+    with open(tmp_path / "run" / "log.csv", newline="") as file:
+        assert [f"{loss:.9g}" for loss in mine] == [row["loss"] for row in csv.DictReader(file)]
+
+
+def test_seeds_share_the_first_stage_and_nothing_else(tmp_path, few_pictures):
+    drawn, stages, weights = [], [], []
+    for seed in (0, 1):
+        config, dataset, task = common.setup("DiT-32x1/4", tmp_path, seed=seed, **TINY)
+        stages.append(torch.cat([p.flatten() for p in task.first_stage.parameters()]))
+        weights.append(torch.cat([p.flatten() for p in task.model.parameters()]))
+        original = task.draw
+        task.draw = lambda *args, draw=original: drawn.append(draw(*args)) or dict(drawn[-1])
+        losses_of(config, dataset, task)
+    assert torch.equal(*stages) and not torch.equal(*weights)
+    for a, b in zip(drawn[:3], drawn[3:]):                  # three steps of seed 0 and of seed 1
+        for name in ("t", "eps", "drop"):
+            assert not torch.isclose(a[name], b[name]).any()
+
+
+def test_watching_measures_the_average_on_time(tmp_path, few_pictures):
+    seen = []
+    config, dataset, task = common.setup("DiT-32x1/4", tmp_path, first_stage="none", image_size=8,
+                                         data="shapes", batch_size=4, steps=5)
+    rows, ema = common.train_and_watch(config, dataset, task, 2,
+                                       lambda ema: seen.append(ema) or {"loss": len(seen)})
+    assert [(row["step"], row["loss"]) for row in rows] == [(2, 1), (4, 2), (5, 3)]
+    assert all(model is ema for model in seen) and ema is not task.model
+    assert rows[0]["cpu_s"] <= rows[1]["cpu_s"] <= rows[2]["cpu_s"]
+
+
+def test_heldout_loss_is_exact_for_a_model_that_knows_the_noise():
+    """On x0 = 0 the best velocity is eps = xt / u, with loss 0; predicting 0 costs eps^2."""
+    task = types.SimpleNamespace(process=RectifiedFlow())
+    x0, y = torch.zeros(150, 2, 4, 4), torch.zeros(150, dtype=torch.int64)
+    knows = lambda x, t, y: x / (t / 1000).view(-1, 1, 1, 1)
+    assert common.heldout_loss(task, knows, x0, y) < 1e-12
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).double()
+    blind = common.heldout_loss(task, lambda x, t, y: 0 * x, x0, y)
+    assert blind == pytest.approx(eps.square().mean().item(), rel=1e-5)
+    # weights of times: a model that returns t has loss mean over levels of (t - eps)^2
+    clock = common.heldout_loss(task, lambda x, t, y: t.view(-1, 1, 1, 1) + 0 * x, x0, y, levels=2)
+    wanted = statistics.fmean(((t - eps) ** 2).mean().item() for t in (250, 750))
+    assert clock == pytest.approx(wanted, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# the table
 
 def test_a_stopped_study_goes_on_and_parts_share_it(tmp_path):
     cells = [{"variant": v, "seed": s} for v, s in itertools.product("ab", range(3))]
     table = common.Table("toy", ["variant", "seed"], tmp_path)
     for k, cell in enumerate(common.todo(cells, table, "0/1")):
         if k == 2:
-            break                                               # killed before the third cell's row
+            break                                           # killed before the third cell's row
         table.add(*({**cell, "step": step, "loss": 0.125 * step} for step in (1, 2)))
     again = common.Table("toy", ["variant", "seed"], tmp_path)
     assert len(again.rows()) == 4 and again.rows()[1]["loss"] == 0.25
     left = [list(common.todo(cells, again, part)) for part in ("0/2", "1/2")]
-    assert sum(left, []) == [c for k, c in [*enumerate(cells)][::2] + [*enumerate(cells)][1::2] if k > 1]
-    assert again.column("step", variant="a", seed=1) == [1, 2] and {"variant": "b", "seed": 0} not in again
-    assert again.column("step", variant="a", seed=1.0) == [1, 2] and {"variant": "a", "seed": 1.0} in again
+    assert left == [[cells[2], cells[4]], [cells[3], cells[5]]]
+    assert again.column("step", variant="a", seed=1) == [1, 2]
+    assert again.column("step", variant="a", seed=1.0) == [1, 2]
+    assert {"variant": "a", "seed": 1.0} in again and {"variant": "b", "seed": 0} not in again
+    assert again.by("seed", "loss", variant="a") == {0: 0.1875, 1: 0.1875}
 
+
+def test_rows_of_the_first_edition_are_shown_as_such_and_never_mixed(tmp_path):
+    table = common.Table("old", ["seed"], tmp_path)
+    (tmp_path / "old.csv").write_text("seed,loss\n0,0.5\n")
+    assert table.first_edition and "first edition" in common.notice(table)
+    with pytest.raises(ValueError, match="old.csv.*remove the file"):
+        list(common.todo([{"seed": 1}], table, "0/1"))
+    (tmp_path / "old.csv").unlink()
+    table.add({"seed": 0, "loss": 0.5})
+    assert not table.first_edition and common.notice(table) == ""
+    assert list(common.todo([{"seed": 0}, {"seed": 1}], table, "0/1")) == [{"seed": 1}]
+
+
+# --------------------------------------------------------------------------------------------------
+# statistics
 
 def test_statistics():
     mean, error = common.mean_se([1.0, 2.0, 4.0])
-    assert mean == pytest.approx(7 / 3) and error == pytest.approx(statistics.stdev([1, 2, 4]) / 3 ** 0.5)
-    assert math.isnan(common.mean_se([1.0])[1])
+    assert mean == pytest.approx(7 / 3)
+    assert error == pytest.approx(statistics.stdev([1, 2, 4]) / 3 ** 0.5)
+    assert math.isnan(common.mean_se([1.0])[1]) and common.shown([0.5], 1, 100, " %") == "50.0 %"
     rng = random.Random(1)
-    gaps = [rng.gauss(1.0, 1.0) for _ in range(400)]            # s.e. 0.05: a 95 % interval is about 0.2 wide
+    gaps = [rng.gauss(1.0, 1.0) for _ in range(400)]        # s.e. 0.05: the interval is 0.2 wide
     low, high = common.bootstrap(gaps, 2000)
     assert low < statistics.fmean(gaps) < high and 0.17 < high - low < 0.23
 
 
-def test_heldout_loss_is_exact_for_a_model_that_knows_the_noise():
-    """On x0 = 0 the best velocity is eps = xt / u: no loss; predicting nothing costs eps squared, about 1."""
-    class Task:
-        process = __import__("diffusion").RectifiedFlow()
-    x0, y = torch.zeros(150, 2, 4, 4), torch.zeros(150, dtype=torch.int64)
-    knows = lambda x, t, y: x / (t / 1000).view(-1, 1, 1, 1)
-    assert common.heldout_loss(Task, knows, x0, y) < 1e-12
-    blind = common.heldout_loss(Task, lambda x, t, y: torch.zeros_like(x), x0, y)
-    assert blind == pytest.approx(1.0, abs=0.1) == common.heldout_loss(Task, lambda x, t, y: 0 * x, x0, y)
+def test_a_difference_is_paired_and_its_p_is_students():
+    a, b = {0: 1.0, 1: 2.0, 2: 4.0, 9: 7.0}, {2: 1.0, 1: 1.0, 0: 1.0}
+    mean, error, t, p = common.difference(a, b)             # 0, 1, 3: unit 9 has no partner
+    assert (mean, error) == pytest.approx((4 / 3, common.mean_se([0, 1, 3])[1]))
+    # Student's t with 2 degrees of freedom: p = 1 - t / sqrt(t^2 + 2)
+    assert t == pytest.approx(mean / error) and p == pytest.approx(1 - t / (t * t + 2) ** 0.5)
+    assert common.difference(b, a)[2] == pytest.approx(-t)
+    almost, enough = ({k: 1 + x * s for k, x in enumerate((-1, 0, 1))} for s in (0.41, 0.40))
+    zero = dict.fromkeys(range(3), 0.0)                     # t = sqrt(3) / s: 4.22, 4.33
+    assert not common.compared(almost, zero).startswith("*")
+    assert common.compared(enough, zero).startswith("**+1.000")
+    with pytest.raises(ValueError, match="two units"):
+        common.difference({0: 1.0}, {1: 1.0})
 
 
-@pytest.mark.parametrize("name", DONE)
-def test_committed_tables_follow_from_the_committed_rows(name, tmp_path, monkeypatch):
-    for table in TABLES[name]:
-        (tmp_path / f"{table}.csv").write_bytes((RESULTS / f"{table}.csv").read_bytes())
+def test_adjusted_F_is_the_textbook_in_a_balanced_design_and_anova_without_others():
+    rng = np.random.RandomState(0)
+    y = rng.randn(4, 3)                                     # rows: levels of a, columns: of b
+    a, b = (list(axis.flatten()) for axis in np.indices(y.shape))
+    rows, columns = y.mean(1, keepdims=True), y.mean(0, keepdims=True)
+    left = ((y - rows - columns + y.mean()) ** 2).sum() / (3 * 2)
+    wanted = 3 * ((rows - y.mean()) ** 2).sum() / 3 / left
+    values = list(y.flatten())
+    assert adjusted_F(values, a, b)[0] == pytest.approx(wanted)
+    assert adjusted_F(values, a) == pytest.approx(anova(list(y)))
+    # a confounded pair of levels adds nothing: the answer stays that of the rest
+    extra = values + [9.0], a + [7], b + [7]
+    assert adjusted_F(*extra)[0] == pytest.approx(wanted)
+
+
+def test_the_permutation_p_is_the_share_of_relabelings():
+    y, factor = [0.0, 1.0, 10.0, 11.0], ["a", "a", "b", "b"]    # 8 of 24 orders are as extreme
+    assert permutation_p(y, factor, 3000) == pytest.approx(1 / 3, abs=0.035)    # 4 s.e.
+    assert permutation_p([1.0, 1.0, 1.0, 1.0], factor, 50) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# the studies
+
+@pytest.mark.parametrize("name", PLOTTED)
+def test_summary_prints_the_report_and_plots(name, tmp_path, monkeypatch, capsys):
+    for path in RESULTS.glob("*.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.setattr("sys.argv", [name, "--summary"])
-    importlib.import_module(f"studies.{name}").main()
-    for table in TABLES[name]:
-        assert (tmp_path / f"{table}.md").read_text() == (RESULTS / f"{table}.md").read_text()
-    drawn = {path.name for path in RESULTS.glob("*.png")} & {f"{table}.png" for table in TABLES[name]}
-    assert all((tmp_path / png).stat().st_size > 5000 for png in drawn)
+    module = importlib.import_module(f"studies.{name}")
+    module.main(["--summary"])
+    assert capsys.readouterr().out.strip() == module.report().strip() != ""
+    assert (tmp_path / f"{report.FIGURES.get(name, name)}.png").stat().st_size > 5000
+
+
+def test_the_report_is_what_the_committed_rows_say():
+    written = (pathlib.Path(common.__file__).parent / "README.md").read_text()
+    assert written == report.document(), "write it anew: python -m studies.report"
+
+
+def test_the_report_follows_the_rows_and_leaves_out_what_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert report.document() == report.HEAD
+    table = common.Table("default_run", ["flags", "seed"])
+    for seed, right, half in ((0, 1.0, 0.9), (1, 0.98, 0.96), (2, 1.0, 0.9)):
+        row = {"seed": seed, "steps": 1000, "cpu_s": 150.0, "legible": right}
+        table.add({"flags": "", **row, "right": right})
+        table.add({"flags": "--steps 500", **row, "right": half})
+    text = report.section("default_run")
+    assert "| `python train.py` | 3 | 1000 | 150 | 99.3 ± 0.7 | 99.3 ± 0.7 |" in text
+    assert "right -7.3 ± 2.7 (t -2.8)" in text and "python -m studies.default_run" in text
+    assert text in report.document() and "first edition.**" not in text
+
+
+def test_the_models_of_the_udit_ablation_have_equal_macs(few_pictures):
+    from studies import udit_ablation as study
+    from tasks import macs
+    study.add_models()
+    stage = types.SimpleNamespace(kind="stub", latent_shape=lambda shape: (4, 16, 16))
+    info = {"channels": 3, "image_size": 32, "class_names": list(worlds.CLASS_NAMES)}
+    for name, (family, _) in study.MODELS.items():
+        with torch.device("meta"):
+            task = models.build_task(name, models.settings_class(family)(), info, stage)
+        assert macs(task) == pytest.approx(28.3e6, rel=0.01), name
 
 
 def test_the_autoregressive_rival_is_causal_remembers_exactly_and_has_the_same_size():
     from studies.vq_autoregressive import CausalTransformer
     from vqdiffusion import VQ_CONFIGS, VQTransformer
     torch.manual_seed(0)
-    model, tokens, words = CausalTransformer(256, 64), torch.randint(256, (2, 64)), torch.randn(2, 5, 64)
+    model, tokens = CausalTransformer(256, 64), torch.randint(256, (2, 64))
+    words = torch.randn(2, 5, 64)
     whole, past, one_by_one = model(tokens, None, words)[0], None, []
     for i in range(64):
         logits, past = model(tokens[:, i:i + 1], past, words)
@@ -88,29 +247,44 @@ def test_the_autoregressive_rival_is_causal_remembers_exactly_and_has_the_same_s
     assert count(model) == pytest.approx(count(rival), rel=1e-3)
 
 
-def test_captions_of_photographs_say_class_and_tone(tmp_path, monkeypatch):
-    from studies import dreambooth
-    monkeypatch.setattr(dreambooth, "OUT", tmp_path / "out")
-    dark, bright, cold, warm, gray = (0, 0, 0), (240, 240, 240), (0, 100, 200), (200, 100, 0), (110, 110, 110)
-    for k, rgb in enumerate([gray, dark, gray, cold, gray, bright, gray, warm, gray, gray, gray, gray]):
-        folder = tmp_path / "photos" / ("dog" if k < 6 else "ship")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), rgb).save(folder / f"{k:02}.png")
-    drawn = data.load(dreambooth.captioned(f"folder:{tmp_path / 'photos'}"))
-    kinds = ["dog"] * 6 + ["ship"] * 6
-    words = {1: "dark ", 3: "cold ", 5: "bright ", 7: "warm "}              # every second caption has a tone
-    assert drawn.captions == [f"a {words.get(k, '')}photo of a {kind}" for k, kind in enumerate(kinds)]
-    assert drawn.images[3, :, 0, 0].tolist() == [0, 100, 200]
+def test_autoregression_samples_what_its_network_says_and_its_loss_is_exact():
+    from studies.vq_autoregressive import NextToken
+    process, seen = NextToken(5), []
+
+    def model(tokens, past, context):
+        """After code k comes k + 1 (the start sign 5 counts as 1), if the context says 1."""
+        seen.append(tokens)
+        sure = 40.0 * torch.nn.functional.one_hot((tokens % 5 + 1 + (tokens == 5)) % 5, 5)
+        return sure * context[:, :1, :1], past
+
+    yes, no = torch.ones(3, 2, 1), torch.zeros(3, 2, 1)
+    states = list(process.trajectory(model, (3, 4), yes, no, cfg_scale=1.0))
+    assert states[-1][0].tolist() == [[2, 3, 4, 0]] * 3 and len(states) == 4
+    x0 = torch.tensor([[2, 3, 4, 0], [2, 3, 4, 1]])
+    assert process.loss(model, x0, yes[:2])[0].item() == pytest.approx(40 / 8, rel=1e-5)
+    assert seen[-1][1].tolist() == [5, 2, 3, 4]             # shifted by one, after a start sign
+    assert process.loss(model, x0, no[:2])[0].item() == pytest.approx(math.log(5))
 
 
-def test_drawing_leaves_the_callers_backend_alone(tmp_path, monkeypatch):
+def test_the_rival_and_a_short_chain_train_and_sample(tmp_path, monkeypatch, few_pictures):
+    from studies import vq_autoregressive, vq_chain
+    monkeypatch.setattr(vq_chain, "OUT", tmp_path)
+    monkeypatch.setattr(vq_autoregressive, "OUT", tmp_path)
+    flags = {"first_stage": "new", "first_stage_steps": 2}
+    task, model = vq_autoregressive.autoregressive(0, 2, **flags)
+    row = vq_chain.accuracy(task, model, ["a red circle on gray", "a red circle above a cyan ring"])
+    assert row["captions"] == 2 and set(vq_chain.AXES) < set(row)
+    task, model = vq_chain.short_run(0.25, 0, 2, **flags)
+    assert task.process.gamma_bar[99].item() == pytest.approx(0.25)
+    captions = ["a red circle above a cyan ring"]
+    assert vq_chain.accuracy(task, model, captions, steps=2)["captions"] == 1
+
+
+def test_plotting_leaves_the_callers_backend_alone(tmp_path, monkeypatch):
     """In a notebook a switch of backend would hide all later figures."""
     import matplotlib
-    from train import draw_loss
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     matplotlib.use("svg")
-    (tmp_path / "log.csv").write_text("step,loss\n1,2.0\n2,1.0\n")
-    draw_loss(tmp_path)
-    common.figure("two", lambda panels: [axes.plot([1, 2]) for axes in panels], (4, 2), 2, sharey=True)
+    common.figure("two", lambda panels: [axes.plot([1, 2]) for axes in panels], (4, 2), 2)
     assert matplotlib.get_backend().lower() == "svg"
-    assert (tmp_path / "loss.png").stat().st_size > 3000 and (tmp_path / "two.png").stat().st_size > 3000
+    assert (tmp_path / "two.png").stat().st_size > 3000
