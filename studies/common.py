@@ -12,6 +12,7 @@ Cell (model, seed k) is the run of `python train.py --model ... --first-stage FI
 import argparse
 import csv
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -96,8 +97,8 @@ class Table:
         """All rows so far, a list of dicts."""
         if not self.path.is_file():
             return []
-        with open(self.path, newline="") as file:
-            return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        state = self.path.stat()
+        return _read(self.path, state.st_mtime_ns, state.st_size)
 
     def __contains__(self, cell):
         return any(all(_same(row[k], cell[k]) for k in self.keys) for row in self.rows())
@@ -131,6 +132,13 @@ class Table:
         for key, value in zip(self.column(unit, **where), self.column(name, **where)):
             groups.setdefault(key, []).append(value)
         return {key: statistics.fmean(values) for key, values in groups.items()}
+
+
+@functools.lru_cache(64)
+def _read(path, changed, size):
+    """Rows of a CSV; kept until the file changes."""
+    with open(path, newline="") as file:
+        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def _same(stored, asked):

@@ -14,6 +14,7 @@ import shutil
 import time
 
 import sample
+from checkpoint import load_checkpoint
 from cli import one_line
 from evaluate import class_accuracy
 from studies.common import Table, compared, markdown, mean_se, parser, run, shown
@@ -33,12 +34,12 @@ def run_cell(cell, out="out/studies/default_run", extra=(), samples=480):
     argv = [*cell["flags"].split(), "--seed", str(cell["seed"]), "--device", "cpu", "--out", folder]
     begin = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
-        path = train_main([*argv, *extra])
+        train_main([*argv, *extra])
     seconds = time.process_time() - begin
-    pictures, labels, _ = sample.draw(f"{folder}/ckpt.pt", n=samples, device="cpu")
+    path = f"{folder}/ckpt.pt"
+    pictures, labels, _ = sample.draw(path, n=samples, device="cpu")
     rates = class_accuracy(pictures, labels)
-    steps = sample.load_checkpoint(f"{folder}/ckpt.pt")["step"]
-    return [{**cell, "steps": steps, "cpu_s": seconds, "right": rates["all"][0],
+    return [{**cell, "steps": load_checkpoint(path)["step"], "cpu_s": seconds, "right": rates["all"][0],
              "legible": rates["legible"][0]}]
 
 
