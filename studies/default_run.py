@@ -39,8 +39,8 @@ def run_cell(cell, out="out/studies/default_run", extra=(), samples=480):
     path = f"{folder}/ckpt.pt"
     pictures, labels, _ = sample.draw(path, n=samples, device="cpu")
     rates = class_accuracy(pictures, labels)
-    return [{**cell, "steps": load_checkpoint(path)["step"], "cpu_s": seconds, "right": rates["all"][0],
-             "legible": rates["legible"][0]}]
+    return [{**cell, "steps": load_checkpoint(path)["step"], "cpu_s": seconds,
+             "right": rates["all"][0], "legible": rates["legible"][0]}]
 
 
 def report():
