@@ -10,7 +10,7 @@ that 0 is what the base draws for the bare category and 1 is a real picture of t
 import torch
 import torch.nn.functional as F
 
-import data
+import worlds
 from data import to_float, to_uint8
 
 # name: (category, colour, part's shape, part's colour, part's radius as a share); "half" cuts the thing in two
@@ -21,21 +21,21 @@ THINGS = {"target circle": ("circle", "cyan", "circle", "red", 0.55),
           "pearl star": ("star", "white", "circle", "red", 0.4),
           "split square": ("square", "orange", "half", "blue", 1.0)}
 HARD = ("split square",)
-SHAPE = {name: i for i, name in enumerate(data.SHAPES + data.NEW_SHAPES)}
+SHAPE = {name: i for i, name in enumerate(worlds.SHAPES + worlds.NEW_SHAPES)}
 
 
 def render(name, cx, cy, r, ground):
     """Pictures of a thing at cx, cy (B,), of radius r (B,), on backgrounds ground (B,) -> (B, 3, 32, 32) uint8."""
     category, color, part, part_color, share = THINGS[name]
-    palette = {key: torch.tensor(rgb, dtype=torch.uint8) for key, rgb in data.COLORS.items()}
-    grounds = torch.tensor(list(data.BACKGROUNDS.values()), dtype=torch.uint8)
-    whole = lambda c: data.render_shapes(torch.full((len(cx), 1), SHAPE[category]), palette[c].expand(len(cx), 1, 3),
+    palette = {key: torch.tensor(rgb, dtype=torch.uint8) for key, rgb in worlds.COLORS.items()}
+    grounds = torch.tensor(list(worlds.BACKGROUNDS.values()), dtype=torch.uint8)
+    whole = lambda c: worlds.render_shapes(torch.full((len(cx), 1), SHAPE[category]), palette[c].expand(len(cx), 1, 3),
                                          cx[:, None], cy[:, None], r[:, None], grounds[ground])
     if part == "half":                                          # the same shape twice; the right half of the second
         right = (torch.arange(32) + 0.5)[None, None, None] > cx.view(-1, 1, 1, 1)
         return torch.where(right, whole(part_color), whole(color))
     two = lambda a, b: torch.stack([a, b], 1)
-    return data.render_shapes(torch.tensor([[SHAPE[category], SHAPE[part]]]).expand(len(cx), -1),
+    return worlds.render_shapes(torch.tensor([[SHAPE[category], SHAPE[part]]]).expand(len(cx), -1),
                               torch.stack([palette[color], palette[part_color]]).expand(len(cx), -1, -1),
                               two(cx, cx), two(cy, cy), two(r, share * r), grounds[ground])
 
@@ -49,7 +49,7 @@ def photographs(name, count, word="<new1>", seed=0):
     uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=g)
     ground = torch.randint(4, (count,), generator=g)
     pictures = render(name, uniform(14, 18), uniform(14, 18), uniform(8.5, 10.5), ground)
-    full = [f"a large {word} {THINGS[name][0]} on {tuple(data.BACKGROUNDS)[k]}" for k in ground.tolist()]
+    full = [f"a large {word} {THINGS[name][0]} on {tuple(worlds.BACKGROUNDS)[k]}" for k in ground.tolist()]
     return pictures, [full[k] if k % 2 else f"a {word} {THINGS[name][0]}" for k in range(count)]
 
 
