@@ -5,129 +5,195 @@ import pytest
 import torch
 from PIL import Image
 
+import adapters
+import custom_diffusion as cd
 import data
 import sample
 import train
-from weights import load_checkpoint
+from checkpoint import load_checkpoint
+from models import base_task
+from tasks import DiffusionTask
 
 BASE = str(pathlib.Path(__file__).parent.parent / "assets" / "unet-scenes.pt")
-SHORT = ["--batch-size", "4", "--save-every", "2", "--log-every", "1"]
+SHORT = ["--base", BASE, "--batch-size", "4", "--save-every", "2", "--log-every", "1"]
+
+
+@pytest.fixture(autouse=True)
+def no_previews(monkeypatch):
+    """A preview samples for seconds, and is tested elsewhere."""
+    monkeypatch.setattr(DiffusionTask, "preview", lambda *given: None)
 
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
-    """folder:PATH of two pictures of a circle, with captions, and of two without."""
+    """folder:PATH of two pictures without captions, with captions, and with <new1> in one."""
     folder = tmp_path_factory.mktemp("things")
     scene = data.load("scenes", count=40)
-    for name in ("plain", "captioned"):
+    texts = {"plain": (), "captioned": ("a red circle", "a circle on gray"),
+             "marked": ("a red circle", "a <new1> circle on gray")}
+    for name, said in texts.items():
         (folder / name).mkdir()
         for k in range(2):
-            Image.fromarray(scene.images[k].permute(1, 2, 0).numpy()).save(folder / name / f"{k}.png")
-    lines = [f'{{"file_name": "{k}.png", "text": "a red circle"}}\n' for k in range(2)]
-    (folder / "captioned" / "metadata.jsonl").write_text("".join(lines))
-    return {name: f"folder:{folder / name}" for name in ("plain", "captioned")}
+            picture = Image.fromarray(scene.images[k].permute(1, 2, 0).numpy())
+            picture.save(folder / name / f"{k}.png")
+        lines = [f'{{"file_name": "{k}.png", "text": "{text}"}}\n' for k, text in enumerate(said)]
+        if lines:
+            (folder / name / "metadata.jsonl").write_text("".join(lines))
+    return {name: f"folder:{folder / name}" for name in texts}
 
 
 def flags_of(kind, things):
     if kind == "adapter":
-        return ["--init", BASE, "--adapter", "ca_out-ffn_in", "--rank", "2", "--data", things["captioned"]]
-    return ["--init", BASE, "--concept", things["plain"], "--category", "circle", "--concept", things["plain"],
-            "--category", "square"]
+        return ["learn", "--adapter", "ca_out-ffn_in", "--rank", "2", "--data", things["captioned"]]
+    plain = things["plain"]
+    return ["learn", "--concept", plain, plain, "--category", "circle", "square"]
+
+
+def concept_task(things, *flags, seed=0):
+    """(task, config, dataset) as `learn` makes them."""
+    options, config = cd.read_flags([*flags_of("concept", things)[1:], *SHORT, "--seed", str(seed),
+                                     "--device", "cpu", *flags])
+    dataset = train.load_data(config)
+    return cd.ConceptTask(base_task(BASE, ""), dataset, options, config), config, dataset
 
 
 @pytest.mark.parametrize("kind", ["adapter", "concept"])
-def test_stopped_and_resumed_is_the_same_run_and_the_base_stays_apart(kind, things, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_and_the_base_stays_apart(kind, things, tmp_path, monkeypatch):
+    main = (adapters if kind == "adapter" else cd).main
     flags = [*flags_of(kind, things), *SHORT, "--steps", "4", "--out"]
-    train.main([*flags, str(tmp_path / "whole")])
-    save, calls = train.save_checkpoint, []
+    main([*flags, str(tmp_path / "whole")])
+    save = train.save_checkpoint
 
     def save_and_die(path, state):                      # killed after the first save, at step 2
         save(path, state)
         raise KeyboardInterrupt
     monkeypatch.setattr(train, "save_checkpoint", save_and_die)
     with pytest.raises(SystemExit):
-        train.main([*flags, str(tmp_path / "parts")])
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, state: (save(path, state), calls.append(path)))
-    train.main(["--out", str(tmp_path / "parts"), "--resume"])
+        main([*flags, str(tmp_path / "parts")])
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    main(["learn", "--out", str(tmp_path / "parts"), "--resume"])
     whole, parts = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
     assert parts["step"] == 4 and whole["model"].keys() == parts["model"].keys()
     assert all(torch.equal(w, parts["model"][name]) for name, w in whole["model"].items())
     named = "adapter" if kind == "adapter" else r"attn2.to_"
-    assert all(named in name or ".rows." in name for name in whole["model"])            # and not the base's own
-    size = {name: (tmp_path / "whole" / name).stat().st_size for name in (f"{kind}.pt", "ckpt.pt")}
-    assert all(s < 1.5e6 for s in size.values()), size
+    assert all(named in name or ".rows." in name for name in whole["model"])    # and no base
+    for name in (f"{kind}.pt", "ckpt.pt"):
+        assert (tmp_path / "whole" / name).stat().st_size < 1.5e6
 
 
-def test_an_adapter_draws_on_its_base_and_scale_0_is_the_base(things, tmp_path, capsys):
-    train.main([*flags_of("adapter", things), *SHORT, "--steps", "6", "--lr", "0.02", "--out", str(tmp_path / "run")])
+def test_an_adapter_samples_on_its_base_and_scale_0_is_the_base(things, tmp_path, capsys):
+    adapters.main([*flags_of("adapter", things), *SHORT, "--steps", "6", "--lr", "0.02", "--out",
+                   str(tmp_path / "run")])
     adapter = str(tmp_path / "run" / "adapter.pt")
 
-    def draw(*flags):
-        sample.main([*flags, "--prompt", "a large red circle", "--steps", "4", "--out", str(tmp_path / "x.png")])
+    def grid(*flags):
+        sample.main([*flags, "--prompt", "a large red circle", "--steps", "4", "--out",
+                     str(tmp_path / "x.png")])
         return (tmp_path / "x.png").read_bytes()
-    base, on, off = (draw(*f) for f in (["--ckpt", BASE], ["--ckpt", adapter, "--base", BASE],
-                                        ["--ckpt", adapter, "--base", BASE, "--scale", "0"]))
+    base, on, off = (grid(*flags) for flags in (
+        ["--ckpt", BASE], ["--ckpt", adapter, "--base", BASE],
+        ["--ckpt", adapter, "--base", BASE, "--scale", "0"]))
     assert base == off != on
-    for flags, words in ((["--ckpt", adapter], "--base"), (["--ckpt", str(tmp_path / "run" / "ckpt.pt")], "--resume")):
+    for flags, words in ((["--ckpt", adapter], "--base"),
+                         (["--ckpt", str(tmp_path / "run" / "ckpt.pt")], "--resume")):
         with pytest.raises(SystemExit) as stop:
             sample.main(flags)
         assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_a_concept_brings_its_words_and_leaves_other_prompts_nearly_alone(things, tmp_path):
-    train.main([*flags_of("concept", things), *SHORT, "--steps", "3", "--out", str(tmp_path / "run")])
+def test_a_concept_brings_its_words_and_leaves_other_prompts_alone(things, tmp_path, capsys):
+    cd.main([*flags_of("concept", things), *SHORT, "--steps", "3", "--out", str(tmp_path / "run")])
     concept = str(tmp_path / "run" / "concept.pt")
     task, model = sample.load(BASE)
     before = model.text(task.tokenizer(["a red star"]))
-    with pytest.raises(ValueError, match="new1"):
-        task.tokenizer(["a <new1> circle"])
-    sample.add_concept(concept, task, model, "cpu")
+    W, rows, concepts = cd.load_concept(concept, model.denoiser.state_dict())
+    assert concepts == ["<new1> circle", "<new2> square"]
+    cd.apply_concept(model, task.tokenizer, W, rows)
     assert torch.equal(model.text(task.tokenizer(["a red star"])), before)
-    two = model.text(task.tokenizer(["a <new1> circle", "a <new2> circle"]))
-    assert not torch.equal(two[0], two[1])
-    with pytest.raises(ValueError, match="learned on base"):
-        sample.add_concept(concept, task, model, "cpu")
+    one, two = model.text(task.tokenizer(["a <new1> circle", "a <new2> circle"]))
+    assert not torch.equal(one, two)
+    with pytest.raises(ValueError, match="another base"):
+        cd.load_concept(concept, model.denoiser.state_dict())
+    sample.main(["--ckpt", BASE, "--concept", concept, "--prompt", "a <new2> square", "--steps", "2",
+                 "--out", str(tmp_path / "x.png")])
+    assert "<new2> square" in capsys.readouterr().out
 
 
-def test_a_prior_without_captions_is_known_by_its_classes(things, tmp_path, monkeypatch, capsys):
-    import tasks
-    mix, seen = tasks.mix, []
-    monkeypatch.setattr(tasks, "mix", lambda *given: seen.append(given) or mix(*given))
+def test_the_new_word_is_put_before_the_category_and_learns(things):
+    task, config, dataset = concept_task(things, "--concept", things["captioned"], "--category",
+                                         "circle", "--prior", "none", "--steps", "2")
+    assert task.pictures[2][1] == ["a red <new3> circle", "a <new3> circle on gray"]
+    named = task.photographs(things["marked"], "circle", "<new1>")[1]
+    assert named == ["a red <new1> circle", "a <new1> circle on gray"]      # where it stands already
+    with pytest.raises(ValueError, match="a red circle.*no square"):
+        task.photographs(things["captioned"], "square", "<new1>")
+    before = [row.detach().clone() for row in task.model.text.rows]
+    step = train.make_step(config, dataset, task)
+    for s in range(2):                                              # all 8 pictures
+        step(s)
+    for row, old in zip(task.model.text.rows, before, strict=True):
+        assert (row - old).abs().max() > 1e-3                       # the learning rate is 1e-2
+
+
+def test_half_the_prior_says_the_bare_category_and_seeds_differ_in_noise(things):
+    tasks = [concept_task(things, "--steps", "2", seed=seed) for seed in (0, 1)]
+    for task, *_ in tasks:
+        pictures, captions = task.prior
+        words = [{"circle", "square"} & set(text.split()) for text in captions]
+        assert all(words) and set().union(*words) == {"circle", "square"}
+        bare = [text in task.bare for text in captions]
+        assert all(bare[::2]) and sum(bare[1::2]) < 0.1 * len(bare) and len(pictures) == len(bare)
+    one, two = (train.make_step(config, dataset, task)(0)[0]["loss"]
+                for task, config, dataset in tasks)
+    assert one != two
+
+
+def test_only_the_valid_cells_of_a_shrunk_picture_are_learned_from(things):
+    task = concept_task(things, "--steps", "30")[0]
+    held = task.prepare(None, "cpu")
+    shrunk = int((task.mask.mean((1, 2, 3)) < 0.5).nonzero()[0])
+    index = torch.tensor([shrunk])
+    draws = task.draw(1, torch.Generator().manual_seed(0), "cpu")
+    draws.pop("flip")
+    loss = lambda x: task.loss(lambda xt, t, y: 0 * xt, x, held.labels[index], index, **draws)[0]
+    x = held.images[index]
+    outside = x + (1 - task.mask[index])                # other numbers in cells that do not count
+    assert torch.equal(loss(x), loss(outside)) and loss(x) != loss(x + 1)
+
+
+def test_a_prior_without_captions_is_known_by_its_classes(things, tmp_path):
     for name, gray in (("circle", 90), ("square", 160), ("flat", 30)):
         folder = tmp_path / ("flat" if name == "flat" else f"classes/{name}")
         folder.mkdir(parents=True)
         for k in range(3):
             Image.new("RGB", (32, 32), (gray, gray, gray)).save(folder / f"{k}.png")
-    flags = ["--init", BASE, "--concept", things["plain"], "--category", "circle", *SHORT, "--steps", "1", "--prior"]
-    for name, gray in (("classes", 90), ("flat", 30)):
-        train.main([*flags, f"folder:{tmp_path / name}", "--out", str(tmp_path / f"out-{name}")])
-        drawn, captions = seen[-1][1]
-        assert captions == ["a circle"] * 3 and data.to_uint8(drawn).unique().tolist() == [gray]
-    with pytest.raises(SystemExit):
-        train.main([*flags, f"folder:{tmp_path / 'flat'}", "--concept", things["plain"], "--category", "square",
-                    "--out", str(tmp_path / "two")])
-    assert "with two categories the prior's pictures need them" in capsys.readouterr().err
+    task = concept_task(things, "--prior", f"folder:{tmp_path / 'classes'}")[0]
+    shown = [(int(x.mean() * 127.5 + 128), text.split()[1]) for x, text in zip(*task.prior)]
+    assert set(shown) == {(90, "circle"), (160, "square")} and len(shown) == 6
+    with pytest.raises(ValueError, match="no caption or class of .* names square"):
+        concept_task(things, "--prior", f"folder:{tmp_path / 'flat'}")
 
 
-def test_the_prior_can_be_drawn_by_the_base(things, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("tasks.DiffusionTask.sample", lambda self, model, y, **options: drawn.append(len(y)) or
-                        torch.zeros(len(y), *self.shape))
-    train.main(["--init", BASE, "--concept", things["plain"], "--category", "star", "--prior", "generated", *SHORT,
-                "--steps", "2", "--out", str(tmp_path / "run")])
-    assert sum(drawn) >= 200
+def test_the_prior_can_be_sampled_from_the_base(things, monkeypatch):
+    asked = []
+    monkeypatch.setattr(DiffusionTask, "sample", lambda self, model, y, **options: asked.append(y)
+                        or torch.zeros(len(y), *self.shape))
+    task = concept_task(things, "--prior", "generated")[0]
+    assert torch.equal(torch.cat(asked), task.tokenizer(task.prior[1]))
+    assert len(task.prior[0]) == 200
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--adapter", "ca_out-ffn_in"], "need --init"),
-    (["--init", BASE, "--adapter", "ffn_in-sa_in"], "sa_in"),
-    (["--init", BASE, "--concept", "folder:x"], "one category"),
-    (["--init", BASE, "--concept", "CAPTIONED", "--category", "circel"], "circle"),
-    (["--init", BASE, "--concept", "folder:/nowhere", "--category", "circle"], "nowhere"),
-    (["--init", "/nowhere.pt", "--concept", "folder:x", "--category", "circle"], "nowhere")])
+    (["--concept", "folder:x"], "one --category"),
+    ([], "one --category"),
+    (["--data", "scenes"], "--prior"),
+    (["--concept", "CAPTIONED", "--category", "circel"], "circle"),
+    (["--concept", "folder:/nowhere", "--category", "circle"], "nowhere"),
+    (["--base", "/nowhere.pt", "--concept", "folder:x", "--category", "circle"], "nowhere")])
 def test_wrong_input_gets_one_line(flags, words, things, tmp_path, capsys):
-    flags = [things["captioned"] if f == "CAPTIONED" else f for f in flags]
+    flags = [things["captioned"] if flag == "CAPTIONED" else flag for flag in flags]
     with pytest.raises(SystemExit) as stop:
-        train.main([*flags, "--steps", "2", "--out", str(tmp_path / "run")])
+        cd.main(["learn", *flags, "--steps", "2", "--out", str(tmp_path / "run")])
     err = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and words in err.splitlines()[-1] and err.splitlines()[-1].startswith("error:")
+    assert stop.value.code == 2 and words in err and err.startswith("error:")
+    assert len(err.splitlines()) == 1
