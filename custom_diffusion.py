@@ -4,12 +4,11 @@ Paper: Multi-Concept Customization of Text-to-Image Diffusion (Kumari et al. 202
 
 The idea.  Words enter the U-Net in one place: cross-attention turns every text state c into a key
 W_k c and a value W_v c. So a thing is learned by W_k and W_v, 2.2 % of Stable Diffusion's U-Net,
-and by V*, a new row of the word table that starts as a copy of a rare word's. Pictures of it
-("photo of a V* dog") are mixed with as many others of its category, the prior, so that "dog" keeps
-its meaning; they are shrunk or enlarged, and the caption says so.
-Two things learned apart are two sets of matrices. Keys and values are linear in the text states:
-look for the W that maps the states of each thing's own words (rows of C) as its own matrices do
-(rows of V), and changes those of other captions (rows of C_reg) as little as possible (Eq. 4):
+and by V*, a new row of the word table, at first a copy of a rare word's. Pictures of it ("photo of
+a V* dog"), shrunk or enlarged and captioned so, are mixed with as many others of its category, the
+prior, to keep the meaning of "dog". Two things learned apart are two sets of matrices. Keys and
+values are linear in the text states: look for the W that maps those of each thing's own words (rows
+of C) as its own matrices do (rows of V), and those of other captions (C_reg) nearly as W0 (Eq. 4):
     min ||(W - W0) C_reg^T||  such that  W C^T = V^T        G = C_reg^T C_reg,  D = C G^-1
     W = W0 + (V^T - W0 C^T) (D C^T)^-1 D                                                  (Eq. 5)
 
@@ -63,8 +62,8 @@ def keys_and_values(unet):
 
 
 def detach_first_token(unet):
-    """Stop the gradient through K and V of the start token, which is the same for every caption.
-    Detaching its text state instead would leave W_k and W_v its gradient. Source: appendix E.
+    """Stop the gradient through K and V of the start token, the same in all captions. Detaching its
+    text state instead would leave W_k and W_v its gradient. Returns hooks. Source: appendix E.
     """
     def hook(layer, inputs, out):
         return torch.cat([out[:, :1].detach(), out[:, 1:]], dim=1)                      # (B, L, D)
@@ -132,11 +131,11 @@ def merge(W0, concepts, C_reg, ridge=1e-6, tolerance=1e-3):
 
     W0: {name: (o, d)} of the base; concepts: [({name: W_n}, C_n (s_n, d))], C_n the text states of
     its own words; C_reg (r, d): states whose keys and values should stay; ridge: so much of
-    trace(G) / d is added to G's diagonal; tolerance: rows nearer to an earlier one than this share
-    of the mean length are left out. report: rows, dropped, cond_G, cond_DCt; dW = ||W - W0|| over
-    all layers; for each concept changes = ||W_n - W0||, and constraint = ||(W - W_n) C_n^T|| /
-    ||W_n C_n^T|| of the worst layer, over all of its rows. Raises ValueError if no row of a concept
-    is kept, and as merge_map. Source: Eq. 4 and 5.
+    trace(G) / d is added to G's diagonal; tolerance: a row nearer to an earlier one than this share
+    of the mean length is left out. report: rows, dropped, cond_G, cond_DCt; of all layers dW, the
+    norm ||W - W0||; for each concept changes = ||W_n - W0||, and of the worst layer, all its rows,
+    constraint = ||(W - W_n) C_n^T|| / ||W_n C_n^T||. Raises ValueError if a concept keeps no row,
+    and as merge_map. Source: Eq. 4 and 5.
     """
     double = lambda tensors: {name: tensors[name].double() for name in W0}
     W0, concepts = double(W0), [(double(W), C.double()) for W, C in concepts]
@@ -208,8 +207,7 @@ def compress(W, W0, ratio=0.6):
     factors = {}
     for name in (name for name, w in W.items() if w.dim() == 2):
         U, s, Vt = torch.linalg.svd(W[name].double() - W0[name].double(), full_matrices=False)
-        share = s.cumsum(0)
-        rank = int((share / share[-1].clamp(min=1e-300) <= ratio).sum())
+        rank = int((s.cumsum(0) <= ratio * (1 + 1e-12) * s.sum()).sum())        # up to rounding
         factors[name] = tuple(w.to(W[name].dtype) for w in (U[:, :rank] * s[:rank], Vt[:rank]))
     return factors
 
@@ -242,7 +240,6 @@ def select_prior(text, tokenizer, captions, target, count=200, threshold=0.85, g
 
 def geometry(u, size, factor):
     """Where pictures go: uniform draws u (n, 5) -> side, corner (n, 2), mask, words.
-
     side: new size in pixels; corner: row and column on the canvas, negative to cut from the middle;
     mask, on latent cells of `factor` pixels: 1 inside the picture but for a border of one cell,
     never all 0; words (n,): index into SIZE_WORDS. Source: official finetune_data.py.
@@ -318,8 +315,7 @@ class Options:
 
 class ConceptTask(DiffusionTask):
     """Teach the model of the task `base` things from a few pictures each -> OUT/concept.pt.
-    dataset: the prior's pictures; options: Options; config: Config. Raises ValueError for
-    words that are not in the vocabulary, and captions without the category. Source: §3.
+    dataset: the prior's. Raises ValueError for unknown words, captions without one. Source: §3.
     """
     family = "concept"
 
@@ -330,14 +326,12 @@ class ConceptTask(DiffusionTask):
         self.prompt = "photo of a {}" if self.tokenizer.open else "a {}"
         self.bare = [self.prompt.format(category) for category in options.category]
         self.tokenizer(self.bare)                               # raises for a word it does not know
-        used = " ".join(base.info["examples"] + (dataset.captions or [])).split()
-        used = collections.Counter(word for word in used if word in known)
-        rare = RARE if self.tokenizer.open else sorted(used, key=lambda word: (used[word], word))
+        used = collections.Counter(" ".join(base.info["examples"]).split())
+        rare = RARE if self.tokenizer.open else sorted(known, key=lambda word: (used[word], word))
         free = (f"<new{k}>" for k in range(1, 1000) if f"<new{k}>" not in known)
         self.words = {word: rare[k % len(rare)] for k, word in zip(range(len(self.bare)), free)}
         self.things = [f"{word} {what}" for word, what in zip(self.words, options.category)]
-        self.pictures = [self.photographs(*row) for row in
-                         zip(options.concept, options.category, self.words, strict=True)]
+        self.pictures = [*map(self.photographs, options.concept, options.category, self.words)]
         self.prior = self.select(dataset)
         self.W0 = copy.deepcopy(keys_and_values(self.model.denoiser.state_dict()))
         learned = personalise(self.model, self.tokenizer, self.words, options.part)
@@ -366,7 +360,12 @@ class ConceptTask(DiffusionTask):
         if options.prior == "none":
             return None
         if options.prior == "generated":
-            return self.generate((self.bare * 200)[:200])
+            ids, pictures = self.tokenizer((self.bare * 200)[:200]).to(self.config.device), []
+            model, generator = self.model.to(ids.device), torch.Generator(ids.device).manual_seed(0)
+            for some in tqdm(ids.split(min(50, self.at_once)), desc="prior", leave=False):
+                x = self.sample(model, some, generator=generator)
+                pictures.append(self.to_pictures(x).cpu())
+            return data.to_float(torch.cat(pictures)), (self.bare * 200)[:200]
         if captions is None:
             classes = [self.prompt.format(what) for what in classes] if classes[1:] else self.bare
             captions = [classes[k] for k in dataset.labels.tolist()]
@@ -383,14 +382,6 @@ class ConceptTask(DiffusionTask):
         # half the prior captions are the bare category, to keep its meaning
         said = [captions[i] if k % 2 else f"a {named[i][0]}" for k, i in enumerate(rows)]
         return data.to_float(dataset.images[rows]), said
-
-    def generate(self, captions):
-        """Pictures of captions, sampled from the base -> (pictures (n, C, S, S), captions)."""
-        ids, pictures = self.tokenizer(captions).to(self.config.device), []         # (n, L)
-        model, generator = self.model.to(ids.device), torch.Generator(ids.device).manual_seed(0)
-        for some in tqdm(ids.split(min(50, self.at_once)), desc="prior", leave=False):
-            pictures.append(self.to_pictures(self.sample(model, some, generator=generator)).cpu())
-        return data.to_float(torch.cat(pictures)), captions
 
     @torch.no_grad()
     def prepare(self, dataset, device):
@@ -427,18 +418,16 @@ def save_concept(path, W, rows, concepts, unet):
     """Write W {name in the U-Net: tensor, or (u, v) of compress}, rows {token: row (D,)}, concepts
     ["<new1> dog", ...], and to which base, of state_dict unet, they belong. Source: get_deltas.py.
     """
-    cpu = lambda tensor: tensor.detach().cpu().contiguous().clone()
-    tensors = {name: dict(zip("uv", map(cpu, w))) if isinstance(w, tuple) else cpu(w)
-               for name, w in W.items()}
+    cpu = lambda w: (dict(zip("uv", map(cpu, w))) if isinstance(w, tuple) else
+                     w.detach().cpu().contiguous().clone())
     save_checkpoint(path, {"base": fingerprint(keys_and_values(unet)), "concepts": list(concepts),
                            "modifiers": {token: cpu(row) for token, row in rows.items()},
-                           "tensors": tensors})
+                           "tensors": {name: cpu(w) for name, w in W.items()}})
 
 
 def load_concept(path, unet):
     """A file of ours or published -> ({name: W}, {token: row}, ["<new1> dog", ...]).
-    unet: the base's state_dict. Published files do not say the category: concepts are bare tokens.
-    Raises ValueError for other files and other bases. Source: get_deltas.py, compress.py.
+    unet: the base's state_dict. Published files give bare tokens. Source: official get_deltas.py.
     """
     state = read_torch(path)
     state = state if isinstance(state, dict) else {}
@@ -494,14 +483,13 @@ class FileOptions:
     """files"""
     files: tuple = flag((), "concept files of one base")
     base: str = flag("assets/unet-scenes.pt", "the checkpoint that was personalised")
-    out: str = flag("out/small.pt", "new file for the result")
+    out: str = flag("out/concepts.pt", "new file for the result")
     bpe: str = flag("data/bpe_simple_vocab_16e6.txt.gz", "Stable Diffusion: CLIP's list of merges")
 
 
 @dataclasses.dataclass
 class MergeOptions(FileOptions):
     """flags of custom_diffusion.py merge FILE FILE ..."""
-    out: str = flag("out/merged.pt", "new file for the result")
     captions: str = flag("", "file with a caption a line, or a data set; default: the base's")
     category: tuple = flag((), "for published files: what each thing is")
     ridge: float = flag(1e-6, "share of the mean eigenvalue added to G", "[0, inf)")
@@ -534,8 +522,8 @@ def read_flags(argv):
     config.device, config.word_lr = resolve_device(config.device), options.word_lr
     if not options.concept or len(options.concept) != len(options.category):
         raise ValueError("give one --category for each --concept, and at least one of both")
-    no_data = options.prior in ("generated", "none")
-    config.data = options.concept[0] if no_data else options.prior or config.data
+    config.data = {"": config.data, "none": options.concept[0],
+                   "generated": options.concept[0]}.get(options.prior, options.prior)
     return options, config
 
 
@@ -553,10 +541,9 @@ def learn(argv):
 
 def open_base(options):
     """The base's task, if --out is a new file: nothing is overwritten. Raises ValueError."""
-    out = pathlib.Path(options.out)
-    if out.exists():
-        raise ValueError(f"{out} exists: choose another --out, or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if pathlib.Path(options.out).exists():
+        raise ValueError(f"{options.out} exists: choose another --out, or delete it")
+    pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     return base_task(options.base, options.bpe)
 
 
@@ -568,13 +555,10 @@ def merge_files(argv):
     W0, (Ws, words, concepts) = keys_and_values(unet), gather(o.files, unet, o.category)
     if not Ws or any(set(W) != set(W0) for W in Ws):
         raise ValueError("merge takes files of concepts that were learned with --part kv")
-    if pathlib.Path(texts).is_file():
-        captions = pathlib.Path(texts).read_text(encoding="utf-8-sig").split("\n")
-    else:
-        captions = texts and data.load(texts, count=1000).captions
+    captions = (pathlib.Path(texts).read_text(encoding="utf-8-sig").split("\n") if
+                pathlib.Path(texts).is_file() else texts and data.load(texts, count=1000).captions)
     if not captions:
-        raise ValueError("--captions: give a data set that has some, or a file of about a thousand "
-                         "captions, one a line, whose pictures should stay as they are")
+        raise ValueError("--captions: give a data set that has some, or a file with one a line")
     apply_concept(base.model, base.tokenizer, {}, words)
     encoder = base.model.text, base.tokenizer
     C_reg = torch.cat(caption_rows(*encoder, list(filter(None, captions)), "photo of a", o.padding))

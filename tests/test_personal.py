@@ -114,8 +114,8 @@ def test_a_concept_brings_its_words_and_leaves_other_prompts_alone(things, tmp_p
     assert not torch.equal(one, two)
     with pytest.raises(ValueError, match="another base"):
         cd.load_concept(concept, model.denoiser.state_dict())
-    sample.main(["--ckpt", BASE, "--concept", concept, "--prompt", "a <new2> square", "--steps", "2",
-                 "--out", str(tmp_path / "x.png")])
+    sample.main(["--ckpt", BASE, "--concept", concept, "--prompt", "a <new2> square", "--steps",
+                 "2", "--out", str(tmp_path / "x.png")])
     assert "<new2> square" in capsys.readouterr().out
 
 
@@ -124,7 +124,7 @@ def test_the_new_word_is_put_before_the_category_and_learns(things):
                                          "circle", "--prior", "none", "--steps", "2")
     assert task.pictures[2][1] == ["a red <new3> circle", "a <new3> circle on gray"]
     named = task.photographs(things["marked"], "circle", "<new1>")[1]
-    assert named == ["a red <new1> circle", "a <new1> circle on gray"]      # where it stands already
+    assert named == ["a red <new1> circle", "a <new1> circle on gray"]  # where it stands already
     with pytest.raises(ValueError, match="a red circle.*no square"):
         task.photographs(things["captioned"], "square", "<new1>")
     before = [row.detach().clone() for row in task.model.text.rows]
