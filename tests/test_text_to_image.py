@@ -61,6 +61,16 @@ def test_captions_are_dropped_and_the_rest_kept(run):
     assert torch.equal(model.null_condition(3), null.expand(3, -1))
 
 
+def test_the_loss_hides_the_captions_that_the_draws_name(run):
+    task, model = sample.load(run / "run" / "ckpt.pt")
+    draws = task.draw(2, torch.Generator().manual_seed(0), "cpu")
+    del draws["flip"], draws["drop"]
+    x = torch.randn(2, *task.shape, generator=torch.Generator().manual_seed(1))
+    ids, null = task.tokenizer(task.info["examples"][:2]), task.tokenizer(["", ""])
+    loss = lambda y, drop: task.loss(model, x, y, None, drop=torch.full((2,), drop), **draws)[0]
+    assert loss(ids, 0.0) == loss(null, 1.0) != loss(ids, 1.0)
+
+
 def grid(run, *flags):
     """(pictures, captions) that sample.py would save."""
     saved = []

@@ -312,7 +312,7 @@ def test_skipped_steps_are_said(tmp_path, pictures, capsys):
 
 
 def test_ten_bad_steps_in_a_row_stop_with_the_last_good_checkpoint(tmp_path, pictures):
-    poisoned_run(pictures, tmp_path / "nine", 20, range(7, 16))
+    poisoned_run(pictures, tmp_path / "nine", 20, (*range(7, 16), 17, 18))
     with pytest.raises(ValueError, match="ten times in a row.*--lr"):
         poisoned_run(pictures, tmp_path / "ten", 50, range(7, 99))
     state = load_checkpoint(tmp_path / "ten" / "ckpt.pt")
