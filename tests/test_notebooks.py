@@ -1,25 +1,42 @@
-"""Every notebook runs from top to bottom at small scale, straight from its JSON, and keeps to its size."""
+"""Every notebook runs from top to bottom at small scale, and its file keeps to its limits."""
 import json
 import pathlib
 
 import matplotlib
 import pytest
 
-NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+def code_of(path):
+    """The code cells of a notebook."""
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, monkeypatch):
+def test_notebook_runs(path, monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.setenv("SCALE", "0.05")
     monkeypatch.chdir(path.parent)                          # where Jupyter starts it
-    cells = json.loads(path.read_text())["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
     names = {}
-    for cell in code:
-        exec(compile("".join(cell["source"]), f"{path.name}, cell {cell['execution_count']}", "exec"), names)
+    for number, cell in enumerate(code_of(path), 1):
+        exec(compile("".join(cell["source"]), f"{path.name}, code cell {number}", "exec"), names)
     matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_file(path):
+    cells, code = json.loads(path.read_text())["cells"], code_of(path)
+    outputs = [output for cell in code for output in cell["outputs"]]
     assert 12 <= len(cells) <= 25 and path.stat().st_size <= 500_000
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    assert any("image/png" in out.get("data", {}) for cell in code for out in cell["outputs"])
-    assert "xercises" in "".join(cells[-1]["source"])
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}  # no error
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert "## Exercises" in "".join(cells[-1]["source"])
+
+
+def test_readme_lists_every_notebook():
+    text = (ROOT / "README.md").read_text()
+    assert NOTEBOOKS and all(f"notebooks/{path.name}" in text for path in NOTEBOOKS)
