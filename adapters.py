@@ -15,8 +15,8 @@ computed after the one it reads, and shapes must fit. 20 pairs are left:
     ca_c    the text states    ca_c, as this block sees them      res_in     res_in, res_out
     ca_out  cross-attention    ffn_in, trans_out                  res_out    res_out
 
-ca_in = sa_out + sa_in, so adding to sa_out equals adding to ca_in, and the second name is used; so
-it is for ca_out and ffn_in, ffn_out and trans_out. The paper's answer: what is read matters most (by
+ca_in = sa_out + sa_in, so adding to sa_out equals adding to ca_in, and the second name is used;
+likewise ca_out and ffn_in, ffn_out and trans_out. The paper's answer: what is read matters most (by
 an analysis of variance), and cross-attention's output is best.
 
     python adapters.py learn --base assets/unet-scenes.pt --data folder:my_pictures --out out/mine
@@ -80,10 +80,9 @@ class Adapter(nn.Module):
     def initialize_weights(self, init):
         """init "zero" or "official". Source: official code; Houlsby et al. 2019 §2.1.
 
-        | what | zero                     | official                 | why                          |
-        | down | uniform +-1/sqrt(fan_in) | uniform +-1/sqrt(fan_in) | PyTorch's own                |
-        | up   | 0                        | uniform +-1/sqrt(fan_in) | 0: A(x) = 0 at first, and    |
-        |      |                          |                          | `up` learns: `down` is not 0 |
+        | what | how                          | why                                     |
+        | down | uniform +-1/sqrt(fan_in)     | PyTorch's own                           |
+        | up   | zero: 0; official: as `down` | 0: A(x) = 0 at first, yet `up` learns   |
         """
         if init == "zero":
             nn.init.zeros_(self.up.weight)
@@ -331,8 +330,8 @@ def anova(groups):
 def incomplete_beta(x, a, b):
     """Regularised incomplete beta function I_x(a, b): how likely a Beta(a, b) number is below x.
 
-    I = x^a (1-x)^b / (a B(a,b)) / (1 + d1/(1 + d2/(1 + ...))), the fraction by Lentz's method: C and
-    D are ratios of successive numerators and denominators. Source: DLMF 8.17.22; Lentz 1976.
+    I = x^a (1-x)^b / (a B(a,b)) / (1 + d1/(1 + d2/(1 + ...))), the fraction by Lentz's method: C
+    and D are ratios of successive numerators and denominators. Source: DLMF 8.17.22; Lentz 1976.
     """
     if x in (0, 1):
         return float(x)
@@ -397,8 +396,9 @@ def learn(argv):
             state = load_checkpoint(f"{out}/ckpt.pt")
             return {**state["config"], **state["options"], "out": out}
         taken, official = base_flags(given.get("base", Options.base))
-        rates = dict(lr=1e-4, lr_decay="constant", batch_size=8) if official else dict(     # paper's
-            lr=5e-3, batch_size=16)
+        rates = dict(lr=5e-3, batch_size=16)
+        if official:                                                        # the paper's
+            rates = dict(lr=1e-4, lr_decay="constant", batch_size=8)
         return {**SHORT, **taken, **rates, "out": out}
     options, config = parse(argv, __doc__, Options, Config, presets=presets)
     config.device = resolve_device(config.device)
