@@ -24,7 +24,6 @@ Differences from the official code (adobe-research/custom-diffusion):
 5. Merge in float64 with a small ridge. Text states that are nearly equal count once.
 6. compress with ratio 1 keeps everything. There, the last component is lost.
 """
-import collections
 import copy
 import dataclasses
 import pathlib
@@ -326,8 +325,8 @@ class ConceptTask(DiffusionTask):
         self.prompt = "photo of a {}" if self.tokenizer.open else "a {}"
         self.bare = [self.prompt.format(category) for category in options.category]
         self.tokenizer(self.bare)                               # raises for a word it does not know
-        used = collections.Counter(" ".join(base.info["examples"]).split())
-        rare = RARE if self.tokenizer.open else sorted(known, key=lambda word: (used[word], word))
+        used, words = " ".join(base.info["examples"]).split(), filter(str.isalpha, known)
+        rare = RARE if self.tokenizer.open else sorted(words, key=used.count)
         free = (f"<new{k}>" for k in range(1, 1000) if f"<new{k}>" not in known)
         self.words = {word: rare[k % len(rare)] for k, word in zip(range(len(self.bare)), free)}
         self.things = [f"{word} {what}" for word, what in zip(self.words, options.category)]

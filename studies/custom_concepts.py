@@ -1,21 +1,25 @@
-"""Custom Diffusion on things whose every part can be measured: what learns, what leaks, what merges.
+"""Custom Diffusion on things that can be measured exactly: what learns, what leaks, what merges.
 
-The claims (Kumari et al. 2022, tables 1, 2 and 4, figure 10): training keys and values with a new word comes near to
-training all weights, beats the word alone, and forgets less; without the prior the category turns into the thing;
-concepts learned apart merge by the closed form better than by averaging.  Here six things (things.py) on
-assets/unet-scenes.pt, 250 steps of 8 + 8 pictures; centre-symmetric ones, and one that is cut in two halves (hard).
-Alignment: 0 what the base draws, 1 real pictures. Text: size and background as asked. Leak: share of the bare
-category's pictures that look like the thing, less the base's own share. Category: 48 held-out captions of its own
-category, all attributes right, and the classifier-KID (x 1000) of these pictures to real ones, less that of the base.
-Plain: 48 held-out captions about anything. Both: pairs that show each thing in its half. Then, from the files that this
-leaves behind: how far each kind of layer moved when all weights learned, and what a compressed change still draws.
-The second merge's settings were chosen on two pairs with seed 0. About 35 CPU-seconds a cell on one thread; 126 single
-cells and 54 pairs.
+The claims (Kumari et al. 2022, tables 1, 2 and 4, figure 10): training keys and values with a new
+word comes near to training all weights, beats the word alone, and forgets less; without the prior
+the category turns into the thing; concepts learned apart merge by the closed form better than by
+averaging.  Here six things (things.py) on assets/unet-scenes.pt, 250 steps of 8 + 8 pictures; five
+have a centre, and one is cut in two halves (hard). Columns:
+  alignment  0 what the base samples, 1 real pictures
+  text       share of pictures with size and background as asked
+  leak       share of the bare category's pictures that look like the thing, less the base's share
+  category   48 held-out captions of its category: share with all attributes right
+  kid        classifier-KID (x 1000) of these pictures to real ones, less that of the base
+  plain      48 held-out captions of any category: share with all attributes right
+  both       share of pictures of a pair that show each thing in its half
+Then, from the files that this leaves behind: how far each kind of layer moved when all weights
+learned, and what a compressed change still samples. The settings of the second merge were chosen on
+two pairs with seed 0. About 35 CPU-seconds a cell on one thread; 126 single cells and 54 pairs.
 
-    python -m studies.custom_concepts               # -> custom_{concepts,pairs,compression,change}.md, .csv; a figure
+    python -m studies.custom_concepts       # -> custom_{concepts,pairs,compression,change}.md, .csv
 """
-import contextlib
-import io
+import copy
+import json
 import pathlib
 
 import torch
@@ -24,129 +28,151 @@ from PIL import Image
 import custom_diffusion
 import data
 import sample
-from custom_diffusion import add_changes, average, gather, load_concept, save_concept, weight_change
+import worlds
+from custom_diffusion import ConceptTask, gather, load_concept, save_concept, weight_change
 from evaluate import features, kernel_distance, prompt_accuracy, read_shapes, train_classifier
+from models import base_task
 from studies.common import Table, bootstrap, figure, mean_se, parser, todo, write_markdown
 from studies.things import HARD, THINGS, Judge, photographs
-from tasks import ConceptTask
-from train import Config, parse, prepare_run, presets, step_maker
+from train import load_data, make_step
 
 BASE, OUT = "assets/unet-scenes.pt", pathlib.Path("out/studies/concepts")
-METHODS = {"K/V and word": [], "word alone": ["--part", "none", "--word-lr", "3e-2"],     # rates: those of train.py
+METHODS = {"K/V and word": [], "word alone": ["--part", "none", "--word-lr", "3e-2"],
            "all weights": ["--part", "all", "--lr", "5e-4"], "no prior": ["--prior", "none"],
            "generated prior": ["--prior", "generated"], "no augmentation": ["--no-augment"],
            "word not optimised": ["--word-lr", "0"]}
-MAIN = ("K/V and word", "word alone", "all weights")            # with all seeds; the ablations with one
+MAIN = ("K/V and word", "word alone", "all weights")            # the rest are ablations
 PAIRS = (("hub ring", "gem cross"), ("target circle", "pearl star"), ("eye square", "hub ring"))
 COMBINE = ("joint", "merge", "merge with padding", "average", "sum", "sequential")
 RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)                        # of the sum of singular values
 
 
-def folder_of(name, word="<new1>"):
-    """Six photographs of a thing as files with captions -> folder:PATH."""
-    folder = OUT / f"{name} {word[1:-1]}"
+def average(Ws):
+    """{name: mean of W_n}: the simplest way to put concepts together."""
+    return {name: sum(W[name] for W in Ws) / len(Ws) for name in Ws[0]}
+
+
+def add_changes(W0, Ws):
+    """{name: W0 + sum of (W_n - W0)}. Source: task arithmetic, Ilharco et al. 2022, Eq. 2."""
+    return {name: W0[name] + sum(W[name] - W0[name] for W in Ws) for name in Ws[0]}
+
+
+def folder_of(name):
+    """Six photographs of a thing as files, with captions of its category -> folder:PATH."""
+    folder = OUT / name
     if not (folder / "metadata.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        pictures, captions = photographs(name, 6, word)
+        pictures, captions = photographs(name, 6)
         for k, picture in enumerate(pictures):
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{k}.png")
-        lines = [f'{{"file_name": "{k}.png", "text": "{caption}"}}\n' for k, caption in enumerate(captions)]
+        rows = [{"file_name": f"{k}.png", "text": caption.replace("<new1> ", "")}
+                for k, caption in enumerate(captions)]
+        lines = [json.dumps(row) + "\n" for row in rows]
         (folder / "metadata.jsonl").write_text("".join(lines))
     return f"folder:{folder}"
 
 
 def learn(names, path, flags, seed, before=None):
-    """Train on the things `names`, together, and save the concept in `path`, unless it is there already (from whatever
-    flags: delete OUT to begin anew).
+    """Train on the things `names`, as custom_diffusion.py learn does -> the concept, in `path`.
 
-    before: a concept file whose model is the one to start from (sequential training); the result then holds both.
+    A file that is there already is kept, whatever its flags were: delete OUT to begin anew. before:
+    what load_concept gave for a concept to start from; the result then holds both.
     """
     if path.is_file():
         return
-    first = 1 + len(before[1]) if before else 1
-    given = [f for k, name in enumerate(names, first)
-             for f in ("--concept", folder_of(name, f"<new{k}>"), "--category", THINGS[name][0])]
-    argv = ["--init", BASE, *given, *flags, "--seed", str(seed), "--out", str(OUT / "nothing")]
-    config = prepare_run(parse(Config, argv, __doc__, presets))
-    base, model = sample.load(BASE)
-    if before:                                                  # the first thing's word becomes a row like any other
+    given = ["--base", BASE, "--concept", *map(folder_of, names), "--category",
+             *(THINGS[name][0] for name in names), *flags, "--seed", str(seed), "--device", "cpu"]
+    options, config = custom_diffusion.read_flags(given)
+    dataset, base = load_data(config), base_task(BASE, options.bpe)
+    original = copy.deepcopy(base.model.denoiser.state_dict())
+    if before:                              # the first thing's word becomes a row like any other
         W, rows, _ = before
-        model.unet.load_state_dict({**model.unet.state_dict(), **W})
-        table = model.text.text_model.embeddings.token_embedding.weight
+        base.model.denoiser.load_state_dict({**original, **W})
+        table = base.model.text.text_model.embeddings.token_embedding.weight
         for word, row in rows.items():
             table.data[base.tokenizer.add_token(word)] = row
-    base.model.requires_grad_(True)
-    original = sample.load(BASE)[1].unet.state_dict()
-    task = ConceptTask(config, base, data.load(config.data, count=4000))
-    run, _, model = step_maker(config, data.load(config.data, count=10), task)         # the average, as train.py saves
-    for step in range(config.steps):
-        run(step)
-    learned = {name: w for name, w in model.unet.state_dict().items()
-               if f"unet.{name}" not in task.frozen or before and name in before[0]}
-    rows = {**(before[1] if before else {}), **dict(zip(task.words, model.text.rows))}
-    concepts = (before[2] if before else []) + task.things
-    save_concept(path, learned, rows, concepts, original)
+    task = ConceptTask(base, dataset, options, config)
+    step = make_step(config, dataset, task)
+    for s in range(config.steps):
+        step(s)
+    folder = path.with_suffix("")               # of this cell alone: two processes may run
+    folder.mkdir(parents=True, exist_ok=True)
+    config.out = str(folder)
+    task.finish(step.ema, dataset, "cpu")
+    made = folder / "concept.pt"
+    if before:
+        W, rows, things = load_concept(made, task.W0)
+        save_concept(made, W, {**before[1], **rows}, before[2] + things, original)
+    made.rename(path)
+    folder.rmdir()
 
 
 def split(pictures):
     """Left and right half of pictures (B, 3, H, W), each filled up with the background."""
-    border = torch.cat([pictures[:, :, 0], pictures[:, :, -1]], -1).median(-1).values[..., None, None]   # (B, 3, 1, 1)
+    border = torch.cat([pictures[:, :, 0], pictures[:, :, -1]], -1)                     # (B, 3, 2W)
+    ground = border.median(-1).values[..., None, None]                              # (B, 3, 1, 1)
     left = torch.arange(pictures.shape[-1]) < pictures.shape[-1] // 2
-    return torch.where(left, pictures, border), torch.where(left, border, pictures)
+    return torch.where(left, pictures, ground), torch.where(left, ground, pictures)
 
 
 class Bench:
-    """The base, loaded once, what it draws of every category, and how much of that passes for the thing already."""
+    """The base, what it samples of every category, and how much of that passes for the thing."""
 
     def __init__(self):
-        self.task, self.model = sample.load(BASE)
+        self.task = sample.load(BASE)[0]
         self.eye, _ = train_classifier(data.load("scenes", count=20_000), steps=300)
         test = data.load("scenes", split="test", count=2000)
-        single = [i for i, c in enumerate(test.captions) if "relation" not in data.parse_caption(c)]
+        single = [i for i, caption in enumerate(test.captions)
+                  if "relation" not in worlds.parse_caption(caption)]
         self.plain = [test.captions[i] for i in single[:48]]
-        mine = {name: [i for i in single if f" {THINGS[name][0]}" in test.captions[i]] for name in THINGS}
-        self.own = {name: [test.captions[i] for i in mine[name][:48]] for name in THINGS}
-        self.real = {name: features(self.eye, test.images[mine[name]]) for name in THINGS}
-        bare = {name: f"a {THINGS[name][0]}" for name in THINGS}
-        drawn = {name: self.draw(self.task, self.model, [said] * 32) for name, said in bare.items()}
-        self.judges = {name: Judge(name, self.task, pictures) for name, pictures in drawn.items()}
-        self.own_leak = {name: self.judges[name].hits(pictures) for name, pictures in drawn.items()}
-        self.own_kid = {name: self.kid(self.draw(self.task, self.model, self.own[name]), name) for name in THINGS}
+        mine = {name: [i for i in single if f" {THINGS[name][0]}" in test.captions[i]]
+                for name in THINGS}
+        self.own = {name: [test.captions[i] for i in rows[:48]] for name, rows in mine.items()}
+        self.real = {name: features(self.eye, test.images[rows]) for name, rows in mine.items()}
+        bare = {name: self.sample(self.task, [f"a {THINGS[name][0]}"] * 32) for name in THINGS}
+        self.judges = {name: Judge(name, self.task, pictures) for name, pictures in bare.items()}
+        self.base_leak = {name: self.judges[name].hits(pictures) for name, pictures in bare.items()}
+        self.base_kid = {name: self.kid(self.sample(self.task, self.own[name]), name)
+                         for name in THINGS}
 
-    def draw(self, task, model, prompts):
-        return sample.draw_all(task, model, task.tokenizer(prompts), seed=0, steps=16)[1]
+    def sample(self, task, prompts):
+        """A picture of each prompt, (B, 3, 32, 32) uint8, from the same noise in every cell."""
+        return sample.sample_all(task, task.model, task.tokenizer(prompts), seed=0, steps=16)[1]
 
     def kid(self, pictures, name):
         return 1000 * kernel_distance(features(self.eye, pictures), self.real[name])
 
     def measure(self, path, names):
-        """Alignment and text alignment of the things in a concept file, leak, forgetting; of a pair, both at once."""
-        task, model = sample.load(BASE)
-        with contextlib.redirect_stdout(io.StringIO()):
-            sample.add_concept(str(path), task, model, "cpu")
-        out = {"alignment": [], "text": [], "leak": [], "category": [], "kid": []}
-        for k, name in enumerate(names, 1):
-            category = THINGS[name][0]
-            asked = [f"a <new{k}> {category}", f"a large <new{k}> {category} on gray",
-                     f"a small <new{k}> {category} on navy"]
-            pictures = [self.draw(task, model, [prompt] * 16) for prompt in asked]
-            read = [read_shapes(p) for p in pictures[1:]]
-            right = [(r["size"][:, 0] == size) & (r["background"] == ground)
-                     for r, size, ground in zip(read, (1, 0), (1, 2))]      # data.SIZES, data.BACKGROUNDS
-            out["alignment"].append(self.judges[name](torch.cat(pictures)).mean().item())
-            out["text"].append(torch.cat(right).float().mean().item())
-            leak = self.judges[name].hits(self.draw(task, model, [f"a {category}"] * 32))
-            out["leak"].append(leak - self.own_leak[name])
-            pictures = self.draw(task, model, self.own[name])
-            out["category"].append(prompt_accuracy(pictures, self.own[name])["all"][0])
-            out["kid"].append(self.kid(pictures, name) - self.own_kid[name])
-        row = {key: sum(values) / len(values) for key, values in out.items()}
+        """The columns of a concept file with the things `names`."""
+        task = sample.load(BASE)[0]
+        sample.add_concept(str(path), task)
+        rows = [self.measure_thing(task, name, f"<new{k}>") for k, name in enumerate(names, 1)]
+        row = {key: sum(r[key] for r in rows) / len(rows) for key in rows[0]}
         if len(names) == 2:
-            said = " left of ".join(f"a <new{k}> {THINGS[name][0]}" for k, name in enumerate(names, 1))
-            halves = split(self.draw(task, model, [said] * 32))
+            one, two = (f"a <new{k}> {THINGS[name][0]}" for k, name in enumerate(names, 1))
+            halves = split(self.sample(task, [f"{one} left of {two}"] * 32))
             seen = [self.judges[name](half) > 0.5 for name, half in zip(names, halves)]
             row["both"] = (seen[0] & seen[1]).float().mean().item()
-        return {**row, "plain": prompt_accuracy(self.draw(task, model, self.plain), self.plain)["all"][0]}
+        plain = prompt_accuracy(self.sample(task, self.plain), self.plain)["all"][0]
+        return {**row, "plain": plain}
+
+    def measure_thing(self, task, name, word):
+        """The columns of one thing."""
+        category, judge = THINGS[name][0], self.judges[name]
+        asked = [f"a {word} {category}", f"a large {word} {category} on gray",
+                 f"a small {word} {category} on navy"]
+        pictures = [self.sample(task, [prompt] * 16) for prompt in asked]
+        wanted = [(worlds.SIZES.index(size), list(worlds.BACKGROUNDS).index(ground))
+                  for size, ground in (("large", "gray"), ("small", "navy"))]
+        right = [(read["size"][:, 0] == size) & (read["background"] == ground)
+                 for read, (size, ground) in zip(map(read_shapes, pictures[1:]), wanted)]
+        leak = judge.hits(self.sample(task, [f"a {category}"] * 32))
+        own = self.sample(task, self.own[name])
+        return {"alignment": judge(torch.cat(pictures)).mean().item(),
+                "text": torch.cat(right).float().mean().item(),
+                "leak": leak - self.base_leak[name],
+                "category": prompt_accuracy(own, self.own[name])["all"][0],
+                "kid": self.kid(own, name) - self.base_kid[name]}
 
 
 def combine(pair, how, seed, path):
@@ -154,20 +180,19 @@ def combine(pair, how, seed, path):
     own = [OUT / f"{name}-K V and word-{seed}.pt" for name in pair]
     for name, file in zip(pair, own):
         learn([name], file, [], seed)
-    unet = sample.load(BASE)[1].unet.state_dict()
+    unet = base_task(BASE, "").model.denoiser.state_dict()
     if how == "joint":
         learn(pair, path, ["--batch-size", "32"], seed)         # as many pictures of each as apart
     elif how == "sequential":
         learn(pair[1:], path, [], seed, before=load_concept(own[0], unet))
-    elif how.startswith("merge"):                               # the U-Net also reads the padding after a short caption
-        flags = ["--base", BASE, "--out", str(path)]
-        flags += ["--padding", "--ridge", "10", "--tolerance", "0.5"] if how.endswith("padding") else ["--ridge", "0.1"]
-        with contextlib.redirect_stdout(io.StringIO()):
-            custom_diffusion.main(["merge", *map(str, own), *flags])
+    elif how.startswith("merge"):           # the U-Net also reads the padding after a short caption
+        padding = ["--padding", "--ridge", "10", "--tolerance", "0.5"]
+        path.unlink(missing_ok=True)                            # of a cell that was stopped
+        custom_diffusion.main(["merge", *map(str, own), "--base", BASE, "--out", str(path),
+                               *(padding if how.endswith("padding") else ["--ridge", "0.1"])])
     else:
         Ws, rows, concepts = gather(own, unet)
-        W0 = {name: unet[name] for name in Ws[0]}
-        W = average(Ws) if how == "average" else add_changes(W0, Ws)
+        W = average(Ws) if how == "average" else add_changes(unet, Ws)
         save_concept(path, W, rows, sum(concepts, []), unet)
 
 
@@ -175,9 +200,10 @@ def run_cell(cell, bench):
     """One row of the table of single things, of pairs, or of compression."""
     path = OUT / ("-".join(map(str, cell.values())).replace("/", " ") + ".pt")
     if "ratio" in cell:
-        unet = bench.model.unet.state_dict()
+        unet = bench.task.model.denoiser.state_dict()
         W, rows, concepts = load_concept(OUT / f"{cell['thing']}-K V and word-0.pt", unet)
-        save_concept(path, W, rows, concepts, unet, cell["ratio"])
+        small = custom_diffusion.compress(W, unet, cell["ratio"])
+        save_concept(path, {**W, **small}, rows, concepts, unet)
         return {**cell, "kb": path.stat().st_size / 1e3, **bench.measure(path, [cell["thing"]])}
     if "how" in cell:
         pair = tuple(cell["pair"].split(" + "))
@@ -188,7 +214,7 @@ def run_cell(cell, bench):
 
 
 def summarise(table, key, names, baseline):
-    """Means ± standard errors, and the paired difference to a baseline with its bootstrap interval."""
+    """Means ± standard errors, and the paired difference to a baseline with its interval."""
     rows, lines = table.rows(), []
     shown = ["alignment", "text", "leak", "category", "kid", "plain"] + ["both"] * (key == "how")
     pair_of = lambda r: (r["thing"] if "thing" in r else r["pair"], r["seed"])
@@ -198,15 +224,16 @@ def summarise(table, key, names, baseline):
         if len(mine) > 1:
             gaps = [r["alignment"] - reference[pair_of(r)] for r in mine if pair_of(r) in reference]
             low, high = bootstrap(gaps) if len(gaps) > 1 else (float("nan"),) * 2
-            lines.append([name, len(mine), *("{:.2f} ± {:.2f}".format(*mean_se([r[k] for r in mine])) for k in shown),
-                          f"{sum(gaps) / max(1, len(gaps)):+.2f} [{low:+.2f}, {high:+.2f}]"])
+            means = ["{:.2f} ± {:.2f}".format(*mean_se([r[k] for r in mine])) for k in shown]
+            mean = sum(gaps) / max(1, len(gaps))
+            lines.append([name, len(mine), *means, f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"])
     header = [key, "runs", *shown, f"alignment against {baseline}"]
     write_markdown(table.path.stem, header, lines,
                    f"Hard things included ({', '.join(HARD)}). `python -m studies.custom_concepts`")
 
 
-def draw(sets, panels):
-    """The paper's figure 8: image alignment against text alignment, a point with its standard errors per method."""
+def plot(sets, panels):
+    """The paper's figure 8: image against text alignment, with standard errors, per method."""
     for axes, (title, key, names, table) in zip(panels, sets):
         for name in names:
             values = [table.column(column, **{key: name}) for column in ("text", "alignment")]
@@ -219,24 +246,27 @@ def draw(sets, panels):
 
 
 def summarise_files(table):
-    """What is left of a concept at each ratio; and, where the files of "all weights" are, how far each layer moved."""
+    """What is left of a concept at each ratio; how far layers moved where all weights learned."""
     show = lambda values, form="{:.2f}": f"{form} ± {form}".format(*mean_se(values))
-    rows = [[ratio, *(show(table.column(k, ratio=ratio)) for k in ("kb", "alignment", "text", "leak"))]
+    columns = ("kb", "alignment", "text", "leak")
+    rows = [[ratio, *(show(table.column(column, ratio=ratio)) for column in columns)]
             for ratio in RATIOS if len(table.column("kb", ratio=ratio)) > 1]
-    write_markdown("custom_compression", ["singular values kept", "kB", "alignment", "text", "leak"], rows,
+    header = ["singular values kept", "kB", "alignment", "text", "leak"]
+    write_markdown("custom_compression", header, rows,
                    "Mean ± standard error over things: `python -m studies.custom_concepts`")
     moved, unet = Table("custom_change", ["thing", "seed"]), None
     for path in sorted(OUT.glob("*-all weights-*.pt")):
         thing, _, seed = path.stem.split("-")
         if {"thing": thing, "seed": seed} not in moved:
-            unet = unet or sample.load(BASE)[1].unet.state_dict()
+            unet = unet or base_task(BASE, "").model.denoiser.state_dict()
             _, kinds = weight_change(unet, {**unet, **load_concept(path, unet)[0]})
             moved.add({"thing": thing, "seed": seed, **kinds})
     if len(moved.rows()) > 1:
+        kinds = ("cross-attention", "self-attention", "other")
         write_markdown("custom_change", ["kind of layer", "||W - W0|| / ||W0||"],
-                       [[kind, show(moved.column(kind), "{:.4f}")] for kind in
-                        ("cross-attention", "self-attention", "other")],
-                       "All weights trained, mean ± standard error over runs: `python -m studies.custom_concepts`")
+                       [[kind, show(moved.column(kind), "{:.4f}")] for kind in kinds],
+                       "All weights trained, mean ± standard error over runs: "
+                       "`python -m studies.custom_concepts`")
 
 
 def main():
@@ -246,11 +276,12 @@ def main():
     singles = Table("custom_concepts", ["thing", "method", "seed"])
     pairs = Table("custom_pairs", ["pair", "how", "seed"])
     squeezed = Table("custom_compression", ["thing", "ratio"])
-    single = lambda methods, s: [{"thing": t, "method": m, "seed": s} for m in methods for t in THINGS]
+    single = lambda methods, seed: [{"thing": thing, "method": method, "seed": seed}
+                                    for method in methods for thing in THINGS]
     plan = []
-    for s in range(args.seeds):                                 # a study that is stopped early has whole comparisons
-        plan += [(singles, single(MAIN, s)),
-                 (pairs, [{"pair": " + ".join(p), "how": h, "seed": s} for p in PAIRS for h in COMBINE])]
+    for s in range(args.seeds):             # a study that is stopped early has whole comparisons
+        couples = [{"pair": " + ".join(p), "how": h, "seed": s} for p in PAIRS for h in COMBINE]
+        plan += [(singles, single(MAIN, s)), (pairs, couples)]
     plan += [(singles, single([m for m in METHODS if m not in MAIN], s)) for s in range(args.seeds)]
     plan += [(squeezed, [{"thing": t, "ratio": r} for t in list(THINGS)[:3] for r in RATIOS])]
     bench = None if args.summary else Bench()
@@ -261,7 +292,7 @@ def main():
     summarise(pairs, "how", COMBINE, "average")
     summarise_files(squeezed)
     sets = [("one thing", "method", METHODS, singles), ("two things", "how", COMBINE, pairs)]
-    figure("custom_concepts", lambda panels: draw(sets, panels), (9, 4), 2, sharey=True)
+    figure("custom_concepts", lambda panels: plot(sets, panels), (9, 4), 2, sharey=True)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Two real subjects, a dog and a cat from DreamBooth's photographs, on a base that knows nothing but CIFAR-10.
+"""Two real subjects, DreamBooth's photographs of a dog and a cat, on a base of CIFAR-10 alone.
 
-Nothing is measured here: the base is small, and the pictures have 32 x 32 pixels. But one can see what arrives of the
-subject (colours and ground, hardly the animal), whether other dogs stay what they were (with keys and values they do,
-with all weights they turn orange), and what is left of two subjects in a merged model (the dog, hardly the cat).
-CIFAR-10 gets captions, "a photo of a dog", and every second one says how light or how warm the photograph is, "a dark
-photo of a dog"; so there is something to ask of a subject that its few photographs do not show. The base takes about
-an hour of one core, a subject about a minute.
+Nothing is measured: the base is small, and the pictures have 32 x 32 pixels. But one can see what
+is learned of the subject (colours and ground, hardly the animal), whether other dogs stay what they
+were (with keys and values they do, with all weights they turn orange), and what is left of two
+subjects in a merged model (the dog, hardly the cat).
+CIFAR-10 gets captions, "a photo of a dog"; every second one says how light or how warm the
+photograph is, "a dark photo of a dog", which can then be asked of a subject whose photographs do
+not show it. The base takes about an hour of one core, a subject about a minute.
 
-    python -m studies.dreambooth --cifar folder:PATH --subjects PATH     # -> studies/results/dreambooth.png
+    python -m studies.dreambooth --cifar folder:PATH --subjects PATH    # -> results/dreambooth.png
 
---cifar: folder:PATH of CIFAR-10, a sub-folder per class, or cifar10; --subjects: the folder that holds dog6 and cat2 of
-github.com/google/dreambooth.
+--cifar: folder:PATH of CIFAR-10, a sub-folder per class, or cifar10; --subjects: the folder that
+holds dog6 and cat2 of github.com/google/dreambooth.
 """
 import json
 import pathlib
@@ -23,14 +24,15 @@ import custom_diffusion
 import data
 import sample
 import train
+from checkpoint import load_checkpoint
 from studies.common import RESULTS, parser
-from weights import load_checkpoint
 
 OUT = pathlib.Path("out/studies/dreambooth")
 SUBJECTS = {"dog6": "dog", "cat2": "cat"}
 TONES = (("dark", "bright"), ("cold", "warm"))
-BASE = ["--model", "unet-tiny", "--latent-channels", "12", "--latent-noise", "0.1", "--first-stage-steps", "1500",
-        "--flow-shift", "1", "--steps", "6000", "--ema", "0.999"]
+BASE = ["--model", "unet-tiny", "--latent-channels", "12", "--latent-noise", "0.1",
+        "--first-stage", "new", "--first-stage-steps", "1500", "--flow-shift", "1",
+        "--steps", "6000", "--ema", "0.999"]
 METHODS = {"K/V and word": [], "all weights": ["--part", "all", "--lr", "5e-4"]}
 
 
@@ -40,9 +42,9 @@ def captioned(name):
     if not (folder / "metadata.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         photos = data.load(name)
-        mean = photos.images.float().mean((2, 3))                                           # (N, 3)
-        tones = torch.stack([mean.mean(1), mean[:, 0] - mean[:, 2]])                        # (2, N): light, warmth
-        low, high = tones.quantile(torch.tensor([1 / 3, 2 / 3]), dim=1)                     # (2,) each
+        mean = photos.images.float().mean((2, 3))                               # (N, 3)
+        tones = torch.stack([mean.mean(1), mean[:, 0] - mean[:, 2]])          # (2, N) light, warmth
+        low, high = tones.quantile(torch.tensor([1 / 3, 2 / 3]), dim=1)         # (2,) each
         lines = []
         for i, (picture, label) in enumerate(zip(photos.images, photos.labels.tolist())):
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
@@ -57,29 +59,36 @@ def captioned(name):
 
 def subject(folder, category):
     """A subject's photographs with captions -> folder:PATH."""
-    own = OUT / folder.name
-    own.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"file_name": str(path.resolve()), "text": f"a photo of a <new1> {category}"}) + "\n"
-             for path in sorted(folder.glob("*.png")) + sorted(folder.glob("*.jpg"))]
-    (own / "metadata.jsonl").write_text("".join(lines))
-    return f"folder:{own}"
+    mine = OUT / folder.name
+    mine.mkdir(parents=True, exist_ok=True)
+    text, files = f"a photo of a {category}", [*folder.glob("*.png"), *folder.glob("*.jpg")]
+    lines = [json.dumps({"file_name": str(path.resolve()), "text": text}) + "\n"
+             for path in sorted(files)]
+    (mine / "metadata.jsonl").write_text("".join(lines))
+    return f"folder:{mine}"
 
 
-def run(name, *flags):
-    """One run of train.py, which goes on where it was stopped -> its folder."""
+def run(command, name, *flags):
+    """A run in OUT/name, which goes on where it was stopped -> its folder."""
     out = OUT / name
     state = load_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").is_file() else None
     if state is None or state["step"] < state["config"]["steps"]:
-        train.main([*(["--resume"] if state else flags), "--out", str(out)])
+        begun = state is not None or (out / "first_stage" / "ckpt.pt").is_file()
+        command([*flags, "--out", str(out), *(["--resume"] if begun else [])])
     return out
 
 
-def draw(base, file, prompts):
-    """Six pictures of each prompt by the base, or by the concept in `file` -> {prompt: (6, 3, 32, 32) uint8}."""
+def learn(flags):
+    custom_diffusion.main(["learn", *flags])
+
+
+def sampled(base, file, prompts):
+    """Six pictures of each prompt by the base, with the concept in `file` -> {prompt: pictures}."""
     task, model = sample.load(base)
     if file:
-        sample.add_concept(str(file), task, model, "cpu")
-    return {prompt: sample.draw_all(task, model, task.tokenizer([prompt] * 6), seed=0)[1] for prompt in prompts}
+        sample.add_concept(str(file), task)
+    return {prompt: sample.sample_all(task, model, task.tokenizer([prompt] * 6), seed=0)[1]
+            for prompt in prompts}
 
 
 def show(columns):
@@ -90,7 +99,8 @@ def show(columns):
         rows = [torch.cat([pictures[:6], blank])[:6] for pictures in lines.values()]
         grid = data.make_grid(torch.cat(rows), nrow=6, scale=1)
         axes.imshow(grid, interpolation="nearest")
-        axes.set_yticks([len(grid) * (k + 0.5) / len(rows) for k in range(len(rows))], list(lines), fontsize=8)
+        places = [len(grid) * (k + 0.5) / len(rows) for k in range(len(rows))]
+        axes.set_yticks(places, list(lines), fontsize=8)
         axes.set(xticks=(), title=name)
     fig.tight_layout()
     fig.savefig(RESULTS / "dreambooth.png")
@@ -98,28 +108,33 @@ def show(columns):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--cifar", default="cifar10", help="cifar10, or folder:PATH of its classes (default cifar10)")
-    p.add_argument("--subjects", default="dreambooth128", help="folder with dog6 and cat2 (default dreambooth128)")
+    p.add_argument("--cifar", default="cifar10", help="cifar10, or folder:PATH of its classes")
+    p.add_argument("--subjects", default="dreambooth128", help="folder with dog6 and cat2")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    base, files = str(run("base", "--data", captioned(args.cifar), *BASE) / "ckpt.pt"), {}
+    out, files = run(train.main, "base", "--data", captioned(args.cifar), *BASE), {}
+    base = str(out / "ckpt.pt")
     for name, category in SUBJECTS.items():
-        given = ["--init", base, "--concept", subject(pathlib.Path(args.subjects) / name, category),
+        given = ["--base", base, "--concept", subject(pathlib.Path(args.subjects) / name, category),
                  "--category", category, "--steps", "400"]
         for method, flags in METHODS.items():
-            files[name, method] = run(f"{name}-{method.replace('/', '')}", *given, *flags) / "concept.pt"
+            out = run(learn, f"{name}-{method.replace('/', '')}", *given, *flags)
+            files[name, method] = out / "concept.pt"
     merged = OUT / "merged.pt"
-    custom_diffusion.main(["merge", *(str(files[name, "K/V and word"]) for name in SUBJECTS), "--base", base,
-                           "--padding", "--ridge", "10", "--tolerance", "0.5", "--out", str(merged)])
+    merged.unlink(missing_ok=True)
+    custom_diffusion.main(["merge", *(str(files[name, "K/V and word"]) for name in SUBJECTS),
+                           "--base", base, "--padding", "--ridge", "10", "--tolerance", "0.5",
+                           "--out", str(merged)])
     columns = {}
     for k, (name, category) in enumerate(SUBJECTS.items(), 1):
         photos = data.load(f"folder:{OUT / name}").images
         bare, new = f"a photo of a {category}", f"a photo of a <new1> {category}"
-        lines = {"photographs": photos, f"base\n{bare}": draw(base, None, [bare])[bare]}
+        lines = {"photographs": photos, f"base\n{bare}": sampled(base, None, [bare])[bare]}
         for method in METHODS:
-            drawn = draw(base, files[name, method], [new, new.replace("a photo", "a dark photo"), bare])
-            lines |= {f"{method}\n{prompt}": x for prompt, x in drawn.items()}
-        both = draw(base, merged, [new.replace("<new1>", f"<new{k}>"), bare])
+            asked = [new, new.replace("a photo", "a dark photo"), bare]
+            pictures = sampled(base, files[name, method], asked)
+            lines |= {f"{method}\n{prompt}": x for prompt, x in pictures.items()}
+        both = sampled(base, merged, [new.replace("<new1>", f"<new{k}>"), bare])
         columns[name] = lines | {f"merged\n{prompt}": x for prompt, x in both.items()}
     show(columns)
 

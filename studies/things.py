@@ -1,11 +1,12 @@
-"""Things to personalise with: objects with a part that no caption names, and exact measures of how well one is drawn.
+"""Things to personalise with, which have a part that no caption names, and measures of likeness.
 
-A thing is a shape of its category with a smaller shape of another colour on it, a cyan circle with a red disc, say. The
-base knows the category, the size and place words and the backgrounds, but has never seen the part. The hard ones are
-cut in two colours. Alignment compares a picture with the thing itself, both through the autoencoder, and is scaled so
-that 0 is what the base draws for the bare category and 1 is a real picture of the thing.
+A thing is a shape of its category with a smaller shape of another colour on it, such as a cyan
+circle with a red disc. The base knows the category, the size and place words and the backgrounds,
+but has never seen the part. The hard ones are cut in two colours. Alignment compares a picture with
+the thing itself, both through the autoencoder, and is scaled: 0 is what the base samples for the
+bare category, 1 is a real picture of the thing.
 
-    python -m studies.adapter_sweep                 # one of the studies that stand on this
+    python -m studies.adapter_sweep                 # one of the studies that use this
 """
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 import worlds
 from data import to_float, to_uint8
 
-# name: (category, colour, part's shape, part's colour, part's radius as a share); "half" cuts the thing in two
+# name: (category, colour, part's shape, its colour, its share of the radius); half: cut in two
 THINGS = {"target circle": ("circle", "cyan", "circle", "red", 0.55),
           "eye square": ("square", "orange", "circle", "blue", 0.55),
           "hub ring": ("ring", "blue", "circle", "orange", 0.35),
@@ -25,72 +26,87 @@ SHAPE = {name: i for i, name in enumerate(worlds.SHAPES + worlds.NEW_SHAPES)}
 
 
 def render(name, cx, cy, r, ground):
-    """Pictures of a thing at cx, cy (B,), of radius r (B,), on backgrounds ground (B,) -> (B, 3, 32, 32) uint8."""
+    """Pictures (B, 3, 32, 32) uint8 of a thing.
+
+    cx, cy (B,): its centre; r (B,): its radius; ground (B,): index into BACKGROUNDS.
+    """
     category, color, part, part_color, share = THINGS[name]
     palette = {key: torch.tensor(rgb, dtype=torch.uint8) for key, rgb in worlds.COLORS.items()}
-    grounds = torch.tensor(list(worlds.BACKGROUNDS.values()), dtype=torch.uint8)
-    whole = lambda c: worlds.render_shapes(torch.full((len(cx), 1), SHAPE[category]), palette[c].expand(len(cx), 1, 3),
-                                         cx[:, None], cy[:, None], r[:, None], grounds[ground])
-    if part == "half":                                          # the same shape twice; the right half of the second
+    grounds = torch.tensor(list(worlds.BACKGROUNDS.values()), dtype=torch.uint8)[ground]    # (B, 3)
+
+    def draw(*layers):                                          # (shape, colour, share of r) each
+        shapes, colors, shares = zip(*layers)
+        stack = lambda v: torch.stack([v] * len(layers), 1)                                 # (B, n)
+        return worlds.render_shapes(
+            torch.tensor([[SHAPE[s] for s in shapes]]).expand(len(cx), -1),
+            torch.stack([palette[c] for c in colors]).expand(len(cx), -1, -1),
+            stack(cx), stack(cy), stack(r) * torch.tensor(shares), grounds)
+    if part == "half":                      # the shape in both colours, the second on the right
         right = (torch.arange(32) + 0.5)[None, None, None] > cx.view(-1, 1, 1, 1)
-        return torch.where(right, whole(part_color), whole(color))
-    two = lambda a, b: torch.stack([a, b], 1)
-    return worlds.render_shapes(torch.tensor([[SHAPE[category], SHAPE[part]]]).expand(len(cx), -1),
-                              torch.stack([palette[color], palette[part_color]]).expand(len(cx), -1, -1),
-                              two(cx, cx), two(cy, cy), two(r, share * r), grounds[ground])
+        return torch.where(right, draw((category, part_color, 1.0)), draw((category, color, 1.0)))
+    return draw((category, color, 1.0), (part, part_color, share))
 
 
 def photographs(name, count, word="<new1>", seed=0):
-    """`count` pictures of a thing, large and near the middle -> (uint8 (count, 3, 32, 32), captions).
+    """Pictures of a thing, large and near the middle -> (uint8 (count, 3, 32, 32), captions).
 
-    Every second caption states size and background; so "a WORD category" alone does not come to mean the thing.
+    Every second caption states size and background, so that "a WORD category" alone does not come
+    to mean the thing on its background.
     """
     g = torch.Generator().manual_seed(seed)
     uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=g)
     ground = torch.randint(4, (count,), generator=g)
     pictures = render(name, uniform(14, 18), uniform(14, 18), uniform(8.5, 10.5), ground)
-    full = [f"a large {word} {THINGS[name][0]} on {tuple(worlds.BACKGROUNDS)[k]}" for k in ground.tolist()]
-    return pictures, [full[k] if k % 2 else f"a {word} {THINGS[name][0]}" for k in range(count)]
+    what = f"{word} {THINGS[name][0]}"
+    full = [f"a large {what} on {tuple(worlds.BACKGROUNDS)[k]}" for k in ground.tolist()]
+    return pictures, [full[k] if k % 2 else f"a {what}" for k in range(count)]
 
 
 def crop(pictures, side=24):
-    """The object in each picture, cut out at its own size: uint8 (B, 3, H, W) -> colours (B, 3, s, s), mask (B, s, s).
+    """The object in each picture, cut out at its own size -> colours (B, 3, s, s), mask (B, s, s).
 
-    The background is the median of the border; the box is 2.2 times the object's spread around its centre.
+    pictures: uint8 (B, 3, H, W). The background is the median of the border; the box is 2.2 times
+    the object's spread around its centre.
     """
     x = pictures.float() / 255
-    border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], -1)        # (B, 3, 4W)
-    mask = ((x - border.median(-1).values[..., None, None]).norm(dim=1) > 0.25).float()     # (B, H, W)
+    border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], -1)    # (B, 3, 4W)
+    ground = border.median(-1).values[..., None, None]                              # (B, 3, 1, 1)
+    mask = ((x - ground).norm(dim=1) > 0.25).float()                                    # (B, H, W)
     axis = (torch.arange(x.shape[-1]) + 0.5) / x.shape[-1] * 2 - 1
-    mass = mask.sum((1, 2)).clamp(min=1)
-    cx, cy = (mask.sum(1) * axis).sum(1) / mass, (mask.sum(2) * axis).sum(1) / mass          # (B,)
-    away = (axis - cx.view(-1, 1, 1)) ** 2 + (axis[:, None] - cy.view(-1, 1, 1)) ** 2        # (B, H, W)
-    half = 2.2 / 2 ** 0.5 * ((mask * away).sum((1, 2)) / mass).sqrt().clamp(min=0.05)        # (B,)
-    steps = (torch.arange(side) + 0.5) / side * 2 - 1
-    grid = torch.stack([(cx[:, None] + half[:, None] * steps)[:, None].expand(-1, side, -1),
-                        (cy[:, None] + half[:, None] * steps)[:, :, None].expand(-1, -1, side)], -1)
-    cut = F.grid_sample(torch.cat([x, mask[:, None]], 1), grid, align_corners=False)         # (B, 4, s, s)
+    mass = mask.sum((1, 2)).clamp(min=1)                                                # (B,)
+    cx, cy = (mask.sum(1) * axis).sum(1) / mass, (mask.sum(2) * axis).sum(1) / mass
+    away = (axis - cx.view(-1, 1, 1)) ** 2 + (axis[:, None] - cy.view(-1, 1, 1)) ** 2   # (B, H, W)
+    spread = ((mask * away).sum((1, 2)) / mass).sqrt().clamp(min=0.05)                  # (B,)
+    steps = 2.2 / 2 ** 0.5 * spread[:, None] * ((torch.arange(side) + 0.5) / side * 2 - 1)  # (B, s)
+    grid = torch.stack([(cx[:, None] + steps)[:, None].expand(-1, side, -1),
+                        (cy[:, None] + steps)[:, :, None].expand(-1, -1, side)], -1)
+    cut = F.grid_sample(torch.cat([x, mask[:, None]], 1), grid, align_corners=False)
     return cut[:, :3], (cut[:, 3] > 0.5).float()
 
 
 def likeness(pictures, reference):
-    """How like the reference (1, 3, H, W) each picture is, (B,) in [0, 1]: overlap x (1 - mean colour difference)."""
+    """How like the reference (1, 3, H, W) each picture is, (B,) in [0, 1].
+
+    Overlap x (1 - mean colour difference in the overlap).
+    """
     (a, m), (b, n) = crop(pictures), crop(reference)
-    both, either = (m * n).sum((1, 2)), torch.maximum(m, n.expand_as(m)).sum((1, 2)).clamp(min=1)
-    gap = ((a - b).abs().mean(1) * m * n).sum((1, 2)) / both.clamp(min=1)                    # (B,)
+    both = (m * n).sum((1, 2))                                                          # (B,)
+    either = torch.maximum(m, n.expand_as(m)).sum((1, 2)).clamp(min=1)
+    gap = ((a - b).abs().mean(1) * m * n).sum((1, 2)) / both.clamp(min=1)
     return both / either * (1 - gap)
 
 
 class Judge:
-    """Alignment with one thing, on a scale of the base's own: 0 its bare category, 1 real pictures, both as decoded.
+    """Alignment with one thing: 0 the base's bare category, 1 real pictures, both as decoded.
 
-    task, model: the base; hit: halfway between the two.
+    task: the base's; base_pictures: what it samples; hit: nearer to the thing than to those.
     """
 
     def __init__(self, name, task, base_pictures, ground=1):
         again = lambda pictures: task.to_pictures(task.encode(to_float(pictures)))
         middle = torch.tensor([16.0])
-        self.reference = again(render(name, middle, middle, torch.tensor([9.5]), torch.tensor([ground])))
+        thing = render(name, middle, middle, torch.tensor([9.5]), torch.tensor([ground]))
+        self.reference = again(thing)
         real, _ = photographs(name, 64, seed=99)
         self.high = likeness(again(real), self.reference).mean().item()
         self.low = likeness(base_pictures, self.reference).mean().item()
@@ -100,14 +116,15 @@ class Judge:
         return (likeness(pictures, self.reference) - self.low) / (self.high - self.low)
 
     def hits(self, pictures):
-        """Share of the pictures that are nearer to the thing than to what the base draws."""
+        """Share of the pictures that are nearer to the thing than to what the base samples."""
         return (self(pictures) > 0.5).float().mean().item()
 
 
 def striped(pictures):
-    """A style: every fourth pair of rows of the background is lighter. uint8 (B, 3, H, W) -> the same."""
+    """A style: in uint8 (B, 3, H, W), of every 8 rows of the background the first 4 are lighter."""
     x = to_float(pictures)
-    border = torch.cat([x[:, :, 0], x[:, :, -1]], -1).median(-1).values[..., None, None]     # (B, 3, 1, 1)
-    ground = ((x - border).norm(dim=1, keepdim=True) < 0.15).float()                         # (B, 1, H, W)
+    border = torch.cat([x[:, :, 0], x[:, :, -1]], -1)                                   # (B, 3, 2W)
+    ground = border.median(-1).values[..., None, None]                              # (B, 3, 1, 1)
+    behind = ((x - ground).norm(dim=1, keepdim=True) < 0.15).float()                # (B, 1, H, W)
     rows = (torch.arange(x.shape[-2]) % 8 < 4).float().view(1, 1, -1, 1)
-    return to_uint8((x + 0.35 * ground * rows).clamp(-1, 1))
+    return to_uint8((x + 0.35 * behind * rows).clamp(-1, 1))
