@@ -1,14 +1,22 @@
-"""What holds for the flags, the steps and the runs of every family; see test_registry.py."""
+"""What holds for every data source, and for the flags, steps and runs of every family.
+
+See test_registry.py.
+"""
 import functools
+import gzip
+import hashlib
 import itertools
 import re
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import fill_by_recipe
-from test_registry import CAPTIONS, DATA, DENOISERS, PICTURES, seeded, smallest, task_of
+from test_registry import (CAPTIONS, DATA, DENOISERS, PICTURES, noise, seeded, smallest,
+                           task_of)
 
+import data
 import models
 import tasks
 import train
@@ -127,8 +135,8 @@ def run(out, family, arrays, stage, steps, *more):
     given = [word for flag, value in (("codes", "8"), ("factor", "2"), ("first_stage", stage))
              if flag in FAMILIES[family].flags for word in (f"--{flag.replace('_', '-')}", value)]
     train.main(["--model", smallest(family), "--data", arrays, "--image-size", "8",
-                "--out", str(out), "--batch-size", "2", "--warmup", "0", "--lr-decay", "constant", "--device", "cpu",
-                "--steps", str(steps), *given, *more])
+                "--out", str(out), "--batch-size", "2", "--warmup", "0", "--lr-decay", "constant",
+                "--device", "cpu", "--steps", str(steps), *given, *more])
     return torch.load(out / "ckpt.pt", weights_only=True)
 
 
@@ -159,3 +167,96 @@ def test_saved_loaded_and_resumed_is_bit_for_bit_one_run(family, arrays, tmp_pat
         loaded = models.task_from(whole, "whole", weights).model.state_dict()
         assert all(torch.equal(v, loaded[k]) for k, v in whole[weights].items())
     assert not all(map(same, leaves(whole["model"]), leaves(whole["ema"])))
+
+
+# --------------------------------------------------------------------------------------------------
+# data: every kind gives back what was written
+
+def as_folder(root):
+    for i, picture in enumerate(PICTURES):
+        (root / str(i % 3)).mkdir(exist_ok=True, parents=True)
+        data.save_grid(picture[None], root / str(i % 3) / f"{9 - i}.png", nrow=1, pad=0, scale=1)
+        (root / str(i % 3) / f"{9 - i}.txt").write_text(CAPTIONS[i])
+    return f"folder:{root}", PICTURES, CAPTIONS
+
+
+def as_npz(root):
+    np.savez(root / "a.npz", arr_0=PICTURES.permute(0, 2, 3, 1).numpy(), labels=np.arange(8) % 3,
+             captions=np.array(CAPTIONS))
+    return f"npz:{root}/a.npz", PICTURES, CAPTIONS
+
+
+def as_latents(root):
+    z = noise(8, 5, 4, 4)
+    data.save_latents(str(root / "z.npz"), z, torch.arange(8) % 3, CAPTIONS, ["0", "1", "2"])
+    return f"latents:{root}/z.npz", z, CAPTIONS
+
+
+def as_official(name):
+    def write(root):
+        files = data.OFFICIAL[name][1]
+        (root / name).mkdir()
+        grey = PICTURES[:, :1].repeat(1, 1, 2, 2)[..., :28, :28]
+        colour = PICTURES.repeat(1, 1, 2, 2)
+        labels = torch.arange(8, dtype=torch.uint8) % 3
+        for file in files:
+            body = bytes(16) + grey.numpy().tobytes() if "images" in file else (
+                bytes(8) + labels.numpy().tobytes())
+            if name == "cifar10":
+                (root / "data_batch_1.bin").write_bytes(
+                    torch.cat([labels[:, None], colour.flatten(1)], 1).numpy().tobytes())
+                with tarfile.open(root / "x.tar", "w") as tar:
+                    tar.add(root / "data_batch_1.bin", "cifar/data_batch_1.bin")
+                body = (root / "x.tar").read_bytes()
+            (root / name / file).write_bytes(gzip.compress(body))
+            files[file] = hashlib.md5((root / name / file).read_bytes()).hexdigest()
+        return name, colour if name == "cifar10" else grey, None
+    return write
+
+
+WRITERS = {"folder:PATH": as_folder, "npz:FILE": as_npz, "latents:FILE": as_latents,
+           **{name: as_official(name) for name in data.OFFICIAL}}
+DRAWN = ("shapes", "scenes", "emoji")
+
+
+def sources():
+    with pytest.raises(ValueError) as error:
+        data.load("no such data")
+    return str(error.value).split("Known: ")[1].split(", ")
+
+
+@pytest.mark.parametrize("source", sources())
+def test_a_source_gives_back_what_was_written(source, tmp_path, monkeypatch):
+    if source in DRAWN:
+        return check_drawn(source)
+    assert source in WRITERS, f"say in WRITERS how a file of {source} is written"
+    for name, row in data.OFFICIAL.items():
+        monkeypatch.setitem(data.OFFICIAL, name, (row[0], dict(row[1]), row[2]))
+    name, pictures, captions = WRITERS[source](tmp_path)
+    for count in (None, 5):
+        found = data.load(name, pictures.shape[-1], data_dir=tmp_path, count=count, seed=4)
+        assert found.images.dtype == pictures.dtype and len(found) == (count or 8)
+        seen = []
+        for i in range(len(found)):
+            match = [k for k in range(8) if torch.equal(found.images[i], pictures[k])]
+            assert len(match) == 1, "a picture has other pixels than were written"
+            seen += match
+            known = data.OFFICIAL[name][2] if name in data.OFFICIAL else "012"
+            assert found.class_names[found.labels[i]] == known[match[0] % 3]
+            assert captions is None or found.captions[i] == captions[match[0]]
+        assert len(set(seen)) == len(seen)
+        assert not (found.flip and captions)                    # captions may say left and right
+
+
+def check_drawn(source):
+    try:
+        one, again, other, test = (
+            data.load(source, 24, split, count=6, seed=seed)
+            for split, seed in (("train", 1), ("train", 1), ("train", 2), ("test", 1)))
+    except ValueError as error:
+        assert "font" in str(error)                                     # emoji need one
+        return
+    assert one.images.shape == (6, 3, 24, 24) and one.images.dtype == torch.uint8
+    assert torch.equal(one.images, again.images) and one.captions == again.captions
+    assert not torch.equal(one.images, other.images) and not torch.equal(one.images, test.images)
+    assert len(set(one.captions)) > 3 and one.images.float().std() > 10 and not one.flip

@@ -1,14 +1,11 @@
-"""What holds for every process, schedule, sampler, option, first stage, data source, tap, placement
-and part; see test_registry.py.
+"""What holds for every process, schedule, sampler, option, first stage, tap, placement and part.
+
+See test_registry.py.
 """
-import gzip
-import hashlib
 import itertools
 import math
 import re
-import tarfile
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,7 +117,7 @@ def test_every_draw_of_a_process_obeys_the_generator_and_is_read(process):
     for name in draws:
         assert torch.equal(draws[name], again[name]) and len(draws[name]) == 4
         assert process.loss(network, x0, **{**draws, name: other[name]})[0] != loss, name
-    assert len(process.draw((500, 1), seeded(1))["t"].unique()) > 300           # each row has its own
+    assert len(process.draw((500, 1), seeded(1))["t"].unique()) > 300       # each row its own
 
 
 def test_times_of_training_follow_their_law(process):
@@ -229,7 +226,7 @@ def test_every_option_of_a_sampler_changes_the_result_and_others_are_refused(mak
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_mask_schedule_is_a_chain(schedule):
-    """Its steps multiply to its marginals, its posterior is Bayes' rule, and its end is near noise."""
+    """Its steps multiply to its marginals, its posterior is Bayes' rule, its end is near noise."""
     K, T = 3, 7
     p = MaskReplace(T, K, schedule)
     assert (p.alpha_bar[:T].diff() < 0).all() and (p.gamma_bar[:T].diff() >= 0).all()
@@ -241,7 +238,7 @@ def test_a_mask_schedule_is_a_chain(schedule):
     eye, chain = torch.eye(K + 1).double(), torch.eye(K + 1).double()
     for t in range(T):
         alpha, beta, gamma = p.transition(torch.tensor([t]), torch.tensor([t - 1]))
-        step = alpha * eye + beta * torch.ones(K + 1, K + 1).double()   # step[j, i] = q(j | i), Eq. 7
+        step = alpha * eye + beta * torch.ones(K + 1, K + 1).double()   # [j, i] = q(j | i), Eq. 7
         step[K], step[:, K] = gamma, eye[K]
         assert (step >= 0).all() and step.sum(0).allclose(torch.ones(1).double())
         before, chain = chain, step @ chain
@@ -333,99 +330,6 @@ def test_first_stage(kind):
 
 
 # --------------------------------------------------------------------------------------------------
-# data: every kind gives back what was written
-
-def as_folder(root):
-    for i, picture in enumerate(PICTURES):
-        (root / str(i % 3)).mkdir(exist_ok=True, parents=True)
-        data.save_grid(picture[None], root / str(i % 3) / f"{9 - i}.png", nrow=1, pad=0, scale=1)
-        (root / str(i % 3) / f"{9 - i}.txt").write_text(CAPTIONS[i])
-    return f"folder:{root}", PICTURES, CAPTIONS
-
-
-def as_npz(root):
-    np.savez(root / "a.npz", arr_0=PICTURES.permute(0, 2, 3, 1).numpy(), labels=np.arange(8) % 3,
-             captions=np.array(CAPTIONS))
-    return f"npz:{root}/a.npz", PICTURES, CAPTIONS
-
-
-def as_latents(root):
-    z = noise(8, 5, 4, 4)
-    data.save_latents(str(root / "z.npz"), z, torch.arange(8) % 3, CAPTIONS, ["0", "1", "2"])
-    return f"latents:{root}/z.npz", z, CAPTIONS
-
-
-def as_official(name):
-    def write(root):
-        files = data.OFFICIAL[name][1]
-        (root / name).mkdir()
-        grey = PICTURES[:, :1].repeat(1, 1, 2, 2)[..., :28, :28]
-        colour = PICTURES.repeat(1, 1, 2, 2)
-        labels = torch.arange(8, dtype=torch.uint8) % 3
-        for file in files:
-            body = bytes(16) + grey.numpy().tobytes() if "images" in file else (
-                bytes(8) + labels.numpy().tobytes())
-            if name == "cifar10":
-                (root / "data_batch_1.bin").write_bytes(
-                    torch.cat([labels[:, None], colour.flatten(1)], 1).numpy().tobytes())
-                with tarfile.open(root / "x.tar", "w") as tar:
-                    tar.add(root / "data_batch_1.bin", "cifar/data_batch_1.bin")
-                body = (root / "x.tar").read_bytes()
-            (root / name / file).write_bytes(gzip.compress(body))
-            files[file] = hashlib.md5((root / name / file).read_bytes()).hexdigest()
-        return name, colour if name == "cifar10" else grey, None
-    return write
-
-
-WRITERS = {"folder:PATH": as_folder, "npz:FILE": as_npz, "latents:FILE": as_latents,
-           **{name: as_official(name) for name in data.OFFICIAL}}
-DRAWN = ("shapes", "scenes", "emoji")
-
-
-def sources():
-    with pytest.raises(ValueError) as error:
-        data.load("no such data")
-    return str(error.value).split("Known: ")[1].split(", ")
-
-
-@pytest.mark.parametrize("source", sources())
-def test_a_source_gives_back_what_was_written(source, tmp_path, monkeypatch):
-    if source in DRAWN:
-        return check_drawn(source)
-    assert source in WRITERS, f"say in WRITERS how a file of {source} is written"
-    for name, row in data.OFFICIAL.items():
-        monkeypatch.setitem(data.OFFICIAL, name, (row[0], dict(row[1]), row[2]))
-    name, pictures, captions = WRITERS[source](tmp_path)
-    for count in (None, 5):
-        found = data.load(name, pictures.shape[-1], data_dir=tmp_path, count=count, seed=4)
-        assert found.images.dtype == pictures.dtype and len(found) == (count or 8)
-        seen = []
-        for i in range(len(found)):
-            match = [k for k in range(8) if torch.equal(found.images[i], pictures[k])]
-            assert len(match) == 1, "a picture has other pixels than were written"
-            seen += match
-            known = data.OFFICIAL[name][2] if name in data.OFFICIAL else "012"
-            assert found.class_names[found.labels[i]] == known[match[0] % 3]
-            assert captions is None or found.captions[i] == captions[match[0]]
-        assert len(set(seen)) == len(seen)
-        assert not (found.flip and captions)                            # captions say left and right
-
-
-def check_drawn(source):
-    try:
-        one, again, other, test = (
-            data.load(source, 24, split, count=6, seed=seed)
-            for split, seed in (("train", 1), ("train", 1), ("train", 2), ("test", 1)))
-    except ValueError as error:
-        assert "font" in str(error)                                     # emoji need one
-        return
-    assert one.images.shape == (6, 3, 24, 24) and one.images.dtype == torch.uint8
-    assert torch.equal(one.images, again.images) and one.captions == again.captions
-    assert not torch.equal(one.images, other.images) and not torch.equal(one.images, test.images)
-    assert len(set(one.captions)) > 3 and one.images.float().std() > 10 and not one.flip
-
-
-# --------------------------------------------------------------------------------------------------
 # taps, placements, parts
 
 def small_unet():
@@ -435,7 +339,7 @@ def small_unet():
 
 @pytest.fixture
 def tapped(monkeypatch):
-    """tapped[block][tap] = (tensor in, tensor out) of the last forward, in the order of the calls."""
+    """tapped[block][tap] = (tensor in, tensor out) of the last forward, in order of the calls."""
     log, real = {}, unet.Tapped.tap
 
     def spy(self, name, x):
@@ -499,7 +403,7 @@ def test_an_adapter_reads_and_adds_where_its_placement_says(placement, tapped):
 
 
 def said_by(part, model):
-    """The tensors of a model that a part of PARTS names: letters q, k, v, o of the cross-attention."""
+    """The tensors of a model that a part's name says: letters q, k, v of the cross-attention."""
     attention = [m.attn2 for m in model.modules() if isinstance(m, unet.TransformerBlock)]
     if part in ("all", "none"):
         return list(model.denoiser.parameters()) if part == "all" else []

@@ -1,0 +1,187 @@
+"""models.py: names are found or explained, what clashes is refused, bases are known again."""
+import dataclasses
+
+import pytest
+import torch
+
+import data
+import models
+from checkpoint import save_checkpoint
+from diffusion import GaussianDiffusion, RectifiedFlow
+from models import (FAMILIES, FLAGS, PRESETS, base_flags, base_task, build_task, describe,
+                    find_model, fingerprint, gaussian_or_flow, make_task, readers_of,
+                    resolve_first_stage, settings_class)
+from train import Config
+from vae import VQVAE, Pixels, TinyAutoencoder
+
+PICTURES = torch.arange(4 * 3 * 8 * 8).view(4, 3, 8, 8).remainder(251).to(torch.uint8)
+TOY = data.Dataset("toy", PICTURES, torch.tensor([0, 1, 1, 0]), None, ["cat", "dog"], True)
+SPOKEN = dataclasses.replace(TOY, flip=False,
+                             captions=["a red cat", "a blue dog", "a dog", "a cat"])
+
+
+# --------------------------------------------------------------------------------------------------
+# names and flags
+
+def test_a_name_is_found_in_one_family_or_the_nearest_is_named():
+    names = [name for row in FAMILIES.values() for name in row.sizes]
+    assert len(set(names)) == len(names)                                # no name means two models
+    for family, row in FAMILIES.items():
+        for name, sizes in row.sizes.items():
+            assert find_model(name) == (family, sizes)
+    assert find_model("DiT-96x5/4") == (
+        "dit", dict(hidden_size=96, depth=5, num_heads=3, patch_size=4))
+    find_model("udit-tiny")[1]["num_heads"] = 77                        # a copy: the table stays
+    assert find_model("udit-tiny")[1]["num_heads"] != 77
+    for wrong, near in (("DiT-S/3", "DiT-S"), ("unet-tinny", "unet-tiny"), ("u-dit-s", "U-DiT-S"),
+                        ("DiT-33x2/2", "DiT-"), ("zzz", "DiT-WxD/p")):
+        with pytest.raises(ValueError, match=f"unknown model '{wrong}'.*{near}"):
+            find_model(wrong)
+
+
+def test_presets_name_models_and_flags_that_exist():
+    loop = {field.name for field in dataclasses.fields(Config)}
+    for name, preset in PRESETS.items():
+        flags = FAMILIES[find_model(name)[0]].flags
+        assert preset.keys() <= loop | set(flags), name
+        settings_class(find_model(name)[0])(**{k: v for k, v in preset.items() if k in flags})
+    assert models.PAPER.keys() <= loop | FLAGS.keys()
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_has_a_reader_and_says_what_it_does(name):
+    readers = [family for family, row in FAMILIES.items() if name in row.flags]
+    kind, field = FLAGS[name]
+    said = readers_of("--" + name.replace("_", "-"))
+    assert readers and all(family in said for family in readers)
+    assert len(field.metadata["help"]) > 10
+    assert said == readers_of("--no-" + name.replace("_", "-"))
+    assert field.default is None or isinstance(field.default, kind)
+    assert readers_of("--nobody-reads-this") is None
+
+
+def test_settings_are_the_flags_of_the_family():
+    for family, row in FAMILIES.items():
+        settings = settings_class(family)()
+        assert tuple(vars(settings)) == row.flags
+        assert all(getattr(settings, name) == FLAGS[name][1].default for name in row.flags)
+
+
+def test_a_flag_that_the_schedule_ignores_is_refused():
+    dit = settings_class("dit")
+    flow = gaussian_or_flow(dit(flow_shift=2.5))
+    assert isinstance(flow, RectifiedFlow) and flow.shift == 2.5
+    assert gaussian_or_flow(dit()).shift == 1.0
+    process = gaussian_or_flow(dit(schedule="cosine", prediction="v"), learn_sigma=True)
+    assert isinstance(process, GaussianDiffusion)
+    assert process.prediction == "v" and process.learn_sigma
+    assert torch.equal(process.betas, GaussianDiffusion(schedule="cosine").betas)
+    assert gaussian_or_flow(dit(schedule="linear")).prediction == "eps"
+    with pytest.raises(ValueError, match="--prediction.*--schedule linear"):
+        gaussian_or_flow(dit(prediction="v"))
+    with pytest.raises(ValueError, match="--learn-sigma.*--schedule linear"):
+        gaussian_or_flow(dit(), learn_sigma=True)
+    with pytest.raises(ValueError, match="--flow-shift.*cosine"):
+        gaussian_or_flow(dit(schedule="cosine", flow_shift=2.0))
+
+
+# --------------------------------------------------------------------------------------------------
+# what fits together
+
+def test_describe_says_what_a_model_needs_of_its_data():
+    info = describe(TOY, "udit-tiny", Pixels())
+    assert info == {"name": "toy", "class_names": ["cat", "dog"], "channels": 3, "image_size": 8}
+    assert describe(SPOKEN, "udit-tiny", Pixels()) == info              # classes alone are read
+    spoken = describe(SPOKEN, "unet-tiny", Pixels())
+    assert spoken["vocabulary"]["words"] == ["a", "blue", "cat", "dog", "red"]
+    assert spoken["examples"] == SPOKEN.captions
+    assert "vocabulary" in describe(SPOKEN, "vq-tiny", Pixels())        # used where there are any
+    assert "vocabulary" not in describe(TOY, "vq-tiny", Pixels())
+    with pytest.raises(ValueError, match="unet-tiny wants captions, and toy has none"):
+        describe(TOY, "unet-tiny", Pixels())
+
+
+def test_latents_are_described_as_the_pictures_that_they_are_of():
+    latents = dataclasses.replace(TOY, images=torch.randn(4, 6, 4, 4), flip=False)
+    stage = TinyAutoencoder(3, 6, factor=2)
+    info = describe(latents, "udit-tiny", stage)
+    assert (info["channels"], info["image_size"]) == (3, 8)
+    for other in (TinyAutoencoder(3, 5, factor=2), VQVAE(8, 3, 4, 2)):
+        with pytest.raises(ValueError, match=r"toy holds \(6, 4, 4\), the first stage makes"):
+            describe(latents, "udit-tiny", other)
+    info = describe(latents, "udit-tiny", Pixels())                     # nothing decodes them
+    assert (info["channels"], info["image_size"]) == (6, 4)
+
+
+def test_a_first_stage_of_the_other_kind_is_refused():
+    info = describe(TOY, "udit-tiny", Pixels())
+    with pytest.raises(ValueError, match="vq-tiny works on tokens, from a vq-vae.*--first-stage"):
+        build_task("vq-tiny", settings_class("vq")(), info, Pixels())
+    with pytest.raises(ValueError, match="udit-tiny works on numbers, from a tiny-ae"):
+        build_task("udit-tiny", settings_class("udit")(), info, VQVAE(8, 3, 4, 2))
+    with pytest.raises(ValueError, match="sides divisible by 3"):
+        build_task("udit-tiny", settings_class("udit")(), info, TinyAutoencoder(3, 4, factor=3))
+    task = build_task("DiT-32x1/2", settings_class("dit")(), info, TinyAutoencoder(3, 5, factor=2))
+    assert task.family == "dit" and task.shape == (5, 4, 4) and task.model.num_classes == 2
+
+
+def test_auto_is_new_for_drawn_worlds_and_models_that_need_latents_else_none():
+    for model, of, expected in (("DiT-S/2", "shapes", "new"), ("DiT-S/2", "cifar10", "none"),
+                                ("unet-tiny", "folder:x", "new"),
+                                ("unet-tiny", "latents:x", "none"),
+                                ("vq-tiny", "npz:x", "new"), ("DiT-S/2", "npz:x", "none")):
+        settings = settings_class(find_model(model)[0])()
+        resolve_first_stage(Config(model=model, data=of), settings)
+        assert settings.first_stage == expected, (model, of)
+    settings = settings_class("dit")(first_stage="none")
+    resolve_first_stage(Config(model="DiT-S/2", data="shapes"), settings)
+    assert settings.first_stage == "none"                               # what is given stays
+
+
+def test_equal_flags_are_equal_weights_and_another_seed_is_another_model():
+    make = lambda seed: make_task(Config(model="DiT-32x1/2", seed=seed), settings_class("dit")(
+        first_stage="new", factor=2), TOY)
+    one, two, other = make(0), make(0), make(1)
+    for part in ("model", "first_stage"):
+        a, b, c = (fingerprint(getattr(task, part).state_dict()) for task in (one, two, other))
+        assert a == b != c
+    assert not any(p.requires_grad for p in one.first_stage.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# bases
+
+def test_a_fingerprint_knows_names_shapes_and_values_but_not_precision():
+    tensors = {"a": torch.randn(3, 2, generator=torch.Generator().manual_seed(0)),
+               "n": torch.arange(3)}
+    one = fingerprint(tensors)
+    halved = {"n": tensors["n"], "a": tensors["a"].half()}              # another order as well
+    assert fingerprint(halved) == fingerprint({"a": halved["a"].float(), "n": tensors["n"]}) == one
+    a = tensors["a"]
+    for name, value in (("a", a + 0.1), ("a", a.view(2, 3)), ("a", -a), ("n", tensors["n"] + 1),
+                        ("b", a)):
+        assert fingerprint({**tensors, name: value}) != one
+
+
+def test_a_base_must_read_captions_and_hands_its_flags_over(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    config = {"model": "unet-tiny", "data": "npz:x", "image_size": 8, "lr": 7.0, "out": "there"}
+    info = describe(SPOKEN, "unet-tiny", Pixels())
+    settings = settings_class("unet")(first_stage="none")
+    task = build_task("unet-tiny", settings, info, Pixels())
+    raw = {k: v + 1 if v.is_floating_point() else v for k, v in task.model.state_dict().items()}
+    state = {"task": "unet", "config": config, "settings": vars(settings), "info": info,
+             "model": raw, "ema": task.model.state_dict()}
+    save_checkpoint(path, state)
+    assert base_flags(path) == ({"model": "unet-tiny", "data": "npz:x", "image_size": 8}, False)
+    base = base_task(path, "no file of merges")
+    assert fingerprint(base.model.state_dict()) == fingerprint(task.model.state_dict())
+    assert base.family == "unet"
+    assert torch.equal(base.tokenizer(["a red dog"]), task.tokenizer(["a red dog"]))
+    assert torch.equal(next(models.task_from(state, path, "model").model.parameters()),
+                       next(task.model.parameters()) + 1)
+    with pytest.raises(ValueError, match="averaged weights alone"):
+        models.task_from({k: v for k, v in state.items() if k != "model"}, path, "model")
+    save_checkpoint(path, {**state, "info": {k: v for k, v in info.items() if k != "vocabulary"}})
+    with pytest.raises(ValueError, match="no text-to-image checkpoint"):
+        base_task(path, "")
