@@ -278,7 +278,11 @@ def test_labels_are_hidden_as_often_as_asked(case):
 
 def test_norms_normalise_and_attention_is_what_it_says(case):
     task, model = filled(case)
-    kind = lambda m: re.search("^(Layer|RMS)Norm|Attention$", type(m).__name__)
+
+    def kind(m):
+        norm = isinstance(m, tuple(dit.NORMS.values())) or re.match("(Layer|RMS)", type(m).__name__)
+        return "norm" if norm and list(m.children()) == [] else re.search(
+            "(Attention|)$", type(m).__name__)[0]
     found, calls = {name: m for name, m in model.named_modules() if kind(m)}, {}
     hooks = [m.register_forward_pre_hook(lambda m, args, name=name: calls.update({name: args}))
              for name, m in found.items()]
@@ -287,8 +291,7 @@ def test_norms_normalise_and_attention_is_what_it_says(case):
         for hook in hooks:
             hook.remove()
         for name, args in calls.items():
-            check = check_attention if kind(found[name])[0] == "Attention" else check_norm
-            check(found[name], *args)
+            (check_norm if kind(found[name]) == "norm" else check_attention)(found[name], *args)
     assert calls.keys() == found.keys()                                 # every one is used
 
 
