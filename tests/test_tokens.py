@@ -92,7 +92,7 @@ def test_wrong_input_gets_one_line(texts, tokeniser, scenes, tmp_path, capsys):
             (sample.main, [*ask, "--eta", "1"], "eta"),
             (sample.main, [*ask, "--sampler", "ddim"], "posterior"),
             (sample.main, [*ask, "--sampler", "purity", "--steps", "ddim25"], "ddim25"),
-            (sample.main, ["--ckpt", tokeniser], "autoencoder"),
+            (sample.main, ["--ckpt", tokeniser], "does not sample by itself"),
             (train.main, [*on, "--model", "vq-tiny", "--first-stage", "none"], "tokens"),
             (train.main, [*on, "--first-stage", tokeniser], "numbers, from a tiny-ae"),
             (train.main, [*on, "--model", "vq-tiny", "--first-stage", tokeniser,
