@@ -18,7 +18,7 @@ TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
 # the methods of tasks, stages and processes, explained once: in tasks.py, vae.py, diffusion.py
 CONTRACT = ("forward", "draw", "loss", "check_batch", "prepare", "preview", "finish", "state",
             "inputs", "step", "encode", "decode", "objective", "standardise", "standardised",
-            "shrink_mask")
+            "shrink_mask", "latent_shape")
 
 LONG = {"train.make_step": "the step, and all that it reads",
         "train.train": "the loop, which is read from the top to the bottom"}
