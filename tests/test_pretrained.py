@@ -331,7 +331,7 @@ def test_what_is_no_file_is_named(tmp_path):
         pretrained.read_weights("none.ckpt")
     with pytest.raises(ValueError, match="no checkpoint at .*none.ckpt"):
         pretrained.is_official(tmp_path / "none.ckpt")
-    with pytest.raises(ValueError, match="is a folder: read_diffusers"):
+    with pytest.raises(ValueError, match="no file at"):
         pretrained.read_weights(tmp_path)
 
 
@@ -379,7 +379,7 @@ def test_text_names_without_text_model_and_linear_projections(states):
 
 def test_files_of_other_models_are_named(states):
     for name in ("cond_stage_model.model.ln_final.weight", "conditioner.embedders.0.transformer.x"):
-        with pytest.raises(ValueError, match=f"{name} belongs to .* Stable Diffusion 2 or XL"):
+        with pytest.raises(ValueError, match="text encoder of Stable Diffusion 2 or XL: give"):
             pretrained.split_compvis(compvis(states) | {name: torch.ones(1)})
     with pytest.raises(ValueError, match="no part of Stable Diffusion .*: names such as a.b"):
         pretrained.split_compvis({"a.b": torch.ones(1)})
@@ -425,25 +425,21 @@ def test_diffusers_folder_of_one_part_and_the_choice_of_file(tmp_path, states):
 
 
 def test_bad_diffusers_folders(tmp_path, states):
-    with pytest.raises(ValueError, match="no folder at .*nowhere"):
-        pretrained.read_diffusers(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is no diffusers folder: it has no sub-folder"):
-        pretrained.read_diffusers(tmp_path)
     (tmp_path / "text_encoder").mkdir()
-    with pytest.raises(ValueError, match="text_encoder holds neither model.* nor pytorch_model"):
-        pretrained.read_diffusers(tmp_path)
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ValueError, match=f"{folder} is no diffusers folder: .* text_encoder"):
+            pretrained.read_diffusers(folder)
     unet, vae = unet_to_diffusers(states["unet"]), vae_to_diffusers(states["vae"])
-    extra = torch.ones(2, 3)
     for name in ("add_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv3.weight", "x",
                  "down_blocks.0.oddities.0.x.bias", "down_blocks.0.downsamplers.0.norm.weight"):
-        with pytest.raises(ValueError, match=rf"{name} \(2, 3\) is no name of a U-Net of"):
-            pretrained.rename_unet(unet | {name: extra})
+        renamed = pretrained.rename_unet(unet | {name: torch.ones(2, 3)})
+        with pytest.raises(ValueError, match=r"unet: 1 .*: file \(2, 3\), model has none"):
+            pretrained.build({"unet": renamed})
     for name in ("encoder.conv_mid.weight", "encoder.mid_block.attentions.0.to_r.weight",
                  "quant_conv", "x"):
-        with pytest.raises(ValueError, match=rf"{name} \(2, 3\) is no name of an AutoencoderKL"):
-            pretrained.rename_vae(vae | {name: extra})
-    with pytest.raises(ValueError, match="query.weight .* second one for encoder.mid.attn_1.q"):
-        pretrained.rename_vae(vae | {"encoder.mid_block.attentions.0.query.weight": extra})
+        renamed = pretrained.rename_vae(vae | {name: torch.ones(2, 3)})
+        with pytest.raises(ValueError, match=r"vae: 1 .*: file \(2, 3\), model has none"):
+            pretrained.build({"vae": renamed})
 
 
 def test_all_686_names_of_the_real_unet_one_to_one_from_diffusers():
@@ -480,10 +476,6 @@ def test_sizes_are_read_off_the_tensors(states):
     assert unet(states["unet"]) == UNET
     assert vae(states["vae"]) == VAE
     assert text(states["text"]) == TEXT
-    stated = dict(num_heads=4, norm_groups=8)
-    assert unet(states["unet"], **stated) == UNET | stated
-    assert vae(states["vae"], scale=0.13025) == VAE | dict(scale=0.13025)
-    assert text(states["text"], num_heads=2) == TEXT | dict(num_heads=2)
 
 
 @pytest.mark.parametrize("sizes", [
@@ -539,7 +531,7 @@ def test_text_encoders_of_later_editions_are_refused():
 
 def test_build_is_strict_and_says_what_differs(states):
     unet = dict(states["unet"])
-    build = lambda state, **more: pretrained.build({"unet": state}, **more)
+    build = lambda state: pretrained.build({"unet": state})
     missing = {k: v for k, v in unet.items() if k != "out.0.bias"}
     with pytest.raises(ValueError, match=r"unet: 1 .* out.0.bias: file has none, model \(32,\)"):
         build(missing)
@@ -551,30 +543,18 @@ def test_build_is_strict_and_says_what_differs(states):
         build(unet | {f"x.{i}": torch.ones(1) for i in range(7)})           # the first five
     with pytest.raises(ValueError, match="unet: 1 .* out.0.bias: dtype torch.int8"):
         build(unet | {"out.0.bias": torch.ones(32, dtype=torch.int8)})
-    with pytest.raises(ValueError, match="unknown part 'vqgan': choose of unet, vae, text"):
-        pretrained.build({"vqgan": {}})
-    with pytest.raises(ValueError, match="unet: cannot build it from .*heads"):
-        build(unet, stated={"unet": {"heads": 4}})
-    with pytest.raises(ValueError, match="num_heads"):
-        build(unet, stated={"unet": {"num_heads": 7}})
+    wide = states["vae"] | {"encoder.down.1.block.0.conv1.weight": torch.ones(48, 32, 3, 3)}
+    with pytest.raises(ValueError, match=r"vae: .* do not fit: .*: file \(64,"):
+        pretrained.build({"vae": wide})                             # 48 is no multiple of 32
 
 
-def test_build_keeps_the_dtype_unless_told_and_hears_what_is_stated(states):
+def test_build_keeps_the_dtype_unless_told(states):
     half = {part: {k: v.half() for k, v in state.items()} for part, state in states.items()}
     for dtype, want in ((None, torch.float16), (torch.float32, torch.float32),
                         (torch.bfloat16, torch.bfloat16)):
         for model in pretrained.build(half, dtype).values():
             assert {p.dtype for p in model.state_dict().values()} == {want}
             assert not any(p.is_meta for p in model.parameters())
-    stated = {"unet": dict(num_heads=4, norm_groups=8), "vae": dict(scale=0.5),
-              "text": dict(num_heads=2)}
-    built = pretrained.build(states, stated=stated)
-    direct = {"unet": UNet(**UNET | stated["unet"]), "vae": AutoencoderKL(**VAE, scale=0.5),
-              "text": TextEncoder(**TEXT | stated["text"])}
-    for part, model in direct.items():
-        model.load_state_dict(states[part])
-    for (name, got), want in zip(outputs(built).items(), outputs(direct).values()):
-        assert torch.equal(got, want), name
 
 
 def test_built_models_train(tmp_path, states):
