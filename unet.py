@@ -8,12 +8,11 @@ on smaller and wider maps; on the way up, each block also gets the map of its si
 (the skip connection), so no detail is lost. Two inputs steer it:
   the timestep t   becomes a vector emb, added to the feature maps inside every ResBlock
   the text         is a sequence of vectors, context (B, L, D_ctx). In a transformer block each cell
-                   of the map is a token: the cells attend to each other (self-attention), then to
-                   the words (cross-attention), then a gated MLP follows. Only to_k and to_v read
-                   the words: custom_diffusion.py trains just these, adapters.py adds to the blocks.
+                   of the map is a token, which attends to the other cells (self-attention), then to
+                   the words (cross-attention). Only to_k and to_v read the words:
+                   custom_diffusion.py trains just these, adapters.py adds to the blocks.
 
 Contents: attention, transformer block, ResBlock, their layers, UNet, UNET_CONFIGS.
-A model is model(x (B, C, H, W), t (B,), context (B, L, D_ctx)) -> (B, C_out, H, W).
 
     python train.py --model unet-tiny --data scenes    # captions to pictures of shapes, on a CPU
 
@@ -37,10 +36,10 @@ from diffusion import timestep_embedding
 # ---- attention and the transformer ---------------------------------------------------------------
 
 class CrossAttention(nn.Module):
-    """Multi-head attention: x (B, N, query_dim) reads context (B, L, context_dim) -> like x.
+    """softmax(q k^T / sqrt(d)) v in several heads: x (B, N, query_dim) -> like x.
 
-    softmax(q k^T / sqrt(d)) v, q from x, k and v from context, without biases. Self-attention is
-    context = x. Source: LDM §3.3; Vaswani et al. 2017 Eq. 1.
+    q comes from x, k and v from context (B, L, context_dim), which is x in self-attention.
+    Source: LDM §3.3; Vaswani et al. 2017 Eq. 1.
     """
 
     def __init__(self, query_dim, context_dim, num_heads, head_dim):
@@ -64,8 +63,7 @@ class Tapped(nn.Module):
 
     taps: name -> channels, in the order of computation. adapter: None, or an nn.Module with
     forward(name, x) -> tensor like x, called once per tap; the block goes on with what it returns.
-    As a sub-module it is moved, saved and copied with the model; `block.adapter = None` removes
-    it. Source: Xiang et al. 2023 (arXiv 2303.18181) Fig. 4, the ten positions.
+    `block.adapter = None` removes it. Source: Xiang et al. 2023 (arXiv 2303.18181) Fig. 4.
     """
 
     def __init__(self, taps):
@@ -74,7 +72,7 @@ class Tapped(nn.Module):
         self.register_module("adapter", None)
 
     def tap(self, name, x):
-        """The tensor x, or what the adapter makes of it. Source: Xiang et al. 2023 §3."""
+        """The tensor x, or what the adapter makes of it."""
         return x if self.adapter is None else self.adapter(name, x)
 
 
@@ -95,9 +93,7 @@ class TransformerBlock(Tapped):
         layers = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
         self.ff = nn.Sequential(OrderedDict(net=layers))
         self.attn2 = CrossAttention(dim, context_dim, num_heads, head_dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
     def forward(self, x, context):
         x = self.tap("sa_in", x)
@@ -151,13 +147,11 @@ class ResBlock(Tapped):
 
     def __init__(self, channels, emb_channels, out_channels, norm_groups=32):
         super().__init__({"res_in": channels, "res_out": out_channels})
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(norm_groups, channels), nn.SiLU(),
-            nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels), nn.SiLU(),
+                                       nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(norm_groups, out_channels), nn.SiLU(),
-            nn.Identity(),                                              # the official dropout
+            nn.GroupNorm(norm_groups, out_channels), nn.SiLU(), nn.Identity(),  # official: dropout
             nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -166,17 +160,6 @@ class ResBlock(Tapped):
         x = self.tap("res_in", x)
         h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]          # (B, C_out, H, W)
         return self.tap("res_out", self.skip_connection(x) + self.out_layers(h))
-
-
-def make_downsample(ch):
-    """Strided convolution, (B, C, H, W) -> (B, C, H/2, W/2). Source: DDPM appendix B."""
-    return nn.Sequential(OrderedDict(op=nn.Conv2d(ch, ch, 3, stride=2, padding=1)))
-
-
-def make_upsample(ch):
-    """Nearest neighbour, convolution, (B, C, H, W) -> (B, C, 2H, 2W). Source: DDPM appendix B."""
-    larger = nn.Upsample(scale_factor=2, mode="nearest")
-    return nn.Sequential(OrderedDict(larger=larger, conv=nn.Conv2d(ch, ch, 3, padding=1)))
 
 
 class Stage(nn.Sequential):
@@ -198,18 +181,16 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """The conditional U-Net. The defaults are Stable Diffusion v1.
 
-    in_channels, out_channels: C of x and of the result; model_channels: the unit of width;
-    channel_mult: width of each level in that unit, one entry per size of the map, largest first;
+    channel_mult: width of each level in units of model_channels, the largest map first;
     num_res_blocks: ResBlocks per level on the way down (one more on the way up);
     attention_resolutions: down-sampling factors (1, 2, 4, ...) of the levels with transformers
     (the middle always has one); num_heads: attention heads at every width, or -1 and then
     num_head_channels: channels per head; transformer_depth: blocks per transformer;
     context_dim: width D_ctx of a text state; norm_groups: of each GroupNorm, divides every width.
-    Raises ValueError for sizes that do not fit together. Source: LDM §3.3, Table 15.
+    Raises ValueError for sizes that do not fit together. Source: LDM Eq. 3, §3.3, Table 15.
     """
 
-    # Muon (optim.py) gets the matrices and convolution kernels whose names start like this: all but
-    # the first convolution (input_blocks.0), the timestep MLP and the last convolution
+    # what Muon (optim.py) trains: all but the first and last convolution and the timestep MLP
     matrices = r"(?:input_blocks\.(?!0\.)|middle_block\.|output_blocks\.)"
 
     def __init__(self, in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
@@ -241,13 +222,14 @@ class UNet(nn.Module):
         self.initialize_weights()
 
     def build_blocks(self, levels, num_res_blocks, layers):
-        """Adds the blocks; layers(ch_in, ch, attend) makes those of a stage. Source: LDM Fig. 3."""
+        """Add the blocks; layers(ch_in, ch, attend) makes those of a stage. Source: LDM Fig. 3."""
         ch = self.model_channels                        # width of the current map
         skips = [ch]                                    # widths of the maps kept for the way up
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(self.in_channels, ch, 3, padding=1))])
         for level, (width, attend) in enumerate(levels):
             if level > 0:
-                self.input_blocks.append(Stage(make_downsample(ch)))
+                half = nn.Conv2d(ch, ch, 3, stride=2, padding=1)        # (B, C, H/2, W/2)
+                self.input_blocks.append(Stage(nn.Sequential(OrderedDict(op=half))))
                 skips.append(ch)
             for _ in range(num_res_blocks):
                 self.input_blocks.append(Stage(*layers(ch, width, attend)))
@@ -259,15 +241,14 @@ class UNet(nn.Module):
             for i in range(num_res_blocks + 1):
                 stage = layers(ch + skips.pop(), width, attend)
                 if level > 0 and i == num_res_blocks:
-                    stage.append(make_upsample(width))
+                    larger = nn.Upsample(scale_factor=2, mode="nearest")        # (B, C, 2H, 2W)
+                    conv = nn.Conv2d(width, width, 3, padding=1)
+                    stage.append(nn.Sequential(OrderedDict(larger=larger, conv=conv)))
                 self.output_blocks.append(Stage(*stage))
                 ch = width
 
     def forward(self, x, t, context):
-        """x (B, C, H, W), t (B,) in 0..999, context (B, L, D_ctx) -> (B, C_out, H, W).
-
-        Raises ValueError if H, W cannot be halved often enough or D_ctx differs. Source: LDM Eq. 3.
-        """
+        """x (B, C, H, W), t (B,) in 0..999, context (B, L, D_ctx) -> (B, C_out, H, W)."""
         if x.shape[2] % self.min_size or x.shape[3] % self.min_size:
             raise ValueError(f"a {x.shape[2]}x{x.shape[3]} map cannot be halved down to the lowest "
                              f"level: make height and width multiples of {self.min_size}")
@@ -294,7 +275,6 @@ class UNet(nn.Module):
         | last convolution of each ResBlock | 0                        | first output: its skip  |
         | proj_out of each transformer      | 0                        | first output: its input |
         | last convolution of the model     | 0                        | first output: 0         |
-        The first loss is thus the mean square of the target, see DiT.initialize_weights.
         """
         zero = [self.out[2]]
         for module in self.modules():
