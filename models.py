@@ -299,9 +299,9 @@ def task_from(state, path, weights="ema"):
 
     Raises ValueError for other files, and for weights that are not there.
     """
-    if "settings" not in state or "sizes" in state:
+    if state.get("task") not in FAMILIES or "sizes" in state:
         raise ValueError(f"{path} does not sample by itself: give a diffusion model's checkpoint; "
-                         "what an adapter or concept learned lies beside the memory of its run")
+                         "for an adapter or a concept, the adapter.pt or concept.pt beside it")
     if weights not in state:
         raise ValueError(f"{path} was exported with averaged weights alone: leave out --weights")
     settings = settings_class(state["task"])(**state["settings"])
