@@ -14,7 +14,7 @@ have a centre, and one is cut in two halves (hard). Columns:
   both       share of pictures of a pair that show each thing in its half
 Then, from the files that this leaves behind: how far each kind of layer moved when all weights
 learned, and what a compressed change still samples. The settings of the second merge were chosen on
-two pairs with seed 0. About 35 CPU-seconds a cell on one thread; 126 single cells and 54 pairs.
+one pair with seed 0. About 35 CPU-seconds a cell on one thread; 126 single cells and 54 pairs.
 
     python -m studies.custom_concepts       # -> custom_{concepts,pairs,compression,change}.md, .csv
 """
@@ -95,7 +95,7 @@ def learn(names, path, flags, seed, before=None):
     step = make_step(config, dataset, task)
     for s in range(config.steps):
         step(s)
-    folder = path.with_suffix("")               # of this cell alone: two processes may run
+    folder = path.with_suffix(".run")           # of this cell alone: two processes may run
     folder.mkdir(parents=True, exist_ok=True)
     config.out = str(folder)
     task.finish(step.ema, dataset, "cpu")
@@ -186,7 +186,7 @@ def combine(pair, how, seed, path):
     elif how == "sequential":
         learn(pair[1:], path, [], seed, before=load_concept(own[0], unet))
     elif how.startswith("merge"):           # the U-Net also reads the padding after a short caption
-        padding = ["--padding", "--ridge", "10", "--tolerance", "0.5"]
+        padding = ["--padding", "--ridge", "10", "--tolerance", "0.3"]
         path.unlink(missing_ok=True)                            # of a cell that was stopped
         custom_diffusion.main(["merge", *map(str, own), "--base", BASE, "--out", str(path),
                                *(padding if how.endswith("padding") else ["--ridge", "0.1"])])

@@ -123,7 +123,7 @@ def main():
     merged = OUT / "merged.pt"
     merged.unlink(missing_ok=True)
     custom_diffusion.main(["merge", *(str(files[name, "K/V and word"]) for name in SUBJECTS),
-                           "--base", base, "--padding", "--ridge", "10", "--tolerance", "0.5",
+                           "--base", base, "--padding", "--ridge", "10", "--tolerance", "0.3",
                            "--out", str(merged)])
     columns = {}
     for k, (name, category) in enumerate(SUBJECTS.items(), 1):
