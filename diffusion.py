@@ -1,62 +1,58 @@
 """The Gaussian diffusion process: how pictures become noise, and how a network brings them back.
 
 Papers: DDPM (Ho et al. 2020), improved DDPM (Nichol & Dhariwal 2021), DDIM (Song et al. 2020),
-DPM-Solver++ (Lu et al. 2022), classifier-free guidance (Ho & Salimans 2022), rectified flow (Liu
-et al. 2022).
+DPM-Solver++ (Lu et al. 2022), guidance (Ho & Salimans 2022), rectified flow (Liu et al. 2022).
 
 The idea. Take a clean picture x0 and mix in Gaussian noise eps, a little more at every step t:
 
     xt = sqrt(alpha_bar[t]) * x0 + sqrt(1 - alpha_bar[t]) * eps            (q_sample)
 
-Train a network to predict eps from (xt, t). The whole training is this regression. To sample,
-start from pure noise. At every step the network predicts eps, which gives an estimate of x0; then
-move from xt to a slightly less noisy picture that agrees with this estimate. A sampler says how:
-DDPM adds new noise, DDIM adds none, DPM-Solver++ also uses the estimate of the step before. The
-network may predict x0 or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 instead: with xt, any
-one of the three gives the other two.
+Training is a regression: a network learns to predict eps from (xt, t). To sample, start from pure
+noise. At every step the network predicts eps, which gives an estimate of x0; then move from xt to a
+slightly less noisy picture that agrees with this estimate. A sampler says how: DDPM adds new noise,
+DDIM adds none, DPM-Solver++ also uses the estimate of the step before. The network may predict x0
+or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 instead: with xt, each of the three gives the
+other two. A model is any callable model(xt, t, cond) -> (B, C or 2C, ...).
 
-Contents: GaussianDiffusion, RectifiedFlow (the same methods on straight lines), guided, schedules,
-respacing, check_options, likelihoods, timestep_embedding, randn. A model is any callable
-model(xt, t, cond) -> (B, C or 2C, ...).
+Contents: GaussianDiffusion, RectifiedFlow (the same on straight lines), guidance, schedules,
+respacing, likelihoods, timestep_embedding, random numbers.
 
     process = GaussianDiffusion(schedule="linear", prediction="eps")
     loss, metrics = process.loss(model, x0, cond, **process.draw(x0.shape))
     x = process.sample(model, x0.shape, cond, null, sampler="ddim", steps=50, cfg_scale=4.0)
     python train.py --schedule cosine --prediction v
 
-Differences from the official code (facebookresearch/DiT, diffusion/): guidance acts on all
-channels, not on three (cfg_channels=3 brings that back); sampling begins at a log-SNR of at least
-MIN_LOG_SNR; a single sampling step is taken at the last t, not at the first.
+Differences from the official code (facebookresearch/DiT, diffusion/): guidance acts on all channels
+(cfg_channels=3: on three, as there); sampling begins at a log-SNR of at least MIN_LOG_SNR; a single
+step is taken at the last t, not at the first.
 """
 import copy
 import itertools
 import math
 import re
-import types
+from functools import partial
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
-# Sampling begins at the last t whose log-SNR, log(alpha_bar / (1 - alpha_bar)), is not below this:
-# t = 999 for "linear" and "scaled_linear". "cosine" ends at -19.8, where an error of eps is
-# multiplied by 20,000 in x0 = (xt - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar): it begins at
-# t = 995, where the factor is 160.
+# Sampling begins at the last t whose log-SNR, log(alpha_bar / (1 - alpha_bar)), is not below this.
+# Only "cosine" goes lower, to -19.8, where an error of eps counts 20,000-fold in x0 = (xt -
+# sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar): it begins at t = 995, where the factor is 160.
 MIN_LOG_SNR = -10.2
-
 # the options that all samplers of this file read, with their defaults; `sample` explains them
-DEFAULTS = {"cfg_scale": 1.0, "cfg_interval": (0.0, 1.0), "cfg_channels": None, "x_init": None,
-            "mask": None, "strength": 1.0, "noise": None, "clip": False, "generator": None,
-            "device": "cpu"}
+DEFAULTS = dict(cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None, x_init=None, mask=None,
+                strength=1.0, noise=None, clip=False, generator=None, device="cpu")
 COMMON = frozenset(DEFAULTS)
 
 
 class GaussianDiffusion:
     """The chain x0 -> xt -> noise with its loss and its samplers. It has no parameters.
 
-    steps: T; t counts from 0 (the papers: from 1). schedule: see make_betas. prediction: what the
-    network outputs, "eps", "v" or "x0". learn_sigma: C more channels interpolate the log-variance
-    (improved DDPM Eq. 15); otherwise variance is "fixed_large" (beta) or "fixed_small" (the
-    posterior's). Public: betas, alpha_bar (T,) float64; timestep_map (T,): the t that the network
-    receives. Raises ValueError for an unknown name. Source: DDPM §2-3, improved DDPM §3.
+    steps: T; t counts from 0 (the papers: from 1). schedule: a name of SCHEDULES. prediction: what
+    the network outputs, "eps", "v" or "x0". learn_sigma: C more channels interpolate the log-
+    variance; otherwise variance is "fixed_large" (beta) or "fixed_small" (the posterior's). Public:
+    betas, alpha_bar (T,) float64; timestep_map (T,): the network's t. Source: DDPM §2-3.
     """
     samplers = ("ddim", "ddpm", "dpm++")
     default_steps = {"ddim": 50, "ddpm": 250, "dpm++": 50}
@@ -64,10 +60,8 @@ class GaussianDiffusion:
 
     def __init__(self, steps=1000, schedule="linear", prediction="eps", learn_sigma=False,
                  variance="fixed_large"):
-        for value, legal in ((prediction, ("eps", "v", "x0")),
-                             (variance, ("fixed_large", "fixed_small"))):
-            if value not in legal:
-                raise ValueError(f"unknown {value!r}: choose one of {', '.join(legal)}")
+        check_name("prediction", prediction, ("eps", "v", "x0"))
+        check_name("variance", variance, ("fixed_large", "fixed_small"))
         self.prediction, self.learn_sigma, self.variance = prediction, learn_sigma, variance
         self.original_steps = steps                     # stays when the chain is respaced
         self.default_sampler = "ddpm" if learn_sigma else "ddim"
@@ -84,19 +78,13 @@ class GaussianDiffusion:
 
     def loss(self, model, x0, cond=None, mask=None, *, t, eps):
         """Training loss of a batch x0 (B, C, ...) -> (scalar, {"mse", "vb" if learn_sigma}).
-
-        t, eps: from `draw`. mse: |prediction - target|^2. vb: the bound's term with the mean
-        detached, so that it trains the variance only (improved DDPM §3.1); for uniform t and
-        T = 1000 their sum is L_simple + 0.001 L_vlb. mask: broadcastable to x0; the loss of a
-        sample is the mean over its entries with mask 1. Source: DDPM Eq. 14, improved DDPM Eq. 16.
-        """
+        vb: the bound's term, which trains the variance only; for T = 1000, mse + vb = L_simple +
+        0.001 L_vlb. Only entries with mask 1 count. Source: DDPM Eq. 14, improved DDPM Eq. 16."""
         xt = self.q_sample(x0, t, eps)
         out = model(xt, self._at("t", t, x0), cond).float()
         pred = out[:, :x0.shape[1]]                                                 # (B, C, ...)
-        if self.prediction == "v":
-            target = self._at("sqrt_ab", t, x0) * eps - self._at("sqrt_1m_ab", t, x0) * x0
-        else:
-            target = eps if self.prediction == "eps" else x0
+        v = self._at("sqrt_ab", t, x0) * eps - self._at("sqrt_1m_ab", t, x0) * x0
+        target = {"eps": eps, "x0": x0, "v": v}[self.prediction]
         terms = {"mse": _mean((target - pred) ** 2, mask)}                          # (B,)
         if self.learn_sigma:
             frozen = torch.cat([pred.detach(), out[:, x0.shape[1]:]], dim=1)        # (B, 2C, ...)
@@ -126,11 +114,7 @@ class GaussianDiffusion:
         return self._at("sqrt_recip_ab", t, xt) * xt - self._at("sqrt_recipm1_ab", t, xt) * pred
 
     def p_mean_variance(self, out, xt, t, clip=False):
-        """One reverse step from the network's output `out` -> (mean, log-variance, x0), like xt.
-
-        clip: clamp x0 to [-1, 1] (for pixels, not for latents).
-        Source: DDPM Eq. 11; learned variance: improved DDPM Eq. 15 (v is not clamped).
-        """
+        """out -> (mean, log-variance, x0), like xt. Source: DDPM Eq. 11; improved DDPM Eq. 15."""
         logvar = self._at(self.variance, t, xt).expand_as(xt)
         if self.learn_sigma:
             out, v = out.chunk(2, dim=1)                                            # 2x (B, C, ...)
@@ -157,12 +141,8 @@ class GaussianDiffusion:
         return (x_prev + sigma * z if eta > 0 else x_prev), x0
 
     def dpmpp_step(self, out, xt, t, x0_last, clip=False):
-        """DPM-Solver++(2M): x0 is extrapolated from two estimates -> (x_{t-1}, x0).
-
-        x0_last: the estimate at t + 1, or None in the first step. That step and the one at t = 0
-        are of first order, which is DDIM. Source: Lu et al. 2022 Alg. 2.
-        """
-        if x0_last is None:
+        """DPM-Solver++(2M): extrapolates x0 from that at t + 1. Source: Lu et al. 2022 Alg. 2."""
+        if x0_last is None:             # the first step, like the last, is of first order: DDIM
             return self.ddim_step(out, xt, t, clip=clip)
         x0 = self.p_mean_variance(out, xt, t, clip)[2]
         ab, ab_prev = self._at("ab", t, xt), self._at("ab_prev", t, xt)
@@ -189,7 +169,7 @@ class GaussianDiffusion:
         """As `sample`, but yields (xt, x0 estimate) after every step. Source: DDPM Alg. 2."""
         sampler = self.default_sampler if sampler is None else sampler
         check_options(self, sampler, options)
-        opt = types.SimpleNamespace(sampler=sampler, **{**DEFAULTS, "eta": 0.0, **options})
+        opt = SimpleNamespace(sampler=sampler, **{**DEFAULTS, "eta": 0.0, **options})
         steps = self.default_steps[sampler] if steps is None else steps
         process, path = self.path(sampler, steps, opt.strength)
         denoise = guided(model, cond, uncond, opt.cfg_scale, opt.cfg_interval, opt.cfg_channels)
@@ -207,18 +187,16 @@ class GaussianDiffusion:
                 xt = torch.where(opt.mask > 0.5, xt, opt.x_init)
             yield xt, x0
 
-    def sample(self, model, shape, cond=None, uncond=None, **options):
+    def sample(self, model, shape, cond=None, uncond=None, sampler=None, steps=None, **options):
         """Sample pictures -> (B, C, ...) = `shape`. None: the process's default.
 
-        sampler: see samplers. steps: how many, or for a Gaussian chain a respacing (respaced_steps;
-        a number for "dpm++": about so many, evenly in log-SNR). cfg_*: see guided. x_init like the
-        result with mask (1 = paint here): inpainting; with strength < 1: begin with x_init at this
-        noise level, which is (t + 1) / T, or u of a flow. Fewer steps are then taken by a Gaussian
-        chain. clip: clamp the x0 estimates to [-1, 1]. noise: begin here. generator: one, or a list
-        with one per sample. eta: see ddim_step. Raises ValueError: see check_options.
+        steps: how many, or for a Gaussian chain a respacing (respaced_steps; a number for "dpm++":
+        evenly in log-SNR). cfg_*: see guided. x_init with mask (1 = paint here): inpainting; with
+        strength < 1: begin with x_init at this noise level, (t + 1) / T or u; a Gaussian chain then
+        takes fewer steps. clip: clamp x0 to [-1, 1] (pixels, not latents). noise: begin here.
         Source: DDPM Alg. 2; inpainting: Lugmayr et al. 2022 Eq. 8; strength: SDEdit Alg. 1.
         """
-        for x, _ in self.trajectory(model, shape, cond, uncond, **options):
+        for x, _ in self.trajectory(model, shape, cond, uncond, sampler, steps, **options):
             pass
         return x
 
@@ -226,13 +204,11 @@ class GaussianDiffusion:
         """The process on fewer steps: a list, or see respaced_steps. Source: improved DDPM §4."""
         kept = kept if isinstance(kept, list) else respaced_steps(self.steps, kept)
         ab, short = self.alpha_bar[kept], copy.copy(self)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
-        short._set_tables(1 - ab / previous, self.timestep_map[kept])
+        short._set_tables(1 - ab / F.pad(ab[:-1], (1, 0), value=1.0), self.timestep_map[kept])
         return short
 
     def path(self, sampler, steps, strength=1.0):
-        """A sampler's steps from the level `strength` on: (respaced process, [(t, level), ...,
-        (-1, 0)]). Source: improved DDPM §4; Lu et al. 2022 §5."""
+        """-> (respaced process, [(t, level), ..., (-1, 0)]). Source: Lu et al. 2022 §5 (dpm++)."""
         if isinstance(steps, int) and not 1 <= steps <= self.steps:
             raise ValueError(f"steps {steps}: give a whole number from 1 to {self.steps}")
         log_snr = torch.logit(self.alpha_bar)                                       # (T,)
@@ -243,9 +219,8 @@ class GaussianDiffusion:
         else:
             kept = respaced_steps(self.steps, steps)
         kept = kept if len(kept) > 1 else [self.steps - 1]      # a single step begins with noise
-        allowed = (log_snr >= MIN_LOG_SNR) & (
-            self.timestep_map + 1 <= round(strength * self.original_steps))
-        last = max(0, allowed.sum().item() - 1)         # the noisiest t that is allowed
+        below = self.timestep_map < round(strength * self.original_steps)           # (T,)
+        last = max(0, (below & (log_snr >= MIN_LOG_SNR)).sum().item() - 1)  # the noisiest allowed t
         chain = self.respaced(sorted({min(t, last) for t in kept}))
         levels = [(t + 1) / self.original_steps for t in chain.timestep_map.tolist()]
         return chain, [*reversed(list(enumerate(levels))), (-1, 0.0)]
@@ -253,7 +228,7 @@ class GaussianDiffusion:
     def _set_tables(self, betas, timestep_map):
         self.betas, self.timestep_map, self.steps = betas, timestep_map, len(betas)
         self.alpha_bar = ab = torch.cumprod(1 - betas, 0)
-        ab_prev = torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
+        ab_prev = F.pad(ab[:-1], (1, 0), value=1.0)
         post_var = betas * (1 - ab_prev) / (1 - ab)                     # DDPM Eq. 7; 0 at t = 0
         # its logarithm is infinite at t = 0: use that of t = 1
         post_logvar = (torch.cat([post_var[1:2], post_var[1:]]) if len(betas) > 1 else betas).log()
@@ -277,12 +252,9 @@ class GaussianDiffusion:
 
 class RectifiedFlow:
     """Diffusion on straight lines: x_u = (1 - u) x0 + u eps; the network predicts eps - x0.
-
-    u in [0, 1) is continuous; the network receives t = 1000 u. Samplers: "euler" (on this schedule
-    it equals DDIM) and "heun" (second order; two forwards per step, one in the last).
-    shift >= 1 trains more at high noise; 1 = evenly.
-    Source: Liu et al. 2022 Eq. 1; shift: Esser et al. 2024 (Stable Diffusion 3) Eq. 23.
-    """
+    u in [0, 1) is continuous; the network receives t = 1000 u. Samplers: "euler" (here equal to
+    DDIM) and "heun" (second order; two forwards per step, one in the last). shift >= 1: trains more
+    at high noise; 1 = evenly. Source: Liu et al. 2022 Eq. 1; shift: Stable Diffusion 3 Eq. 23."""
     samplers, default_sampler = ("euler", "heun"), "euler"
     default_steps = {"euler": 25, "heun": 50}
     options = {"euler": COMMON, "heun": COMMON}
@@ -331,16 +303,13 @@ class RectifiedFlow:
 
 def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None):
     """Classifier-free guidance, eps = eps_u + s (eps_c - eps_u), as a callable f(xt, t, level).
-
-    cond, uncond (B, ...): what to ask for, what to steer away from. s = cfg_scale: 1 = cond alone,
-    0 = uncond alone; these cost one forward, others two. cfg_interval: guide only while the noise
-    level (0 = clean, 1 = noise) is inside. cfg_channels: guide only the first so many channels of
-    xt (None: all). Variance channels are those of cond. Raises ValueError if `uncond` is missing.
-    Source: Ho & Salimans 2022 Eq. 6; interval: Kynkaanniemi et al. 2024.
-    """
+    s = cfg_scale: 1 = cond (B, ...) alone, 0 = uncond alone; these cost one forward, others two.
+    cfg_interval: guide only while the noise level (0 = clean, 1 = noise) is inside. cfg_channels:
+    guide only the first so many channels of xt (None: all); variance channels are those of cond.
+    Source: Ho & Salimans 2022 Eq. 6; interval: Kynkaanniemi et al. 2024."""
     if cfg_scale != 1.0 and uncond is None:
-        raise ValueError(f"cfg_scale {cfg_scale} needs an unconditional input: train with label "
-                         "dropout, or use cfg_scale 1")
+        raise ValueError(f"cfg_scale {cfg_scale} needs an unconditional input: use 1, or train with"
+                         " label dropout")
 
     def denoise(xt, t, level):
         if cfg_scale == 1.0 or not cfg_interval[0] <= level <= cfg_interval[1]:
@@ -357,8 +326,7 @@ def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg
 
 def check_options(process, sampler, options):
     """Raise ValueError for a wrong sampler, or options {name: value} not read or out of range."""
-    if sampler not in process.samplers:
-        raise ValueError(f"unknown sampler {sampler!r}: choose {' or '.join(process.samplers)}")
+    check_name("sampler", sampler, process.samplers)
     for name in sorted(set(options) - process.options[sampler]):
         readers = [s for s in process.samplers if name in process.options[s]]
         raise ValueError(f"sampler {sampler!r} does not read {name}: leave it out"
@@ -373,38 +341,40 @@ def check_options(process, sampler, options):
         raise ValueError(f"cfg_interval {low}, {high}: give two levels, 0 <= low <= high <= 1")
 
 
-def make_betas(schedule, steps):
-    """Noise added per step: (steps,) float64 in (0, 1).
+def check_name(what, name, legal):
+    """Raise ValueError unless `name` is one of the `legal` names of a `what`."""
+    if name not in legal:
+        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(legal)}")
 
-    "linear": 1e-4 .. 2e-2 at 1000 steps, scaled by 1000/steps otherwise. "cosine": alpha_bar =
-    cos^2, beta at most 0.999. "scaled_linear": linear in sqrt(beta), 0.00085 .. 0.012 (Stable
-    Diffusion). Raises ValueError for an unknown name, or if a beta leaves (0, 1).
-    Source: DDPM §4; improved DDPM Eq. 17; LDM.
-    """
-    if schedule == "linear":
-        betas = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
-    elif schedule == "cosine":
-        u = torch.arange(steps + 1, dtype=torch.float64) / steps
-        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    elif schedule == "scaled_linear":
-        betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2
-    else:
-        raise ValueError(f"unknown schedule {schedule!r}: choose linear, cosine or scaled_linear")
+
+def cosine_betas(steps):
+    """alpha_bar falls like cos^2; beta is at most 0.999. Source: improved DDPM Eq. 17."""
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+# name -> function(steps) -> noise added per step, betas (steps,) float64. DDPM §4; Stable Diffusion
+SCHEDULES = {
+    "linear": lambda steps: torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64),
+    "scaled_linear": lambda steps: torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps,
+                                                  dtype=torch.float64) ** 2,
+    "cosine": cosine_betas}
+
+
+def make_betas(schedule, steps):
+    """The betas of a name in SCHEDULES. Raises ValueError if one is outside (0, 1)."""
+    check_name("schedule", schedule, SCHEDULES)
+    betas = SCHEDULES[schedule](steps)
     if not (betas.min() > 0 and betas.max() < 1):
-        raise ValueError(f"{schedule} with {steps} steps gives beta up to {betas.max():.3g}, not "
-                         "below 1: use more than 20 steps")
+        raise ValueError(f"a {schedule} beta reaches 1 in {steps} steps: use more than 20 steps")
     return betas
 
 
 def respaced_steps(num_steps, respacing):
     """Which of num_steps timesteps a shorter chain visits: ascending list of ints.
-
     respacing: "" or None = all; 250 or "250" = so many, evenly, both ends included; "10,15,20" = so
-    many from each of equal sections; "ddim25" = every n-th from 0 (without the last step).
-    Raises ValueError if no such sequence exists.
-    Source: improved DDPM §4; DDIM §4.2; rounding as in the official code.
-    """
+    many from each of equal sections; "ddim25" = every n-th from 0. Source: improved DDPM §4."""
     if respacing in ("", None):
         return list(range(num_steps))
     if not re.fullmatch(r"ddim\d+|\d+(,\d+)*", str(respacing)):
@@ -433,11 +403,8 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_scale):
-    """Log-probability (nats) of 8-bit pixels x in [-1, 1] under N(mean, exp(log_scale)^2).
-
-    A bin is 2/255 wide; the two at the ends extend to infinity. The distribution function of the
-    normal is approximated by tanh, as in the official code. Source: DDPM Eq. 13.
-    """
+    """Nats of 8-bit pixels x in [-1, 1] under N(mean, exp(log_scale)^2). Source: DDPM Eq. 13."""
+    # the normal's distribution function, by tanh as in the official code; a bin is 2/255 wide
     cdf = lambda z: 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z ** 3)))
     inv_std = torch.exp(-log_scale)
     upper, lower = cdf((x - mean + 1 / 255) * inv_std), cdf((x - mean - 1 / 255) * inv_std)
@@ -454,29 +421,24 @@ def _mean(x, mask=None):
 
 
 def timestep_embedding(t, dim, max_period=10000):
-    """Sinusoidal embedding of timesteps t (B,), also fractional ones: cosines, then sines.
-
-    Returns (B, dim) float32; an odd dim ends in a zero column.
-    Source: Vaswani et al. 2017 §3.5, as in ADM and DiT.
-    """
+    """t (B,) -> cosines, then sines, (B, dim) float32. Source: Vaswani et al. 2017 §3.5; DiT."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     args = t.float()[:, None] * torch.exp(-math.log(max_period) * steps / half)     # (B, half)
     emb = torch.cat([torch.cos(args), torch.sin(args)], dim=1)                      # (B, 2 * half)
-    return torch.nn.functional.pad(emb, (0, dim % 2))                               # (B, dim)
+    return F.pad(emb, (0, dim % 2))                     # (B, dim); an odd dim ends in a zero column
 
 
-def randn(shape, generator=None, device="cpu"):
-    """Standard normal noise of `shape`.
-
-    generator: None, one torch.Generator, or a list with one per row: then a row does not depend on
-    the other rows. Raises ValueError if the list has another length.
-    """
+def random_rows(draw, shape, generator=None, device="cpu"):
+    """draw(shape), of torch.randn or torch.rand; a list of generators gives each row its own."""
     if not isinstance(generator, (list, tuple)):
-        return torch.randn(shape, generator=generator, device=device)
+        return draw(shape, generator=generator, device=device)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} samples: give one per sample")
-    return torch.stack([torch.randn(shape[1:], generator=g, device=device) for g in generator])
+    return torch.stack([draw(shape[1:], generator=g, device=device) for g in generator])
+
+
+randn, rand = partial(random_rows, torch.randn), partial(random_rows, torch.rand)
 
 
 def seeds(first, count, device="cpu"):
