@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion import timestep_embedding
+from diffusion import check_name, timestep_embedding
 
 
 def modulate(x, shift, scale):
@@ -49,7 +49,6 @@ class Block(nn.Module):
     where x already holds the tokens. norm: a key of NORMS, without weight if a modulation follows;
     qk_norm: see Attention. Source: DiT §3.2, Fig. 3 (right); ViT Eq. 2 and 3.
     """
-
     modulations = 0     # how many vectors (D,) are computed from c: shifts, scales, gates
 
     def __init__(self, hidden_size, num_heads, mlp_ratio, norm="layer", qk_norm=False):
@@ -107,12 +106,10 @@ BLOCKS = {"in_context": Block, "cross_attention": CrossAttentionBlock, "adaln": 
 # ---- layers of a block ---------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D).
+    """Multi-head self-attention, (B, N, D) -> (B, N, D). Source: Vaswani et al. 2017 Eq. 1.
 
-    qk_norm: before the product, RMSNorm of each query and each key over its head width d, with one
-    learned weight (d,) for queries and one for keys, shared by the heads. Values stay as they are.
-    Source: Vaswani et al. 2017 Eq. 1; qk_norm: Stable Diffusion 3 (arXiv 2403.03206) Fig. 2, as
-    ViT-22B (arXiv 2302.05442) §2, which has LayerNorm there.
+    qk_norm: RMSNorm of each query and each key over its head width d, one learned weight (d,) for
+    queries and one for keys, shared by the heads. Source: Stable Diffusion 3 (2403.03206) Fig. 2.
     """
 
     def __init__(self, hidden_size, num_heads, qk_norm=False):
@@ -120,9 +117,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
-        width = hidden_size // num_heads
-        self.q_norm = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm
+                                    else nn.Identity() for _ in range(2))
 
     def forward(self, x):
         B, N, D = x.shape
@@ -141,9 +137,8 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
-        width = hidden_size // num_heads
-        self.q_norm = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm
+                                    else nn.Identity() for _ in range(2))
 
     def forward(self, x, tokens):
         B, N, D = x.shape
@@ -184,14 +179,10 @@ class DiT(nn.Module):
     in_channels: C of x; num_classes: 0 = no classes, y is always the null class 0;
     class_dropout_prob: share of the labels that training hides; above 0 there is a null class,
     y = num_classes, which guidance needs; learn_sigma: 2C channels out, prediction then variance;
-    conditioning: a key of BLOCKS; norm: "layer", or "rms" = RMSNorm for every LayerNorm, with a
-    weight exactly where LayerNorm has one, no bias; qk_norm: see Attention.
-    Raises ValueError for sizes that do not fit together. Source: DiT §3, Fig. 3, Table 1.
+    conditioning: a key of BLOCKS; norm: of NORMS; "rms" has no bias, and a weight exactly where
+    "layer" has one; qk_norm: see Attention. Source: DiT §3, Fig. 3, Table 1.
     """
-
-    # Muon (optim.py) gets the matrices whose names start like this: all inside the blocks, the
-    # modulations too. Embedders and last layer stay with AdamW.
-    matrices = r"blocks\."
+    matrices = r"blocks\."          # Muon's share (optim.py); embedders and last layer: AdamW
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
                  num_heads=16, mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1,
@@ -203,14 +194,12 @@ class DiT(nn.Module):
                 ("hidden_size", hidden_size, "sine-cosine parts", 4)):
             if size % divisor:
                 raise ValueError(f"{what} {size} is not divisible by {unit} {divisor}: change it")
-        for what, name, table in (("conditioning", conditioning, BLOCKS), ("norm", norm, NORMS)):
-            if name not in table:
-                raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(table)}")
-        if num_classes == 0 and class_dropout_prob == 0:
-            raise ValueError("num_classes 0 needs class_dropout_prob > 0, for the null class")
+        check_name("conditioning", conditioning, BLOCKS)
+        check_name("norm", norm, NORMS)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
+        self.can_guide = num_classes > 0 and class_dropout_prob > 0     # classes, and a null class
         self.conditioning, adaptive = conditioning, BLOCKS[conditioning].modulations > 0
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -224,10 +213,7 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def forward(self, x, t, y):
-        """x (B, C, H, W), t (B,) steps 0..999 or fractions, y (B,) int64 -> (B, C_out, H, W).
-
-        Raises ValueError for another shape of x. Source: DiT Fig. 3.
-        """
+        """x (B, C, H, W), t (B,) steps 0..999 or fractions, y (B,) int64 -> (B, C_out, H, W)."""
         expected = (self.in_channels, self.input_size, self.input_size)
         if x.shape[1:] != expected:
             raise ValueError(f"this DiT expects pictures of shape {expected}, got "
@@ -260,8 +246,6 @@ class DiT(nn.Module):
         | modulations: shifts, scales, gates | 0                       | gate 0: identity          |
         | last linear layer                  | 0                       | the first prediction is 0 |
         | pos_embed                          | 2-D sine-cosine, frozen | nothing to learn          |
-
-        So the first loss is the target's mean square: 1 for eps, about 2 for a flow's velocity.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -277,11 +261,6 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.bias)
         side = self.input_size // self.patch_size
         self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[2], side))
-
-    @property
-    def can_guide(self):
-        """Are there classes, and a null class to compare them with? Source: CFG Eq. 6."""
-        return self.num_classes > 0 and self.class_dropout_prob > 0
 
     def null_condition(self, count, device="cpu"):
         """The condition "no class" of guidance, (count,) int64. Source: CFG Eq. 6."""
@@ -337,6 +316,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
+        if num_classes == 0 and dropout_prob == 0:
+            raise ValueError("num_classes 0 needs class_dropout_prob > 0, for the null class")
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
     def forward(self, y):
@@ -366,7 +347,7 @@ DIT_CONFIGS = {
 def dit_config(name):
     """Sizes of a named DiT: of the paper ("DiT-S/2"), or "DiT-WxD/p": width, depth, patch size.
 
-    Width W is a multiple of 32 = width of a head. Raises ValueError otherwise. Source: DiT Table 1.
+    Width W is a multiple of 32 = width of a head. Source: DiT Table 1.
     """
     if name in DIT_CONFIGS:
         return dict(DIT_CONFIGS[name])
