@@ -12,18 +12,17 @@ every token with every other. Token-downsampling attention:
 Four changes are added: cosine attention, rotary positions in 2-D, a depth-wise convolution in the
 MLP, and extra branches in it while training; for inference they are added into one, at no cost.
 
-Contents: attention, the three MLPs, UDiT (the ablations are its arguments), fold, configurations.
+Contents: attention, three MLPs, UDiT (the ablations are its arguments), fold, sizes, map layers.
 A model is model(x (B, C, H, W), t (B,), y (B,)) -> (B, C or 2C, H, W); maps inside: (B, H, W, D).
 
     python train.py --model udit-tiny                     # on 8x8 latents, minutes on a laptop
     python train.py --model U-DiT-S --data latents:FILE   # the paper's smallest, on one GPU
 
 Differences from the official code (YuchuanTian/U-DiT; state_dict names, order, numbers are equal):
-1. A dropped label is dropped in all three label tables, by the caller as in dit.py. The official
-   code draws three times, so all are dropped in 1 of 1,000 samples; guidance needs that case.
-2. Guidance is outside the model (diffusion.guided) and acts on all channels.
-3. RepMlp trains on its summed weights (all its branches are linear): same function and gradients.
-4. `fold` returns a new model. The official one folds in .eval() and changes the trained kernels.
+1. A dropped label is dropped in all three label tables, by the caller. The official code draws for
+   each: all are dropped, as guidance needs, in 1 of 1,000 samples. Guidance acts on all channels.
+2. RepMlp trains on its summed weights (all its branches are linear): same function and gradients.
+3. `fold` returns a new model. The official one folds in .eval() and changes the trained kernels.
 """
 import copy
 import math
@@ -37,14 +36,9 @@ from dit import DiT, LabelEmbedder, TimestepEmbedder, modulate
 MAX_LOGIT_SCALE = 4.6052        # ln 100: cosine logits stay within +-100. Source: Swin V2 §3.2
 
 
-# --------------------------------------------------------------------------------------------------
-# token-downsampling attention
-
 def split_phases(x, f):
     """Map (B, H, W, D) -> f*f smaller maps as tokens, (B, f*f, N, D) with N = H/f * W/f.
-
-    Group f*i + j holds rows i, i + f, i + 2f, ... and columns j, j + f, ... Source: U-DiT §3.2.
-    """
+    Group f*i + j holds rows i, i + f, i + 2f, ... and columns j, j + f, ... Source: U-DiT §3.2."""
     B, H, W, D = x.shape
     x = x.reshape(B, H // f, f, W // f, f, D).permute(0, 2, 4, 1, 3, 5)     # (B, f, f, H/f, W/f, D)
     return x.reshape(B, f * f, -1, D)                                       # (B, f*f, N, D)
@@ -82,7 +76,7 @@ class Attention(nn.Module):
 
     downsample "tokens": tokens attend within each of the f*f groups; "kv": every token of the
     unfiltered map is a query, keys and values are group 0 of the filtered map. Others: see UDiT.
-    Raises ValueError for values that do not fit together. Source: U-DiT §3.2, Tables 1 and 9.
+    Source: U-DiT §3.2, Tables 1 and 9.
     """
 
     def __init__(self, dim, side, num_heads, down_factor=2, downsample="tokens", cosine=True,
@@ -104,8 +98,8 @@ class Attention(nn.Module):
         positions = torch.arange(side // self.query_factor)
         key_positions = positions[::down_factor] if self.kv_only else positions
         for name, p in (("query_table", positions), ("key_table", key_positions)):
-            rotary = rope_table(p, dim // num_heads) if rope else None
-            self.register_buffer(name, rotary, persistent=False)
+            table = rope_table(p, dim // num_heads) if rope else None
+            self.register_buffer(name, table, persistent=False)
 
     def queries_keys_values(self, x):
         """x (B, H, W, D) -> q, k, v, each (B * groups, h, N, d). Source: U-DiT §3.2, §3.4."""
@@ -151,9 +145,7 @@ def rope_table(positions, head_dim):
 
 def rotate(x, table):
     """Rotate channels 2m and 2m + 1 of x (B, N, h, d) by its token's angle m -> the same shape.
-
-    The pair is a complex number, times cos + i sin. Source: Su et al. 2021 (2104.09864) Eq. 12.
-    """
+    The pair is a complex number, times cos + i sin. Source: Su et al. 2021 (2104.09864) Eq. 12."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))                         # (B, N, h, d/2)
     return torch.view_as_real(pairs * torch.view_as_complex(table.to(x.dtype))).flatten(-2)
 
@@ -184,9 +176,7 @@ class DepthwiseMlp(nn.Module):
 
 class RepMlp(nn.Module):
     """DepthwiseMlp, every 1x1 layer split into two, its kernel into 5x5 + 3x3 + 1x1 + the identity.
-
-    Source: U-DiT §3.4; RepVGG, Ding et al. 2021 (2101.03697), Fig. 4.
-    """
+    Source: U-DiT §3.4; RepVGG, Ding et al. 2021 (2101.03697), Fig. 4."""
 
     def __init__(self, dim, hidden):
         super().__init__()
@@ -199,8 +189,7 @@ class RepMlp(nn.Module):
     def summed(self):
         """{layer: (weight, bias)} of the equal DepthwiseMlp, differentiable.
 
-        W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2). Kernels are added centre on centre; the
-        identity is a 1 in the centre. Source: RepVGG Fig. 4.
+        W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2). Kernels are added centre on centre.
         """
         layers = {}
         for name in ("project_in", "project_out"):
@@ -216,14 +205,12 @@ class RepMlp(nn.Module):
         return convolve(convolve(x, *layers["dwconv"]), *layers["project_out"])
 
 
-MLPS = {"basic": BasicMlp, "dw": DepthwiseMlp, "rep": RepMlp}
+MLPS = {"basic": BasicMlp, "dw": DepthwiseMlp, "rep": RepMlp}       # rep: re-parameterised
 
 
 class UDiTBlock(nn.Module):
     """Attention, MLP, attention, MLP, each with shift, scale and gate from c (B, D): -> like x.
-
-    hidden: width inside the MLP; mlp: a name of MLPS. Source: DiT Fig. 3 (adaLN-Zero), twice.
-    """
+    hidden: width inside the MLP; mlp: a name of MLPS. Source: DiT Fig. 3 (adaLN-Zero), twice."""
 
     def __init__(self, D, hidden, mlp, **attention):
         super().__init__()
@@ -269,13 +256,11 @@ class UDiT(nn.Module):
     depth: blocks in encoder 1, encoder 2, latent, decoder 2, decoder 1, where the side is S, S/2,
     S/4, S/2, S and the width D, 2D, 4D, 2D, 2D; num_heads: at every level; others: as in DiT.
     The ablations: down_factor: f of the attention, 1 = full attention; downsample: "tokens", or
-    "kv" = keys and values only; cosine: else dot products; rope: rotary positions; mlp: "basic",
-    "dw" (depth-wise convolution) or "rep" (re-parameterised); kernel_size: of the filter before the
-    split, odd, or 0 = no filter; shortcut: add the filter's input to its output. Vanilla U-DiT is
-    cosine=False, rope=False, mlp="basic"; DiT-UNet is that with down_factor=1, kernel_size=0.
-    Raises ValueError for sizes that do not fit together. Source: U-DiT §3, Fig. 2, Tables 1, 7, 9.
+    "kv" = keys and values only; cosine: else dot products; rope: rotary positions; mlp: of MLPS;
+    kernel_size: of the filter before the split, odd, or 0 = no filter; shortcut: add the filter's
+    input to its output. Vanilla U-DiT is cosine=False, rope=False, mlp="basic"; DiT-UNet is that
+    with down_factor=1, kernel_size=0. Source: U-DiT §3, Fig. 2, Tables 1, 7, 9.
     """
-
     # Muon's share: the matrices between first convolution and final layer, no depth-wise kernels
     matrices = r"(?!.*(downsampler|dwconv|logit_scale))(enc|down|latent|up|reduce|dec|output)"
 
@@ -284,7 +269,7 @@ class UDiT(nn.Module):
                  learn_sigma=True, down_factor=2, downsample="tokens", cosine=True, rope=True,
                  mlp="rep", kernel_size=5, shortcut=True):
         super().__init__()
-        check_sizes(input_size, down_factor, depth, mlp, num_classes, class_dropout_prob)
+        check_sizes(input_size, down_factor, depth, mlp)
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.class_dropout_prob = class_dropout_prob
         self.can_guide = num_classes > 0 and class_dropout_prob > 0         # there is a null class
@@ -346,10 +331,7 @@ class UDiT(nn.Module):
     drop_labels, null_condition = DiT.drop_labels, DiT.null_condition       # exactly as in DiT
 
     def forward(self, x, t, y):
-        """x (B, C, H, W), t (B,) steps 0..999, y (B,) int64 classes -> (B, C_out, H, W).
-
-        Raises ValueError if H or W is not input_size. Source: U-DiT Fig. 2.
-        """
+        """x (B, C, H, W), t (B,) steps 0..999, y (B,) int64 classes -> (B, C_out, H, W)."""
         if x.shape[2:] != (self.input_size, self.input_size):
             raise ValueError(f"x is {x.shape[2]}x{x.shape[3]}, this model was made for input_size "
                              f"{self.input_size}: change one of them")
@@ -369,22 +351,18 @@ class UDiT(nn.Module):
         return self.final_layer["out_proj"](x).permute(0, 3, 1, 2)          # (B, C_out, H, W)
 
 
-def check_sizes(input_size, down_factor, depth, mlp, num_classes, class_dropout_prob):
+def check_sizes(input_size, down_factor, depth, mlp):
     """Raises ValueError if these arguments of UDiT do not fit together."""
     if down_factor < 1 or input_size % (4 * down_factor):
         raise ValueError(f"input size {input_size} is not divisible by {4 * down_factor} = 4 (two "
                          f"halvings) * down_factor {down_factor}: change one of them")
     if len(depth) != 5 or mlp not in MLPS:
         raise ValueError(f"depth {tuple(depth)}, mlp {mlp!r}: give five numbers; basic, dw or rep")
-    if num_classes == 0 and class_dropout_prob == 0:
-        raise ValueError("num_classes 0 needs class_dropout_prob > 0, which adds the null class")
 
 
 def fold(model):
     """A copy of a UDiT with the equal DepthwiseMlp for every RepMlp: a UDiT(mlp="dw").
-
-    project_in.0 and .1 become project_in, and so on; the model is unchanged. Source: RepVGG §3.3.
-    """
+    The model is unchanged. Source: RepVGG §3.3."""
     folded = copy.deepcopy(model)
     for name, module in list(folded.named_modules()):
         if isinstance(module, RepMlp):
@@ -411,7 +389,7 @@ def infer_config(state):
     """Constructor arguments of the UDiT whose state_dict this is, for instance an official file.
 
     What no tensor shows is the paper's: 32x32 latents, down_factor 2, shortcut, rope if cosine, and
-    if not, 24 channels per head at first. Raises ValueError if it is no U-DiT. Source: U-DiT §4.1.
+    if not, 24 channels per head at first. Source: U-DiT §4.1.
     """
     block = {name.removeprefix("latent.0."): tensor.shape for name, tensor in state.items()}
     first = {"mlp1.dwconv.0.weight": "rep", "mlp1.dwconv.weight": "dw", "mlp1.fc1.weight": "basic"}
@@ -434,9 +412,6 @@ def infer_config(state):
         raise ValueError(f"this is not the state_dict of a U-DiT: no tensor {error}") from error
 
 
-# --------------------------------------------------------------------------------------------------
-# layers on maps (B, H, W, D)
-
 def norm(x):
     """LayerNorm over the last axis, without weights. Source: DiT §3.2 (adaLN)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
@@ -450,7 +425,7 @@ class MapConv2d(nn.Conv2d):
 
 
 def convolve(x, weight, bias):
-    """MapConv2d as a function: weight (D_out, D, k, k), or (D, 1, k, k) = depth-wise."""
+    """MapConv2d as a function of x (B, H, W, D) and weight (D_out, D, k, k) or (D, 1, k, k)."""
     groups, k = x.shape[-1] // weight.shape[1], weight.shape[-1]
     if groups == k == 1:
         return F.linear(x, weight.flatten(1), bias)                         # (B, H, W, D_out)
