@@ -4,10 +4,10 @@ Papers: High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et
 Neural Discrete Representation Learning (van den Oord et al. 2017), VQ-VAE; VQ-Diffusion (2022).
 
 The idea.  Most bits of a picture are fine texture, which a small convolutional decoder can fill in.
-The hard part is the arrangement. So first train an autoencoder that shrinks each side by f and
-keeps a few numbers per cell, then run diffusion on these latents: with f = 4, a transformer with
-one token per cell sees a 32 x 32 picture as 64 tokens instead of 1,024 pixels. A VQ-VAE replaces
-the numbers of each cell by the nearest of K vectors, its codes: a picture becomes N tokens.
+So first train an autoencoder that shrinks each side by f and keeps a few numbers per cell, then run
+diffusion on these latents: with f = 4, a transformer with one token per cell sees a 32 x 32 picture
+as 64 tokens instead of 1,024 pixels. A VQ-VAE replaces the numbers of each cell by the nearest of K
+vectors, its codes: a picture becomes N tokens.
 
     python train.py --model tiny-ae --data shapes     # or vq-vae, kl-ae
 
@@ -37,7 +37,7 @@ class FirstStage(nn.Module):
     encode(x) -> latents z, standardised; decode(z) -> pictures; objective(x, draws) -> (training
     loss, metrics), draws as from draw(); factor: f, a picture's side over its latents'; matrices:
     regular expression of the names of Muon's weights; noisy: the objective reads noise;
-    standardised: False until standardise(x). Encode raises ValueError for pictures of other sizes.
+    standardised: False until standardise(x).
     """
     kind, noisy, standardised = "", True, True
     matrices = r"(en|de)coder\.\d+\.conv"               # the convolutions of the residual blocks
@@ -117,10 +117,8 @@ def small_networks(in_channels, latent_channels, factor, width):
 
 class TinyAutoencoder(FirstStage):
     """Pictures (B, in_channels, H, W) <-> latents (B, latent_channels, H/factor, W/factor).
-
     width: channels inside; latent_noise: noise that the decoder learns to undo, as a share of the
-    latents' standard deviation, so that it corrects a diffusion model's errors. Source: LDM §3.1.
-    """
+    latents' standard deviation: it then corrects a diffusion model's errors. Source: LDM §3.1."""
     kind = "tiny-ae"
 
     def __init__(self, in_channels=3, latent_channels=8, factor=4, width=64, latent_noise=0.3):
@@ -161,8 +159,7 @@ class Codebook(nn.Module):
     decay: of the averages; eps: smooths the counts; restart: a code whose average count falls below
     this is moved to a vector that is far from its code, 0 = never; warmup: training steps before
     the codes start, by k-means. Buffers: embedding (K, D); cluster_size (K,) and embedding_avg
-    (K, D), averaged count and sum of the vectors nearest to each code; started (0-dim bool).
-    Source: VQ-VAE appendix A.1; warm-up, k-means and restarts are ours.
+    (K, D), averaged count and sum of each code's vectors; started. Source: VQ-VAE appendix A.1.
     """
     def __init__(self, num_codes, dim, decay=0.99, eps=1e-5, restart=0.0, warmup=0):
         super().__init__()
@@ -188,10 +185,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update(self, vectors, keep, step):
         """After each optimizer step: start the codes once `warmup` steps are done, then move them.
-
-        vectors (n, D): the encoder's output for the whole batch; keep: 0-dim tensor, 0 = the step
-        was not finite, so nothing changes; step: from 0. Source: VQ-VAE Eq. 6-8.
-        """
+        vectors (n, D): of the whole batch; keep: 0-dim tensor, 0 = the step was not finite, so
+        nothing changes; step: from 0. Source: VQ-VAE Eq. 6-8."""
         self._has_started = self._has_started or bool(self.started)
         if not self._has_started:
             if step + 1 >= self.warmup and keep:
@@ -242,10 +237,8 @@ def _replace(codes, unused, far):
 
 class VQVAE(FirstStage):
     """Pictures (B, in_channels, S, S) <-> tokens (B, N), N = (S / factor)^2, ids below num_codes.
-
     dim: D of a code; width: channels inside; beta: weight of the commitment loss; decay, restart,
-    warmup: see Codebook. Tokens are in the order of rows. Source: VQ-Diffusion §3.1, Eq. 1, 2.
-    """
+    warmup: see Codebook. Tokens are in the order of rows. Source: VQ-Diffusion §3.1, Eq. 1, 2."""
     kind, noisy = "vq-vae", False
 
     def __init__(self, image_size=32, in_channels=3, num_codes=256, factor=4, dim=8, width=64,
@@ -260,11 +253,8 @@ class VQVAE(FirstStage):
 
     def objective(self, x, draws):
         """Squared error of the pictures; the commitment loss keeps the encoder near the codes.
-
         Until the codes have started, the decoder reads the encoder's output as it is. Metrics:
-        codes, the number in use; perplexity, exp of their entropy, 1 to K; vectors (n, D), from
-        which Codebook.update learns.
-        """
+        codes in use; perplexity, exp of their entropy; vectors (n, D) for Codebook.update."""
         z, started = self.encoder(x).float(), self.codebook.started         # (B, D, h, w)
         vectors = z.detach().permute(0, 2, 3, 1).flatten(0, 2)              # (n, D), n = B*N
         ids = self.codebook.nearest(vectors).view(len(x), -1)               # (B, N)
@@ -312,11 +302,8 @@ class VQVAE(FirstStage):
 
 class AutoencoderKL(FirstStage):
     """The autoencoder of Stable Diffusion under its official names: f = 8, 83,653,863 parameters.
-
     multipliers: of `channels`, one per level, f = 2^(levels - 1); res_blocks: per level; scale: of
-    the latents, for unit variance (0.18215 for the published weights, 1 = not measured yet). The
-    weights may have another dtype than the pictures. Source: LDM §3.1, appendix G.
-    """
+    the latents, 0.18215 as published, 1 = not measured yet. Source: LDM §3.1, appendix G."""
     kind, matrices = "kl-ae", r"(en|de)coder\.(down|mid|up)"
 
     def __init__(self, channels=128, multipliers=(1, 2, 4, 4), res_blocks=2, in_channels=3,
@@ -371,15 +358,12 @@ def kl_networks(channels, multipliers, res_blocks, in_channels, z_channels):
     widths = [channels * m for m in multipliers]
     last, conv = widths[-1], partial(nn.Conv2d, kernel_size=3, padding=1)
     norm, block = partial(nn.GroupNorm, 32, eps=1e-6), partial(ResBlock, groups=32, eps=1e-6)
+    middle = lambda: _named(block_1=block(last, last), attn_1=KLAttention(last),
+                            block_2=block(last, last))
 
     def level(before, after, count):
         blocks = (block(after if i else before, after) for i in range(count))
         return _named(block=nn.Sequential(*blocks))
-
-    def middle():
-        return _named(block_1=block(last, last), attn_1=KLAttention(last),
-                      block_2=block(last, last))
-
     down = [level(a, b, res_blocks) for a, b in zip([channels, *widths], widths)]
     up = [level(a, b, res_blocks + 1) for a, b in zip([*widths[1:], last], widths)]
     for i, (w, above) in enumerate(zip(widths, widths[1:])):            # pad right and bottom only
