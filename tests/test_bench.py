@@ -1,0 +1,57 @@
+"""bench.py: the row of a model, and the exit code of the self-check."""
+import re
+
+import pytest
+
+import bench
+from tasks import macs
+
+COMMON = ["--models", "DiT-64x2/4", "--batch-size", "8", "--device", "cpu"]
+
+
+def exit_code(*flags):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main([*COMMON, *flags])
+    return stopped.value.code
+
+
+def test_a_row_holds_the_numbers_of_a_step(capsys):
+    assert exit_code("--steps", "2") == 0
+    row = capsys.readouterr().out
+    assert row.startswith("DiT-64x2/4 ") and row.count("\n") == 1
+    of = lambda name: float(re.search(rf"\b{name} (\S+?)[,\n]", row)[1])
+    assert of("pictures/s") == pytest.approx(8 / (of("ms") / 1000), rel=0.02)   # three digits each
+    assert of("share") == pytest.approx(of("TFLOP/s") / of("limit"), rel=0.02)
+    assert 0 < of("share") < 1 and of("GiB") > 0.1
+
+
+def test_the_operations_of_a_picture_are_those_of_forward_and_backward(monkeypatch):
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(bench, "clock", lambda device: float(next(ticks)))      # a step: 1 second
+    monkeypatch.setattr(bench, "limit", lambda device: 1e12)
+    measure = lambda n: bench.measure("DiT-64x2/4", bench.Options(
+        steps=1, device="cpu", batch_size=n))
+    one, two = measure(32), measure(64)
+    assert one["ms"] == 1000 and one["pictures/s"] == 32
+    more = 1e12 * (two["TFLOP/s"] - one["TFLOP/s"]) / 32        # without those of the optimizer
+    task = bench.run_of("DiT-64x2/4", bench.Options(device="cpu"))[1]
+    assert more == pytest.approx(3 * 2 * macs(task), rel=0.05)  # no gradient of the pictures
+
+
+def test_the_self_check_says_whether_one_batch_was_learned(capsys):
+    assert exit_code("--overfit", "--steps", "150") == 0
+    assert capsys.readouterr().out.endswith(", ok\n")
+    assert exit_code("--overfit", "--steps", "3") == 1
+    assert capsys.readouterr().out.endswith("NOT ok\n")
+
+
+def test_a_loss_that_is_not_a_number_fails(monkeypatch):
+    monkeypatch.setattr(bench, "overfit", lambda model, options: (1.0, float("nan")))
+    assert exit_code("--overfit") == 1
+
+
+def test_unknown_models_are_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--models", "udit-tny"])
+    assert stopped.value.code == 2
+    assert "did you mean udit-tiny" in capsys.readouterr().err
