@@ -59,7 +59,8 @@ class Options:
     vae: str = flag(None, "official files: the autoencoder, if it is not inside")
     bpe: str = flag("data/bpe_simple_vocab_16e6.txt.gz", "Stable Diffusion: CLIP's list of merges")
     image_size: int = flag(512, "Stable Diffusion: side of the picture", "[64, inf)")
-    dtype: str = flag("auto", "official files; auto: float16 on cuda, else float32")
+    dtype: str = flag("auto", "official files; auto: float16 on cuda, else float32", "",
+                      ["auto", "float32", "float16", "bfloat16"])
     out: str = flag(None, "file for the grid (default: samples.png beside a run's checkpoint)")
     export: str = flag(None, "write a small checkpoint here instead of sampling")
     note: str = flag("", "--export: a line that travels in the file")
@@ -191,7 +192,8 @@ def choose_classes(text, names, count):
             chosen.append(int(item))
         else:
             near = difflib.get_close_matches(item, names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are 0 to {count - 1}"
+            hint = f"did you mean {near[0]!r}?" if near else f"numbers are 0 to {count - 1}"
+            hint = hint if count else "this model knows no classes, leave --class out"
             raise ValueError(f"unknown class {item!r}: {hint}")
     return chosen
 
