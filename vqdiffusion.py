@@ -20,10 +20,9 @@ Contents: MaskReplace (the process), VQTransformer, official_state, VQ_CONFIGS.
 Differences from the official code (microsoft/VQ-Diffusion):
 1. Schedule: the paper's, [MASK] up to 0.9. The released one, up to 0.99999, hardly ever replaces.
 2. Posterior in probabilities, not logarithms, equal to float32 rounding. t is drawn uniformly.
-3. Fast sampling is exact; stride="official" is the released approximation (see jumps).
-4. Sampling starts from the end of the chain, not from [MASK] alone. "fewer" and "purity" take any
-   number of steps. Inpainting writes known tokens back after every step.
-5. True grid positions; position_grid=32 gives the released ImageNet model its wrong ones.
+3. Fast sampling is exact (stride="official": as released), from the end of the chain, not from
+   [MASK] alone. "fewer" and "purity" take any number of steps. Inpainting.
+4. True grid positions; position_grid=32 gives the released ImageNet model its wrong ones.
 """
 import math
 from collections import namedtuple
@@ -33,7 +32,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion import check_options, guided
+from diffusion import GaussianDiffusion, check_name, check_options, guided, rand
+from dit import DiT
 
 # name -> (alpha_bar_1, alpha_bar_T, gamma_bar_1, gamma_bar_T): kept, masked after 1 and T steps
 SCHEDULES = {"paper": (0.99999, 9e-6, 9e-6, 0.9), "released": (0.99999, 9e-6, 9e-6, 0.99999),
@@ -42,9 +42,9 @@ SCHEDULES = {"paper": (0.99999, 9e-6, 9e-6, 0.9), "released": (0.99999, 9e-6, 9e
 # from the clean tokens to t, and from the clean tokens to s (Eq. 8); each (B, 1, 1)
 Jump = namedtuple("Jump", "alpha beta gamma alpha_bar_t beta_bar_t gamma_bar_t "
                           "alpha_bar_s beta_bar_s gamma_bar_s")
-# the options that every sampler reads, with defaults; meanings: MaskReplace.sample
-SAMPLING = {"cfg_scale": 1.0, "truncation": 1.0, "top_k": None, "x_init": None, "mask": None,
-            "strength": 1.0, "start": None, "generator": None, "device": "cpu"}
+# the options that every sampler reads, with defaults; meanings: MaskReplace.trajectory
+SAMPLING = dict(cfg_scale=1.0, truncation=1.0, top_k=None, x_init=None, mask=None, strength=1.0,
+                start=None, generator=None, device="cpu")
 
 
 class MaskReplace:
@@ -53,33 +53,36 @@ class MaskReplace:
     steps: T; t = 0..T-1 are the paper's 1..T, t = -1 is clean. num_codes: K. schedule: a name in
     SCHEDULES, or four such numbers. aux_weight: lambda of Eq. 12; short runs want 1, because the
     bound weighs mostly the steps with few [MASK]s. Public: alpha_bar, beta_bar, gamma_bar (T+1,)
-    float64, linear in t; the last entry, index -1, is "clean": 1, 0, 0.
-    Raises ValueError for an impossible schedule. Source: VQ-Diffusion §4.1, Eq. 7-9.
+    float64, linear in t; the last is "clean": 1, 0, 0. Source: VQ-Diffusion §4.1, Eq. 7-9.
     """
     samplers = ("posterior", "fewer", "purity")
     default_sampler = "posterior"
-    default_steps = {"posterior": 25, "fewer": 25, "purity": 25}
+    default_steps = dict.fromkeys(samplers, 25)
     options = {"posterior": frozenset({*SAMPLING, "stride"}), "fewer": frozenset(SAMPLING),
                "purity": frozenset({*SAMPLING, "purity"})}
+    sample = GaussianDiffusion.sample           # the last tokens of trajectory, all of them codes
 
     def __init__(self, steps=100, num_codes=256, schedule="paper", aux_weight=5e-4):
-        if isinstance(schedule, str) and schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if steps < 2 or num_codes < 2:
             raise ValueError(f"a chain has at least 2 steps and 2 codes, not {steps}, {num_codes}")
+        if isinstance(schedule, str):
+            check_name("schedule", schedule, SCHEDULES)
+            schedule = SCHEDULES[schedule]
         self.steps, self.num_codes, self.aux_weight = steps, num_codes, aux_weight
-        a_1, a_T, g_1, g_T = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+        a_1, a_T, g_1, g_T = schedule
         clean, way = torch.ones(1).double(), torch.arange(steps).double() / (steps - 1)  # (T,) 0..1
         self.alpha_bar = torch.cat([a_1 + (a_T - a_1) * way, clean])            # (T+1,)
         self.gamma_bar = torch.cat([g_1 + (g_T - g_1) * way, 0 * clean])        # (T+1,)
         self.beta_bar = self._per_code(1 - self.alpha_bar - self.gamma_bar)     # (T+1,)
-        self._jumps = self._all_jumps()                                         # (9, T, T+1)
+        # the numbers of Jump for all t and s < t, (9, T, T+1); the last s is -1
+        t, s = torch.arange(steps)[:, None], torch.arange(steps + 1)[None]
+        t, s = torch.broadcast_tensors(t, torch.where(s < t, s, -1))            # 2x (T, T+1)
+        bars = torch.stack([self.alpha_bar, self.beta_bar, self.gamma_bar])     # (3, T+1)
+        jumps = torch.cat([torch.stack(self.transition(t, s)), bars[:, t], bars[:, s]])
+        self._jumps = jumps.float()
 
     def q_sample(self, x0, t, u):
-        """Mask and replace: x0 (B, N) as it is after step t (B,) -> xt (B, N).
-
-        u: uniforms (B, N, 2), for mask, replace or keep, and for the new code. Source: Eq. 8.
-        """
+        """x0 (B, N) after step t (B,), given uniforms u (B, N, 2) -> xt (B, N). Source: Eq. 8."""
         K, jump = self.num_codes, self._jump(t, t - 1, x0.device)
         mask, replace = jump.gamma_bar_t[..., 0], K * jump.beta_bar_t[..., 0]   # 2x (B, 1)
         code = (u[..., 1] * K).long()                                           # (B, N), below K
@@ -96,12 +99,10 @@ class MaskReplace:
     def posterior(self, p0, xt, t, s=None):
         """p(x_s | x_t) = sum over x_0 of q(x_s | x_t, x_0) p0(x_0), (B, N, K+1), for any s < t.
 
-        p0 (B, N, K+1): the prediction, 0 at [MASK]; the result has the same sum. xt (B, N). t, s:
-        (B,) or ints; None = t - 1; s = -1 is clean, where no [MASK] is left. With
-            r_k = p0_k / q(x_t | x_0 = k)    and    R = sum of r_k over the codes k,
-        Eq. 5 and 11 become, for a code k, and for [MASK] if x_t is [MASK],
-            p(x_s = k | x_t) = q(x_t | x_s = k) (alpha_bar_s r_k + beta_bar_s R),
-            p(x_s = [MASK] | x_t) = gamma_bar_s R.
+        p0 (B, N, K+1): the prediction, 0 at [MASK]. xt (B, N). t, s: (B,) or ints; None = t - 1.
+        With r_k = p0_k / q(x_t | x_0 = k) and R, the sum of r_k over the codes k, Eq. 5 and 11 are
+            p(x_s = k | x_t) = q(x_t | x_s = k) (alpha_bar_s r_k + beta_bar_s R)  for a code k,
+            p(x_s = [MASK] | x_t) = gamma_bar_s R                                 if x_t is [MASK].
         Both q are the same for all codes k but x_t. Source: VQ-Diffusion Eq. 5, 11; §4.2 (jumps).
         """
         jump = self._jump(t, t - 1 if s is None else s, xt.device)
@@ -127,10 +128,9 @@ class MaskReplace:
                 "u": rand((*shape, 2), generator, device)}
 
     def loss(self, model, x0, cond=None, *, t, u):
-        """The bound plus the auxiliary loss, in nats per token -> (scalar, {"vlb", "ce"}).
+        """The bound + weight * cross-entropy of x_0, nats per token -> (scalar, {"vlb", "ce"}).
 
-        x0 (B, N): clean tokens; t, u: from draw. vlb: the bound; ce: cross-entropy of x_0.
-        Source: VQ-Diffusion Eq. 6 and 12; the auxiliary loss falling from 2 lambda: its code.
+        Source: VQ-Diffusion Eq. 6, 12; the weight falling with t from 2 aux_weight: its code.
         """
         xt = self.q_sample(x0, t, u)
         p0 = self.guess(model(xt, t, cond))                                     # (B, N, K+1)
@@ -140,10 +140,7 @@ class MaskReplace:
         return loss, {"vlb": self.steps * kl.detach().mean(), "ce": ce.detach().mean()}
 
     def kl(self, p0, x0, xt, t):
-        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), (B, N) nats, for the prediction p0.
-
-        At t = 0 it is -log p(x_0 | x_1). Source: VQ-Diffusion Eq. 6.
-        """
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), (B, N) nats. Source: Eq. 6."""
         q = self.posterior(F.one_hot(x0, self.num_codes + 1).float(), xt, t)    # (B, N, K+1)
         log_p = (self.posterior(p0, xt, t) + 1e-30).log()                       # (B, N, K+1)
         return (torch.xlogy(q, q) - q * log_p).sum(-1)
@@ -152,7 +149,7 @@ class MaskReplace:
         """Logits (B, N, K) -> p(x_0 | x_t) over K+1 states, (B, N, K+1) float32, 0 at [MASK].
 
         truncation: keep of each token the most likely codes, as few as reach this sum; top_k: keep
-        so many. The others become 0; what is kept is not rescaled. Source: VQ-Diffusion §4.2.
+        so many. The others become 0, without rescaling. Source: VQ-Diffusion §4.2.
         """
         p = F.pad(logits.float(), (0, 1), value=-math.inf).softmax(-1)          # (B, N, K+1)
         if truncation >= 1 and top_k is None:
@@ -163,26 +160,18 @@ class MaskReplace:
         keep[..., top_k or p.shape[-1]:] = False
         return torch.zeros_like(p).scatter(-1, order, p * keep)
 
-    def sample(self, model, shape, cond=None, uncond=None, sampler=None, steps=None, **options):
-        """Sample tokens -> (B, N) int64 = shape, all of them codes.
+    @torch.no_grad()
+    def trajectory(self, model, shape, cond=None, uncond=None, sampler=None, steps=None, **options):
+        """Sample tokens; yields (xt, likeliest x0) after each network call, both (B, N) = shape.
 
         sampler: "posterior", or "fewer" and "purity", which only fill in [MASK]s, equally many per
         call: "fewer" anywhere, "purity" mostly where the network is sure. steps: network calls, at
-        most T, for the latter two N; None: 25, or that limit. cfg_scale: guidance of the logits,
-        u + s (c - u), 1 = none (Improved's s + 1). truncation, top_k: see guess. x_init (B, N) with
-        mask (B, N), 1 = paint here: inpainting; with strength in (0, 1): start from x_init after
-        that share of the chain. start (B, N): tokens to start from. generator: one, or a list with
-        one per row. stride ("posterior"): see jumps. purity: r of Improved Eq. 11, 0.5-2.
-        Raises ValueError for options that clash or that the sampler does not read.
-        Source: VQ-Diffusion algorithm 2; Improved §3.
+        most T, for the latter two N; None: 25, or that limit. cfg_scale: guidance of the logits, 1
+        = none (Improved's s + 1). truncation, top_k: see guess. x_init (B, N) with mask (B, N), 1 =
+        paint here: inpainting; with strength < 1: start from x_init after that share of the chain.
+        start (B, N): tokens to start from. stride: see jumps. purity: r of Improved Eq. 11, 0.5-2.
+        Source: VQ-Diffusion algorithm 2; Improved §3, algorithm 1.
         """
-        for xt, _ in self.trajectory(model, shape, cond, uncond, sampler, steps, **options):
-            pass
-        return xt
-
-    @torch.no_grad()
-    def trajectory(self, model, shape, cond=None, uncond=None, sampler=None, steps=None, **options):
-        """As sample; yields (xt, likeliest x0), both (B, N), per call. Source: Improved alg. 1."""
         sampler = sampler or self.default_sampler
         check_options(self, sampler, options)
         o = SimpleNamespace(**{**SAMPLING, "stride": "exact", "purity": 1.0, **options})
@@ -209,8 +198,8 @@ class MaskReplace:
     def reveal(self, p0, xt, count, purity=None, generator=None):
         """Replace count (B,) of the [MASK]s in xt (B, N) by codes from p0 (B, N, K+1) -> (B, N).
 
-        purity None: at random places. r: mostly where the network is sure, drawing from p0 to the
-        power 1 + r * sureness. Other tokens stay. Source: Improved Eq. 9-11.
+        purity None: at random places; r: mostly where the network is sure, from p0 to the power
+        1 + r * sureness. Source: Improved Eq. 9-11.
         """
         top = p0.amax(-1)                                                       # (B, N)
         sure = torch.ones_like(top) if purity is None else top / (top.amax(1, keepdim=True) + 1e-10)
@@ -226,13 +215,11 @@ class MaskReplace:
 
         steps: so many calls, evenly over the whole chain, or a list of t. first: leave out calls at
         t > first. stride "exact": jump from each t to the next, from the last to -1, clean.
-        "official": calls at every (T // steps)-th t and at 0; the official code treats x_t as if it
-        were x_{t-skip}, and takes one step, to the next call's t.
-        Raises ValueError for other steps or strides. Source: VQ-Diffusion §4.2; its code.
+        "official": calls at every (T // steps)-th t and at 0; x_t is treated as if it were
+        x_{t-skip}, and takes one step, to the next call's t. Source: VQ-Diffusion §4.2; its code.
         """
         T, times = self.steps, steps or None
-        if stride not in ("exact", "official"):
-            raise ValueError(f"unknown stride {stride!r}: choose exact or official")
+        check_name("stride", stride, ("exact", "official"))
         if isinstance(steps, int) and 1 <= steps <= T:
             times = ([round(T * (1 - i / steps)) - 1 for i in range(steps)] if stride == "exact"
                      else sorted({0, *range(T - 1, -1, -(T // steps))}, reverse=True))
@@ -246,7 +233,7 @@ class MaskReplace:
         return list(zip(times, taken, [t - 1 for t in taken]))
 
     def _plan(self, sampler, steps, N, o):
-        """The jumps of a run, one per network call; "fewer" and "purity" only count them."""
+        """The jumps of a run, one per network call; "fewer" and "purity" count them."""
         first = max(0, round(o.strength * self.steps) - 1)
         if steps is None:
             steps = min(self.default_steps[sampler], self.steps if sampler == "posterior" else N)
@@ -284,44 +271,23 @@ class MaskReplace:
                              "schedule: let alpha_bar fall at least as fast as 1 - gamma_bar")
         return torch.where(replaced < 1e-12, 0.0, replaced) / self.num_codes
 
-    def _all_jumps(self):
-        """The numbers of Jump for all t and s < t, (9, T, T+1) float32; the last s is -1."""
-        t, s = torch.arange(self.steps)[:, None], torch.arange(self.steps + 1)[None]
-        t, s = torch.broadcast_tensors(t, torch.where(s < t, s, -1))            # (T, T+1)
-        bars = torch.stack([self.alpha_bar, self.beta_bar, self.gamma_bar])     # (3, T+1)
-        return torch.cat([torch.stack(self.transition(t, s)), bars[:, t], bars[:, s]]).float()
-
     def _jump(self, t, s, device):
         """The Jump from s to t, both (B,) or ints, with entries (B or 1, 1, 1)."""
         self._jumps = self._jumps.to(device)                        # copied by the first call only
         return Jump(*self._jumps[:, t, s].reshape(9, -1, 1, 1))
 
 
-def rand(shape, generator=None, device="cpu"):
-    """Uniform numbers in [0, 1); a list of generators gives row i its own. Source: algorithm 2."""
-    if not isinstance(generator, (list, tuple)):
-        return torch.rand(shape, generator=generator, device=device)
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators for {shape[0]} rows: give 1, or {shape[0]}")
-    return torch.stack([torch.rand(shape[1:], generator=g, device=device) for g in generator])
-
-
 def race(p, u):
-    """Draw an index from unnormalised probabilities p (..., S) with uniforms u like p -> (...).
-
-    -log(u) / p_k is exponential with rate p_k; the smallest is k with probability p_k / sum(p).
-    This is Gumbel-max without log p. Source: VQ-Diffusion's code.
-    """
+    """An index drawn from p (..., S), of any sum, with uniforms u. Source: VQ-Diffusion's code."""
+    # -log(u) / p_k is exponential with rate p_k; the smallest is k with probability p_k / sum(p)
     return (p / -torch.log(u)).argmax(-1)
 
 
 # --- the network
 
 class AdaLayerNorm(nn.Module):
-    """LayerNorm of x (B, N, D) whose scale and shift depend on an index (B,): a step or a class.
-
-    count: of steps or classes; table: learned vectors, or else sinusoids. Source: §4.3 (AdaLN).
-    """
+    """LayerNorm of x (B, N, D); scale and shift depend on an index (B,), a step or a class.
+    count: of these; table: they have learned vectors, or else sinusoids. Source: §4.3 (AdaLN)."""
 
     def __init__(self, hidden_size, count, table=True):
         super().__init__()
@@ -330,7 +296,7 @@ class AdaLayerNorm(nn.Module):
         self.layernorm = nn.LayerNorm(hidden_size, elementwise_affine=False)
 
     def sinusoid(self, t):
-        """t (B,), stretched to 0..4000 -> (B, D), sines first. Source: VQ-Diffusion's code."""
+        """t (B,), as if of 4000 steps -> (B, D), sines first. Source: VQ-Diffusion's code."""
         half = self.linear.in_features // 2
         freqs = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
         args = (t / self.count * 4000)[:, None] * freqs                         # (B, D/2)
@@ -383,9 +349,7 @@ class ConvMlp(nn.Module):
 
 class Block(nn.Module):
     """Self-attention, cross-attention (text only), MLP, each after a norm, and added to x.
-
-    norm_t depends on t, norm_y on the class if there is one. Source: VQ-Diffusion Figure 2.
-    """
+    norm_t depends on t, norm_y on the class if there is one. Source: VQ-Diffusion Figure 2."""
 
     def __init__(self, hidden_size, num_heads, condition, context_dim, norm_t, norm_y, mlp):
         super().__init__()
@@ -408,9 +372,7 @@ class Block(nn.Module):
 
 class TokenEmbed(nn.Module):
     """Tokens (B, N), [MASK] included -> (B, N, D): code vector + row vector + column vector.
-
-    Token l gets the l-th of side x side places, the true one if side = grid. Source: §4.3.
-    """
+    Token l gets the l-th of side x side places, the true one if side = grid. Source: §4.3."""
 
     def __init__(self, num_codes, side, hidden_size):
         super().__init__()
@@ -426,12 +388,10 @@ class VQTransformer(nn.Module):
     """Predicts clean tokens: noisy ones (B, N), t (B,), condition -> logits (B, N, K).
 
     num_codes: K, so [MASK] = K; grid: N = grid^2; steps: T. condition: "text" (B, L, context_dim),
-    "class" (B,), or "none", not read. class_dropout_prob: how often training hides the condition;
-    above 0 there is a null class, num_classes; text.TextConditional hides text. mlp: "fc" or
-    "conv"; time: "table" or "sinusoid"; position_grid: side in TokenEmbed, if above grid.
-    Raises ValueError for arguments that do not fit. Source: VQ-Diffusion §4.3.
+    "class" (B,), or "none", not read. class_dropout_prob: how often training hides the class;
+    above 0 there is a null class, num_classes; text.TextConditional hides text. mlp: "fc", "conv";
+    time: "table", "sinusoid"; position_grid: TokenEmbed's side, if above grid. Source: §4.3.
     """
-
     matrices = r"blocks\.\d+\.(attn\d?|mlp|ln\w*\.linear)"      # Muon's share; AdamW: the tables
 
     def __init__(self, num_codes=256, grid=8, hidden_size=128, depth=4, num_heads=4, steps=100,
@@ -440,10 +400,9 @@ class VQTransformer(nn.Module):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
-        for value, legal in ((condition, ("text", "class", "none")), (mlp, ("fc", "conv")),
-                             (time, ("table", "sinusoid"))):
-            if value not in legal:
-                raise ValueError(f"unknown {value!r}: choose one of {', '.join(legal)}")
+        check_name("condition", condition, ("text", "class", "none"))
+        check_name("mlp", mlp, ("fc", "conv"))
+        check_name("time", time, ("table", "sinusoid"))
         self.num_codes, self.grid, self.steps, self.condition = num_codes, grid, steps, condition
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.content_emb = TokenEmbed(num_codes, max(grid, position_grid), hidden_size)
@@ -479,23 +438,13 @@ class VQTransformer(nn.Module):
             x = block(x, t, cond)
         return self.to_logits(x)                                                # (B, N, K)
 
-    def null_condition(self, count, device="cpu"):
-        """The null class, (count,). Raises ValueError for text. Source: Improved §3.1."""
-        if self.condition == "text":
-            raise ValueError("text has no null class: encode an empty caption, see TextConditional")
-        return torch.full((count,), self.num_classes, device=device)
-
-    def drop_labels(self, y, draws):
-        """Hide classes y (B,) where draws (B,) < class_dropout_prob. Source: Improved §3.1."""
-        hide = draws < self.class_dropout_prob                                  # (B,)
-        return torch.where(hide, self.null_condition(len(y), y.device), y)
+    null_condition, drop_labels = DiT.null_condition, DiT.drop_labels       # exactly as in DiT
 
 
 def official_state(state):
     """The denoiser in a published file {"model", "ema", ...}, or one of its dicts, by our names.
 
-    Left out: empty_text_embed (77, 512), what the "learnable" files need as uncond for guidance.
-    Raises ValueError if there is no denoiser. Source: VQ-Diffusion's code.
+    Left out: empty_text_embed, the "learnable" files' null text. Source: VQ-Diffusion's code.
     """
     state = state.get("ema") or state.get("model") or state
     names = {name: name.rsplit("transformer.", 1)[-1] for name in state if "attn2.mask" not in name}
