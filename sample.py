@@ -192,8 +192,7 @@ def choose_classes(text, names, count):
             chosen.append(int(item))
         else:
             near = difflib.get_close_matches(item, names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"numbers are 0 to {count - 1}"
-            hint = hint if count else "this model knows no classes, leave --class out"
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {count}, numbered from 0"
             raise ValueError(f"unknown class {item!r}: {hint}")
     return chosen
 
@@ -221,8 +220,9 @@ def conditions(options, task):
 
 def read_picture(path, info, count, background="white"):
     """A picture file as (count, C, H, W) float in [-1, 1] at the model's size."""
-    picture = data.read_image(path, info["image_size"], background)
-    picture = to_float(picture)[None]                                       # (1, 3, H, W)
+    if info["channels"] not in (1, 3):
+        raise ValueError("--init: this file holds no autoencoder to encode a picture: add --vae")
+    picture = to_float(data.read_image(path, info["image_size"], background))[None]  # (1, 3, H, W)
     picture = picture.mean(1, keepdim=True) if info["channels"] == 1 else picture
     return picture.expand(count, -1, -1, -1)
 
@@ -259,8 +259,8 @@ def target(options):
     """--out; or samples.png beside a run's checkpoint; or, for other files, out/NAME.png."""
     ckpt = pathlib.Path(options.ckpt)
     run = (ckpt.parent / "log.csv").is_file()
-    out = pathlib.Path(options.out or ("out" if not run else ckpt.parent))
-    out = out if options.out else out / ("samples.png" if run else f"{ckpt.stem}.png")
+    beside = ckpt.parent / "samples.png" if run else f"out/{ckpt.stem}.png"
+    out = pathlib.Path(options.out or beside)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
         raise ValueError(f"--out {out}: give a picture's name, such as {out}.png")
     out.parent.mkdir(parents=True, exist_ok=True)
