@@ -1,172 +1,304 @@
-"""sample.py end to end: what is drawn depends on the seed alone; known pixels stay; official files open."""
+"""sample.py: seeds, classes, known pixels, files, refusals. Official files are in
+test_official.py, prompts in test_text_to_image.py, tokens in test_tokens.py.
+"""
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 import data
 import sample
 import train
-from conftest import fill_by_recipe
-from diffusion import GaussianDiffusion
-from dit import DiT, infer_config
-from test_train import pictures  # noqa: F401  (the fixture)
+from checkpoint import load_checkpoint, save_checkpoint
+from conftest import ROOT, fill_by_recipe
+from custom_diffusion import save_concept
+from models import task_from
+from tasks import DiffusionTask
+from udit import RepMlp, fold
+
+BASE = str(ROOT / "assets" / "unet-scenes.pt")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, pictures):  # noqa: F811
-    """Checkpoints of tiny runs: latent flow, pixel Gaussian with learned sigma, unconditional; and the autoencoder."""
+def runs(tmp_path_factory, pictures):
+    """Runs of one step, whose averaged weights then become random, so that every input matters."""
     root = tmp_path_factory.mktemp("runs")
-    common = ["--data", f"folder:{pictures}", "--image-size", "8", "--batch-size", "8", "--sample-every", "0"]
-    go = lambda name, *flags: train.main([*common, "--out", str(root / name), *flags])
-    go("ae", "--model", "tiny-ae", "--factor", "2", "--latent-channels", "4", "--steps", "5")
-    go("latent", "--model", "DiT-32x1/2", "--first-stage", str(root / "ae" / "ckpt.pt"), "--steps", "5")
-    go("pixel", "--model", "DiT-32x1/2", "--recipe", "paper", "--lr", "1e-3", "--steps", "5")
+    common = ["--image-size", "8", "--batch-size", "8", "--steps", "1", "--device", "cpu"]
     flat = root / "flat"
     flat.mkdir()
     for i, file in enumerate(pictures.rglob("*.png")):
         (flat / f"{i}.png").write_bytes(file.read_bytes())
-    train.main([*common[2:], "--data", f"folder:{flat}", "--model", "DiT-32x1/2", "--out", str(root / "unconditional"),
-                "--steps", "5"])
+
+    def go(name, *flags, folder=pictures):
+        out = root / name
+        train.main([*common, "--data", f"folder:{folder}", "--out", str(out), *flags])
+        path = out / "ckpt.pt"
+        state = load_checkpoint(path)
+        if "sizes" not in state:
+            model = fill_by_recipe(task_from(state, path).model, ["pos_embed"])
+            save_checkpoint(path, {**state, "ema": model.state_dict()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionTask, "preview", lambda *given: None)
+        go("ae", "--model", "tiny-ae", "--factor", "2", "--latent-channels", "4")
+        go("latent", "--model", "DiT-32x1/2", "--first-stage", str(root / "ae" / "ckpt.pt"))
+        go("pixel", "--model", "DiT-32x1/2", "--recipe", "paper", "--first-stage", "none")
+        go("unconditional", "--model", "DiT-32x1/2", folder=flat)
+        go("udit", "--model", "udit-tiny", "--first-stage", "none")
     return root
 
 
-def draw(runs, name, *flags):
-    out = runs / name / "drawn.png"
-    sample.main(["--ckpt", str(runs / name / "ckpt.pt"), "--out", str(out), "--steps", "4", *flags])
-    return out
+def drawn(runs, name, *flags):
+    """(pictures, names, path) as the command of sample.py writes them; 3 steps."""
+    seen, out = [], runs / name / "drawn.png"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "save_grid", lambda x, path, captions=None, **k: seen.append(
+            (x, captions, path)))
+        sample.main(["--ckpt", str(runs / name / "ckpt.pt"), "--out", str(out), "--device", "cpu",
+                     "--steps", "3", *flags])
+    return seen[0]
 
 
-@pytest.mark.parametrize("name", ["latent", "pixel", "unconditional"])
-def test_the_same_seed_draws_the_same_bytes_in_any_batch(runs, name):
-    a = draw(runs, name, "--n", "5", "--seed", "3").read_bytes()
-    b = draw(runs, name, "--n", "5", "--seed", "3", "--batch-size", "2").read_bytes()
-    c = draw(runs, name, "--n", "5", "--seed", "4").read_bytes()
-    assert a == b != c
+def opened(runs, name):
+    return sample.load(str(runs / name / "ckpt.pt"))
 
 
-def test_grid_strip_film_and_names(runs):
-    out = draw(runs, "pixel", "--class", "pear,0", "--n", "3", "--strip", "--gif")
-    with Image.open(out.with_suffix(".gif")) as film, Image.open(out.with_name("drawn-strip.png")) as strip:
-        assert film.n_frames >= 4 and strip.width > 3 * strip.height
-    assert out.exists()
+# --------------------------------------------------------------------------------------------------
+# what is sampled
+
+@pytest.mark.parametrize("name,options", [
+    ("latent", {}), ("pixel", {}), ("pixel", {"sampler": "ddim", "eta": 1.0}),
+    ("unconditional", {})])
+def test_picture_i_has_its_own_seed_in_any_batch(runs, name, options):
+    task, model = opened(runs, name)
+    y = torch.tensor([1, 0, 1, 1, 0]) % max(1, model.num_classes)
+    whole = sample.sample_all(task, model, y, 3, steps=3, **options)[0]
+    parts = sample.sample_all(task, model, y, 3, batch_size=2, steps=3, **options)[0]
+    alone = sample.sample_all(task, model, y[3:4], 6, steps=3, **options)[0]
+    for got in (parts, torch.cat([whole[:3], alone, whole[4:]])):
+        assert_close(got, whole, rtol=0, atol=1e-2)             # rounding depends on the batch
+    differences = (whole[:, None] - whole[None]).flatten(2).abs().amax(-1) + torch.eye(5)
+    assert differences.min() > 0.1
 
 
-def test_interpolation_ends_are_noise_and_rows_move_smoothly(runs):
-    noise = sample.interpolated_noise(16, (4, 4, 4), 0, "cpu")
-    ends = [torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+def test_classes_are_those_that_are_asked(runs):
+    task, model = opened(runs, "pixel")
+    images, names, _ = drawn(runs, "pixel", "--class", "pear,0", "--n", "3")
+    assert names == ["pear", "apple", "pear"]
+    want = sample.sample_all(task, model, torch.tensor([1, 0, 1]), steps=3)[1]
+    assert torch.equal(images, want)
+    assert drawn(runs, "pixel")[1] == ["apple", "pear"]         # nothing asked: one of each class
+    assert sample.choose_classes("1, 1", ["1", "x"], 2) == [0, 0]       # a name before a number
+
+
+def test_guidance_is_the_runs_unless_it_is_given(runs):
+    def images(*flags):
+        return drawn(runs, "latent", "--n", "2", *flags)[0]
+    default, same, none = images(), images("--cfg-scale", "2"), images("--cfg-scale", "1")
+    assert torch.equal(default, same) and not torch.equal(default, none)
+    assert torch.equal(none, images("--cfg-scale", "7", "--cfg-interval", "0,0"))
+    assert not torch.equal(images("--cfg-channels", "1"), default)
+
+
+def test_a_udit_is_sampled_folded_and_is_the_same_function(runs):
+    task, model = opened(runs, "udit")
+    path = str(runs / "udit" / "ckpt.pt")
+    trained = task_from(load_checkpoint(path), path).model.eval().double()
+    assert any(isinstance(m, RepMlp) for m in trained.modules())
+    assert not any(isinstance(m, RepMlp) for m in model.modules())
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *task.shape, generator=g, dtype=torch.float64)
+    t, y = torch.tensor([3, 500]), torch.tensor([0, 1])
+    with torch.no_grad():
+        assert_close(fold(trained)(x, t, y), trained(x, t, y), rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(w, model.state_dict()[k].double()) for k, w in
+               trained.state_dict().items() if k in model.state_dict())
+    assert drawn(runs, "udit")[0].shape == (2, 3, 8, 8)
+
+
+def test_interpolation_goes_along_the_arc_between_two_seeds(runs, monkeypatch):
+    noise = sample.interpolated_noise(16, (4, 4, 4), 5, "cpu")
+    ends = [torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(5 + i)) for i in range(4)]
     for got, want in zip((noise[0], noise[7], noise[8], noise[15]), ends):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    norms = noise.flatten(1).norm(dim=1)
-    assert norms.min() > 0.8 * norms.max()                               # on the circle, not across it
-    assert draw(runs, "latent", "--interpolate").exists()
+        assert_close(got, want, rtol=1e-4, atol=1e-4)
+    ends = torch.stack(ends[:2]).flatten(1).double()                                # (2, 64)
+    shares = torch.linalg.lstsq(ends.T, noise[:8].flatten(1).double().T).solution.T     # (8, 2)
+    assert_close(shares @ ends, noise[:8].flatten(1).double(), rtol=0, atol=1e-5)
+    cosine = (ends[0] @ ends[1]) / ends.norm(dim=1).prod()
+    across = shares[:, 1] * (1 - cosine ** 2).sqrt()    # if both ends had length 1, at an angle
+    along = shares[:, 0] + shares[:, 1] * cosine
+    steps = torch.arange(8, dtype=torch.float64) / 7 * torch.acos(cosine)
+    assert_close(torch.stack([along, across]), torch.stack([steps.cos(), steps.sin()]),
+                 rtol=0, atol=1e-5)
+    seen, run = [], DiffusionTask.sample
+    monkeypatch.setattr(DiffusionTask, "sample", lambda self, model, y, **options: (
+        seen.append((y, options["noise"])) or run(self, model, y, **options)))
+    assert len(drawn(runs, "latent", "--interpolate", "--seed", "5")[0]) == 16
+    assert seen[0][0].tolist() == 8 * [0] + 8 * [1] and torch.equal(seen[0][1], noise)
 
 
-def test_npz_is_what_the_adm_evaluator_reads(runs):
-    out = draw(runs, "pixel", "--npz", "11", "--batch-size", "4")
-    with np.load(out.with_suffix(".npz")) as arrays:
-        assert arrays["arr_0"].shape == (11, 8, 8, 3) and arrays["arr_0"].dtype == np.uint8
-        assert arrays["labels"].tolist() == [i % 2 for i in range(11)]
-    images, _, captions = sample.draw(runs / "pixel" / "ckpt.pt", n=11, steps=4, device="cpu")
-    assert images.shape == (11, 3, 8, 8) and captions is None
-    with np.load(out.with_suffix(".npz")) as arrays:
-        assert np.array_equal(arrays["arr_0"], images.permute(0, 2, 3, 1).numpy())
+# --------------------------------------------------------------------------------------------------
+# pictures to start from
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """(picture, mask as (1, 1, 8, 8) bool, their files)."""
+    folder, gen = tmp_path_factory.mktemp("known"), torch.Generator().manual_seed(0)
+    picture = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8, generator=gen)
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 2:6, 3:7] = True
+    white = 255 * mask.expand(1, 3, 8, 8).to(torch.uint8)
+    for name, x in (("init", picture), ("mask", white)):
+        data.save_grid(x, folder / f"{name}.png", nrow=1, pad=0, scale=1)
+    return picture, mask, str(folder / "init.png"), str(folder / "mask.png")
 
 
 @pytest.mark.parametrize("name", ["latent", "pixel"])
-def test_inpainting_returns_known_pixels_untouched(runs, tmp_path, name):
-    gen = torch.Generator().manual_seed(0)
-    picture = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8, generator=gen)
-    mask = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    mask[..., 2:6, 3:7] = 255
-    data.save_grid(picture, tmp_path / "init.png", nrow=1, pad=0, scale=1)
-    data.save_grid(mask, tmp_path / "mask.png", nrow=1, pad=0, scale=1)
-    drawn = []
-    grab = lambda images, path, **k: drawn.append(images)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "save_grid", grab)
-        draw(runs, name, "--n", "3", "--init", str(tmp_path / "init.png"), "--mask", str(tmp_path / "mask.png"))
-        draw(runs, name, "--n", "3", "--init", str(tmp_path / "init.png"), "--strength", "0.3")
-    painted = mask.bool().expand(3, 3, 8, 8)
-    assert torch.equal(drawn[0][~painted], picture.expand(3, 3, 8, 8)[~painted])
-    assert not torch.equal(drawn[0][painted], picture.expand(3, 3, 8, 8)[painted])
-    assert not torch.equal(drawn[1][0], drawn[1][1])                     # every picture has its own noise
+def test_inpainting_keeps_the_black_part_and_paints_the_white(runs, known, name):
+    picture, mask, init, white = known
+    images = drawn(runs, name, "--n", "3", "--init", init, "--mask", white)[0]
+    given, mask = picture.expand(3, 3, 8, 8), mask.expand(3, 3, 8, 8)
+    assert torch.equal(images[~mask], given[~mask])
+    changed = (images != given) & mask
+    assert all(changed[i].sum() > 0.5 * mask[i].sum() for i in range(3))
+    assert not torch.equal(images[0], images[1])
 
 
-def test_guidance_one_is_the_conditional_run(runs):
-    task, model = sample.load(runs / "pixel" / "ckpt.pt")
-    fill_by_recipe(model, ["pos_embed"])
-    y = torch.tensor([0, 1, 1])
-    shown = []
-
-    def model_once(x, t, cond):
-        shown.append(len(x))
-        return model(x, t, cond)
-    for scale, label, forwards in ((1.0, y, 3), (0.0, torch.full_like(y, 2), 3), (3.0, None, 6)):
-        shown.clear()
-        gen = torch.Generator().manual_seed(0)
-        got = task.sample(model_once, y, cfg_scale=scale, steps=3, generator=gen, sampler="ddim", clip=False)
-        assert set(shown) == {forwards}
-        if label is not None:
-            gen = torch.Generator().manual_seed(0)
-            want = task.process.sample(model, got.shape, label, sampler="ddim", steps=3, generator=gen)
-            torch.testing.assert_close(got, want)
+@pytest.mark.parametrize("name", ["latent", "pixel"])
+def test_image_to_image_begins_at_the_noise_level_asked(runs, known, name):
+    task, model = opened(runs, name)
+    picture, _, init, _ = known
+    x_init = task.encode(data.to_float(picture)).expand(2, -1, -1, -1)
+    for flags, strength in (((), 0.6), (("--strength", "0.3"), 0.3)):
+        want = sample.sample_all(task, model, torch.tensor([0, 1]), steps=3, strength=strength,
+                                 per_picture={"x_init": x_init})[1]
+        assert torch.equal(drawn(runs, name, "--init", init, *flags)[0], want)
 
 
-def test_an_official_file_is_built_from_its_tensors_alone(tmp_path, capsys):
-    """A bare state_dict with official names and an official width; its latents are those of parts tested elsewhere."""
-    sizes = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=384, depth=2, num_heads=6, num_classes=20)
-    official = fill_by_recipe(DiT(**sizes), ["pos_embed"])
-    path = tmp_path / "DiT-S-2-shrunk.pt"
-    torch.save(official.state_dict(), path)
-    assert infer_config(official.state_dict()) == dict(**sizes, learn_sigma=True)
-    sample.main(["--ckpt", str(path), "--class", "7,3", "--steps", "5", "--seed", "9", "--cfg-scale", "4",
-                 "--cfg-channels", "3", "--out", str(tmp_path / "x.png")])
-    latents = torch.load(tmp_path / "x.pt", weights_only=True)["latents"]
-    process, y, null = GaussianDiffusion(learn_sigma=True).respaced(5), torch.tensor([7, 3]), torch.tensor([20, 20])
-    gens = [torch.Generator().manual_seed(s) for s in (9, 10)]
-    noise = lambda: torch.stack([torch.randn(4, 8, 8, generator=g) for g in gens])
-    x = noise()
-    with torch.no_grad():
-        for i in reversed(range(5)):
-            t = process.timestep_map[torch.tensor([i, i])]
-            c, u = official(x, t, y), official(x, t, null)
-            out = torch.cat([u[:, :3] + 4 * (c[:, :3] - u[:, :3]), c[:, 3:]], 1)
-            x = process.ddpm_step(out, x, torch.tensor([i, i]), noise())[0]
-    torch.testing.assert_close(latents.float(), x, rtol=1e-4, atol=1e-4)
-    assert "latents" in capsys.readouterr().out
+# --------------------------------------------------------------------------------------------------
+# files
+
+def test_grid_strip_and_film(runs):
+    out = runs / "pixel" / "x.png"
+    sample.main(["--ckpt", str(runs / "pixel" / "ckpt.pt"), "--n", "2", "--steps", "3", "--strip",
+                 "--gif", "--out", str(out), "--device", "cpu"])
+    with Image.open(out.with_suffix(".gif")) as film:
+        assert film.n_frames >= 3
+    with Image.open(out.with_name("x-strip.png")) as strip:
+        assert strip.width > 4 * strip.height                   # ten moments, two pictures
+    assert out.is_file()
 
 
-@pytest.mark.parametrize("flags,words", [
-    (["--class", "2"], "classes 0 to 1"), (["--class", "-1"], "classes 0 to 1"),
-    (["--class", "aple"], "did you mean 'apple'"), (["--sampler", "plms"], "choose one of euler, heun"),
-    (["--init", "nowhere.png"], "no picture at"), (["--mask", "m.png"], "--init"),
-    (["--cfg-scal", "2"], "did you mean --cfg-scale"), (["--eta", "0.5"], "deterministic")])
-def test_wrong_wishes_are_one_line(runs, capsys, flags, words):
-    with pytest.raises(SystemExit) as stopped:
-        draw(runs, "latent", *flags)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and words in lines[-1] and "Traceback" not in "".join(lines)
+def test_npz_is_what_the_adm_evaluator_reads(runs):
+    task, model = opened(runs, "pixel")
+    sample.main(["--ckpt", str(runs / "pixel" / "ckpt.pt"), "--npz", "5", "--batch-size", "2",
+                 "--class", "pear,apple", "--steps", "3", "--device", "cpu", "--out",
+                 str(runs / "pixel" / "many.png")])
+    with np.load(runs / "pixel" / "many.npz") as arrays:
+        images, labels = arrays["arr_0"], arrays["labels"]
+    assert images.shape == (5, 8, 8, 3) and images.dtype == np.uint8
+    assert labels.tolist() == [1, 0, 1, 0, 1] and labels.dtype == np.int64
+    want = sample.sample_all(task, model, torch.from_numpy(labels), steps=3)[1]     # labels fit
+    assert abs(images.astype(int) - want.permute(0, 2, 3, 1).numpy()).max() <= 1
+    assert not (runs / "pixel" / "many.png").exists()
 
 
-def test_an_autoencoder_does_not_draw(runs, capsys):
-    with pytest.raises(SystemExit):
-        draw(runs, "ae")
-    assert "does not draw" in capsys.readouterr().err
+def test_draw_gives_classes_in_turn(runs):
+    task, model = opened(runs, "pixel")
+    images, labels, captions = sample.draw(runs / "pixel" / "ckpt.pt", n=3, steps=3, device="cpu")
+    assert labels.tolist() == [0, 1, 0] and captions is None
+    assert torch.equal(images, sample.sample_all(task, model, labels, steps=3)[1])
+    assert sample.draw(runs / "unconditional" / "ckpt.pt", n=1, steps=1, device="cpu")[1] is None
 
 
-def test_exported_checkpoints_are_small_and_draw_nearly_the_same(runs, tmp_path, capsys):
+def test_files_go_beside_a_run_and_else_to_out(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = lambda **options: str(sample.target(sample.Options(**options)))
+    assert where(ckpt=str(runs / "ae" / "ckpt.pt")) == str(runs / "ae" / "samples.png")
+    assert where(ckpt=BASE) == "out/unet-scenes.png" and (tmp_path / "out").is_dir()
+    assert where(ckpt=BASE, out="a/b.webp") == "a/b.webp" and (tmp_path / "a").is_dir()
+
+
+def test_exported_checkpoints_are_small_and_sample_nearly_the_same(
+        runs, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(DiffusionTask, "preview", lambda *given: None)
     whole, small = runs / "latent" / "ckpt.pt", tmp_path / "small.pt"
-    sample.main(["--ckpt", str(whole), "--export", str(small), "--note", "five steps"])
+    sample.main(["--ckpt", str(whole), "--export", str(small), "--note", "one step"])
     assert small.stat().st_size < 0.5 * whole.stat().st_size
-    assert torch.load(small, weights_only=True)["note"] == "five steps"
-    a, b = (sample.draw(path, n=4, steps=3, device="cpu")[0].int() for path in (whole, small))
-    assert (a - b).abs().max() <= 2                                      # half precision, in grey levels
-    train.main(["--data", f"folder:{runs / 'flat'}", "--image-size", "8", "--model", "DiT-32x1/2", "--steps", "1",
-                "--batch-size", "4", "--init", str(runs / "unconditional" / "ckpt.pt"),
-                "--out", str(tmp_path / "more")])
+    state = load_checkpoint(small)
+    assert state["note"] == "one step" and not {"model", "opt"} & state.keys()
+    y = torch.tensor([0, 1])
+    task, model = sample.load(str(small))
+    noise = torch.randn(2, *task.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([100, 900])
+    got, want = (net(noise, t, y) for net in (model, opened(runs, "latent")[1]))
+    assert (got - want).abs().max() < 0.02 * want.abs().max()           # float16 has 11 bits
+    train.main(["--data", f"folder:{pictures}", "--image-size", "8", "--model", "DiT-32x1/2",
+                "--steps", "1", "--batch-size", "4", "--init", str(small), "--lr", "1e-9",
+                "--muon-lr", "1e-9", "--out", str(tmp_path / "more")])
+    more = load_checkpoint(tmp_path / "more" / "ckpt.pt")["ema"]
+    assert_close({k: w for k, w in more.items()}, {k: w.float() for k, w in state["ema"].items()})
+    for flags, words in ((["--weights", "model"], "leave out --weights"),
+                         (["--export", "x.pt"], "not the checkpoint of a run")):
+        with pytest.raises(SystemExit):
+            sample.main(["--ckpt", str(small), *flags, "--out", str(tmp_path / "x.png")])
+        assert words in capsys.readouterr().err
+
+
+def test_a_concept_brings_its_word_and_its_matrices(tmp_path, capsys, monkeypatch):
+    task, model = sample.load(BASE)
+    unet = model.denoiser.state_dict()
+    name = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    row = model.text.text_model.embeddings.token_embedding.weight[4] + 0.5
+    W = {name: unet[name] + 0.1}
+    save_concept(tmp_path / "concept.pt", W, {"<new1>": row}, ["<new1> circle"], unet)
+    seen = []
+    monkeypatch.setattr(DiffusionTask, "sample", lambda self, model, y, **options: (
+        seen.append((model, y)) or torch.zeros(len(y), *self.shape)))
+    flags = ["--ckpt", BASE, "--prompt", "a <new1> circle", "--out", str(tmp_path / "x.png")]
+    sample.main([*flags, "--concept", str(tmp_path / "concept.pt")])
+    model, y = seen[0]
+    assert torch.equal(model.denoiser.state_dict()[name], W[name])
+    assert "new words: <new1> circle" in capsys.readouterr().out
+    assert len(set(y[0].tolist())) == 6                 # padding, start, end and three words
+    with pytest.raises(SystemExit):                     # without it the word is unknown
+        sample.main(flags)
+    assert "<new1>" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        sample.main(["--ckpt", str(small), "--weights", "model"])
-    assert "--weights" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        train.main(["--resume", "--out", str(tmp_path / "nothing")])
+        sample.main(["--ckpt", str(tmp_path / "concept.pt"), "--out", str(tmp_path / "x.png")])
+    assert "is a concept: say --ckpt BASE --concept" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# what is refused
+
+@pytest.mark.parametrize("name,flags,words", [
+    ("latent", ["--class", "2"], "there are 2, numbered"), ("latent", ["--class", "-1"], "are 2"),
+    ("latent", ["--class", "aple"], "did you mean 'apple'"),
+    ("unconditional", ["--class", "0"], "there are 0"),
+    ("latent", ["--prompt", "x"], "say --class, not --prompt"),
+    ("latent", ["--negative", "x"], "say --class, not --prompt"),
+    ("latent", ["--sampler", "plms"], "choose euler or heun"),
+    ("latent", ["--eta", "0.5"], "does not read eta"),
+    ("latent", ["--truncation", "0.9"], "does not read truncation"),
+    ("pixel", ["--sampler", "ddpm", "--eta", "0.5"], "leave it out, or use sampler ddim"),
+    ("latent", ["--steps", "ddim25"], "positive whole number"),
+    ("unconditional", ["--cfg-scale", "3"], "nothing to guide by"),
+    ("latent", ["--cfg-interval", "0.3"], "LOW,HIGH"),
+    ("latent", ["--mask", "m.png"], "--mask needs --init"),
+    ("latent", ["--strength", "0.5"], "with --init, and without --mask"),
+    ("latent", ["--init", "a", "--mask", "b", "--strength", "0.5"], "without --mask"),
+    ("latent", ["--init", "nowhere.png"], "cannot read image nowhere.png"),
+    ("latent", ["--concept", "c.pt"], "needs a text-to-image --ckpt"),
+    ("latent", ["--ckpt", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    ("latent", ["--dtype", "float15"], "--dtype"), ("latent", ["--cfg-scal", "2"], "--cfg-scale"),
+    ("ae", [], "does not sample by itself"),
+    # before the checkpoint is read, and so before anything is sampled
+    ("latent", ["--ckpt", "nowhere.pt", "--out", "x"], "--out x: give a picture's name"),
+    ("latent", ["--ckpt", "nowhere.pt", "--out", "x.npz"], "--out x.npz: give a picture's name")])
+def test_what_cannot_be_is_one_line(runs, capsys, name, flags, words):
+    with pytest.raises(SystemExit) as stopped:
+        drawn(runs, name, *flags)
+    err = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and words in err[-1] and "Traceback" not in "".join(err)
