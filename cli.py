@@ -20,44 +20,40 @@ ELSEWHERE = {"learning-rate": "here it is --lr", "resolution": "here it is --ima
 
 
 def flag(default, help, within="(-inf, inf)", choices=None):
-    """A dataclass field that becomes a flag. default: None = "not given"; within: the interval in
-    which a number must lie, such as "(0, 1]"; choices: the legal values. In help "%" is "%%".
-    """
+    """A dataclass field that becomes a flag; numbers must lie `within`. "%" of help is "%%"."""
     metadata = dict(help=help, within=within, choices=choices)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def check(options):
-    """Raise ValueError for a number that is not finite, or outside the range its field states."""
+    """`options`, if its numbers are finite and in the range that each field states."""
     for field in dataclasses.fields(options):
         value, within = getattr(options, field.name), field.metadata["within"]
         if type(value) in (int, float):
             low, high = map(float, within[1:-1].split(","))
             ends = [low] * (within[0] == "[") + [high] * (within[-1] == "]")
             if not (math.isfinite(value) and (low < value < high or value in ends)):
-                raise ValueError(f"--{field.name.replace('_', '-')} {value:g}: give a number in "
-                                 f"{within}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):                   # one line, like all complaints here
-        raise ValueError(f"{message} (see --help)")
+                name = field.name.replace("_", "-")
+                raise ValueError(f"--{name} {value:g}: give a number in {within}")
+    return options
 
 
 def parse(argv, description, *classes, presets=lambda given: {}, other=lambda flag: None):
     """Command line -> one object per dataclass; each class is a group of --help.
-
     presets(given) -> {field: default}, where `given` is {field: value}, which wins; other(flag):
     what to say of a flag that no class has. Raises ValueError for unknown flags and values.
     """
-    parser = _Parser(description=description, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    def error(message):
+        raise ValueError(f"{message} (see --help)")
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = error
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__.splitlines()[0])
         for f in dataclasses.fields(cls):
-            how = dict(type=f.type, choices=f.metadata["choices"])
             how = {bool: dict(action=argparse.BooleanOptionalAction),
-                   tuple: dict(action="extend", nargs="+")}.get(f.type, how)
+                   tuple: dict(action="extend", nargs="+")}.get(f.type) or dict(
+                       type=f.type, choices=f.metadata["choices"])
             shown = "" if f.default in (None, "", ()) else f" (default: {f.default})"
             group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                                help=f.metadata["help"] + shown, **how)
@@ -69,20 +65,17 @@ def parse(argv, description, *classes, presets=lambda given: {}, other=lambda fl
         hint = other(name) or ELSEWHERE.get(name[2:]) or (near and f"did you mean {near[0]}?")
         raise ValueError(f"unknown argument {name!r}: {hint or 'see --help'}")
     values = {**presets(vars(given)), **vars(given)}
-    made = [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
-            for cls in classes]
-    for options in made:
-        check(options)
-    return made
+    names = [{f.name for f in dataclasses.fields(cls)} & values.keys() for cls in classes]
+    return [check(cls(**{k: values[k] for k in known})) for cls, known in zip(classes, names)]
 
 
 def resolve_device(name):
     """auto -> cuda, mps or cpu, the first that is there. Raises ValueError if `name` is not."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    if name != "auto" and not there.get(name):
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    if name not in ("auto", "cpu", *there):
         raise ValueError(f"--device {name}: not on this machine, or not in this build of torch; "
                          "leave the flag out, or say --device cpu")
-    return name if name != "auto" else next(device for device, found in there.items() if found)
+    return [*there, "cpu"][0] if name == "auto" else name
 
 
 def one_line(main):
@@ -91,10 +84,8 @@ def one_line(main):
     def wrapped(argv=None):
         try:
             return main(sys.argv[1:] if argv is None else list(argv))
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            raise SystemExit(130) from None
+        except (ValueError, OSError, KeyboardInterrupt) as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            print("stopped" if stopped else f"error: {error}", file=sys.stderr)
+            raise SystemExit(130 if stopped else 2) from None
     return wrapped
