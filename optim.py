@@ -20,7 +20,6 @@ import torch
 @torch.no_grad()
 def orthogonalise(G, steps=5):
     """Push the singular values of matrices G (n, rows, cols) to about 1, without an SVD.
-
     Source: Jordan et al. 2024 (Newton-Schulz iteration of degree 5).
     """
     X = G.bfloat16() if G.is_cuda else G
@@ -35,7 +34,6 @@ def orthogonalise(G, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalisation, of weights with two or more axes (flattened to matrices).
-
     Matrices of one shape are stacked and updated together; torch.optim.Muon takes them one by one,
     in bfloat16. Like torch's fused optimizers it does nothing when `found_inf` (0-dim) is 1.
     Source: Jordan et al. 2024; the factor sqrt(max(1, rows / cols)) is theirs.
@@ -47,7 +45,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Update every parameter once, or none if found_inf is 1."""
         keep = 1.0 - self.found_inf                                         # 0 = change nothing
         for group in self.param_groups:
             stacks = {}
@@ -68,7 +65,6 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(config, model):
     """[AdamW, Muon] over the parameters that learn; without --optimizer muon, AdamW has them all.
-
     New words of Custom Diffusion (names with ".rows.") get the rate config.word_lr.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -91,10 +87,8 @@ def make_optimizers(config, model):
 
 def learning_rate(step, config):
     """Factor on every learning rate at a step: linear warm-up, then constant or cosine to zero."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
-    if config.lr_decay == "constant":
-        return warm
-    return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    warm, angle = min(1.0, (step + 1) / max(1, config.warmup)), math.pi * step / config.steps
+    return warm if config.lr_decay == "constant" else warm * 0.5 * (1 + math.cos(angle))
 
 
 def average_of(model):
@@ -105,10 +99,7 @@ def average_of(model):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, keep):
-    """ema += (1 - decay) * keep * (model - ema); keep, 0-dim: 1 if the step was taken, else 0.
-
-    Buffers are copied. Source: DiT §4.
-    """
+    """ema += (1 - decay) * keep * (model - ema), keep (0-dim) 1 or 0. Buffers: as in model."""
     pairs = ((a, c) for a, c in zip(ema.parameters(), model.parameters()) if a is not c)
     averaged, current = zip(*pairs)
     delta = torch._foreach_sub(current, averaged)
@@ -120,7 +111,6 @@ def update_ema(ema, model, decay, keep):
 
 def update(config, model, ema, optimizers, step, vectors=None):
     """Everything after backward: rate, clipping, optimizers, codebook, average.
-
     vectors: (n, D), what the codebook of a VQ-VAE learns from; None for other models. A gradient
     that is not finite changes nothing. Returns (gradient norm, 1 if the step was taken else 0).
     """
