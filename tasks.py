@@ -11,17 +11,16 @@ pictures back. The loop in train.py never asks which one it runs. It calls
     finish(model, dataset, device)                    after the last step, before the last save
     state() -> dict                                   what else travels in the checkpoint
     inputs(count) -> meta tensors of one forward, to count its operations
-A new way to train is a new task; a new model is a line in models.py.
+A new way to train is a new task; a new model is a line in models.py. Below: the files of a run.
 
     python train.py --model unet-tiny --data scenes       # a DiffusionTask with a U-Net
-
-Contents: DiffusionTask, AutoencoderTask, macs; the files of a run.
 """
 import copy
 import csv
 import dataclasses
 import math
 import os
+import pathlib
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +32,6 @@ from diffusion import seeds
 
 class DiffusionTask:
     """Train a diffusion model, and sample from it, on pixels, latents or tokens.
-
     settings: its family's flags; info: see models.describe; model(x, t, y), y class numbers (B,) or
     with a tokenizer caption ids (B, L); process: its noise; first_stage: see vae.py.
     shape: of one example in model space, (C, H, W) or (N,). Source: DiT §3; LDM §3.
@@ -64,8 +62,7 @@ class DiffusionTask:
         stage = self.first_stage.to(device)
         if not stage.standardised:
             stage.standardise(to_float(x[:2000]).to(device))
-        z = [stage.encode(to_float(part.to(device))) for part in x.split(self.at_once)]
-        z = torch.cat(z)
+        z = torch.cat([stage.encode(to_float(some.to(device))) for some in x.split(self.at_once)])
         return dataclasses.replace(dataset, images=z, labels=y, captions=None, flip=False)
 
     def draw(self, n, generator, device):
@@ -74,14 +71,12 @@ class DiffusionTask:
                 **self.process.draw((n, *self.shape), generator, device)}
 
     def loss(self, net, x, y, index, drop, **draws):
-        y = self.model.drop_labels(y, drop)
-        return self.process.loss(net, as_numbers(x), y, **draws)
+        return self.process.loss(net, as_numbers(x), self.model.drop_labels(y, drop), **draws)
 
     @torch.no_grad()
     def sample(self, model, y, null=None, cfg_scale=None, steps=None, sampler=None, callback=None,
                **options):
         """Sample one example per condition y, (B,) or (B, L) -> (B, *shape); see to_pictures.
-
         null: what guidance steers away from, like y (default: nothing asked for); cfg_scale,
         steps, sampler: default to the run's guidance and the process's own; callback(x0 guess)
         after every step; options: those of the process. Raises ValueError for guidance of a model
@@ -95,11 +90,9 @@ class DiffusionTask:
         null = model.null_condition(len(y), y.device) if null is None else null
         if self.tokenizer is not None:      # encode the words once, not at every step
             y, null = model.text(y), model.text(null)                       # (B, L, D_ctx)
-        options |= {"cfg_scale": cfg_scale, "device": y.device}
-        if self.on_pixels and self.shape[0] in (1, 3):
-            options["clip"] = True
+        options |= {"clip": True} if self.on_pixels and self.shape[0] in (1, 3) else {}
         for x, x0 in self.process.trajectory(model, (len(y), *self.shape), y, null, sampler, steps,
-                                             **options):
+                                             cfg_scale=cfg_scale, device=y.device, **options):
             if callback is not None:
                 callback(x0)
         return x
@@ -128,9 +121,8 @@ class DiffusionTask:
         y, names = self.examples()
         x = self.sample(model, y.to(device), generator=seeds(0, len(y), device), steps=25,
                         sampler=self.process.samplers[0])
-        images = self.to_pictures(x).cpu()
-        scale = None if names else max(1, 64 // images.shape[-1])
-        save_grid(images, path, nrow=8, captions=names, scale=scale)
+        scale = None if names else max(1, 64 // self.info["image_size"])
+        save_grid(self.to_pictures(x).cpu(), path, nrow=8, captions=names, scale=scale)
 
     def finish(self, model, dataset, device):
         pass
@@ -179,8 +171,7 @@ class AutoencoderTask:
         """Measure the latents' scale, which travels with the checkpoint; report the quality."""
         x = to_float(dataset.images[:2000]).to(device)
         model.standardise(x)
-        self.sizes, x = model.sizes, x[:200]
-        generator = torch.Generator(device).manual_seed(0)
+        self.sizes, x, generator = model.sizes, x[:200], torch.Generator(device).manual_seed(0)
         draws = model.draw(len(x), image_shape(self.info), generator, device)
         found = {k: v.item() for k, v in model.objective(x, draws)[1].items() if v.dim() == 0}
         print(f"{len(x)} pictures: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
@@ -191,8 +182,8 @@ class AutoencoderTask:
     def inputs(self, count):
         shape = image_shape(self.info)
         draws = self.model.draw(count, shape, None, "cpu")
-        x = torch.zeros(count, *shape, device="meta")
-        return x, {name: value.to("meta") for name, value in draws.items()}
+        return (torch.zeros(count, *shape, device="meta"),
+                {name: value.to("meta") for name, value in draws.items()})
 
 
 def image_shape(info):
@@ -202,14 +193,12 @@ def image_shape(info):
 
 def as_numbers(x):
     """What a data set holds -> what a model reads: float32 pictures or latents, tokens as such."""
-    if x.dtype == torch.uint8:
-        return to_float(x)
+    x = to_float(x) if x.dtype == torch.uint8 else x
     return x.float() if x.is_floating_point() else x
 
 
 def macs(task):
     """Multiply-accumulates that one more example adds to a forward: those of 2 minus those of 1.
-
     So products of weights with weights (udit.RepMlp) are left out. Source: torch's flop counter.
     """
     model, flops = copy.deepcopy(task.model).to("meta"), []
@@ -235,7 +224,6 @@ def save(path, config, task, step, s):
 
 def resume(path, task, step):
     """Put a run back to where its checkpoint was written -> the step. Rates are those of the flags.
-
     Raises ValueError if the file does not fit.
     """
     state = load_checkpoint(path)
@@ -252,11 +240,9 @@ def resume(path, task, step):
         frozen = {k: v for k, v in net.state_dict().items() if k in task.frozen}
         load_weights(net, {**frozen, **learned}, path)
     for optimizer, saved in zip(step.optimizers, state["opt"]):
-        flags = [{k: group[k] for k in ("lr", "base_lr", "weight_decay")}
-                 for group in optimizer.param_groups]
+        for group, then in zip(optimizer.param_groups, saved["param_groups"]):
+            then |= {k: group[k] for k in ("lr", "base_lr", "weight_decay")}
         optimizer.load_state_dict(saved)
-        for group, wanted in zip(optimizer.param_groups, flags):
-            group.update(wanted)
     return state["step"]
 
 
@@ -271,8 +257,7 @@ def keep_rows(table, step):
 
     lines = []
     if step and os.path.isfile(table):
-        with open(table, errors="replace") as file:
-            header, *lines = file.read().split("\n")
+        header, *lines = pathlib.Path(table).read_text(errors="replace").split("\n")
         lines = [header, *filter(whole, lines)] if header.startswith("step,") else []
     with written_whole(table) as file:
         file.write("".join(f"{line}\r\n" for line in lines).encode())
@@ -290,17 +275,15 @@ def add_row(table, row):
 def plot_loss(table, path):
     """log.csv -> a picture of the loss of single batches, faint, and of its running mean."""
     from matplotlib.figure import Figure        # not pyplot, whose backend belongs to the caller
-    with open(table) as file:
-        rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
-    (steps, losses), means = zip(*rows), []
+    rows = csv.DictReader(pathlib.Path(table).read_text().splitlines())
+    (steps, losses), means = zip(*((int(row["step"]), float(row["loss"])) for row in rows)), []
     for loss in losses:
         begin = not means or not math.isfinite(means[-1])
         means.append(loss if begin else 0.9 * means[-1] + 0.1 * loss)
-    figure = Figure(figsize=(5, 4), dpi=90)
+    figure = Figure(figsize=(5, 4), dpi=90, layout="tight")
     axes = figure.subplots()
     axes.plot(steps, losses, alpha=0.3, label="loss of a batch")
     axes.plot(steps, means, label="running mean")
     axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path)
