@@ -4,8 +4,7 @@
     python bench.py --models DiT-S/2 unet-tiny --steps 20
     python bench.py --overfit --steps 200 --models udit-tiny    # self-check: one batch, same noise
 
-The limit is the rate of a large matrix product: float32 on a CPU, bfloat16 on cuda. The operations
-of a step are counted by torch: forward, backward and optimizer.
+Torch counts the operations of a step: forward, backward and optimizer. The limit: see `limit`.
 """
 import dataclasses
 import sys
@@ -35,25 +34,21 @@ class Options:
 
 
 def run_of(model, options, **changes):
-    """(config, task, data set) of a model as train.py trains it, on an untrained first stage."""
-    family = settings_class(find_model(model)[0])
-    flags = {**PRESETS.get(model, {}), "model": model, "device": resolve_device(options.device),
-             "image_size": options.image_size, "compile": options.compile, **changes}
-    if options.batch_size:
-        flags["batch_size"] = options.batch_size
-    make = lambda cls: cls(**{f.name: flags[f.name] for f in dataclasses.fields(cls)
-                              if f.name in flags})
-    config, settings = make(Config), make(family)
-    config.data = "scenes" if FAMILIES[find_model(model)[0]].captions else "shapes"
+    """(config, step) of a model as train.py trains it, on an untrained first stage."""
+    family = find_model(model)[0]
+    given = {k: v for k, v in vars(options).items() if v and k not in ("models", "steps")}
+    flags = {**PRESETS.get(model, {}), **given, "device": resolve_device(options.device),
+             "model": model, "data": "scenes" if FAMILIES[family].captions else "shapes", **changes}
+    config, settings = (cls(**{f.name: flags[f.name] for f in dataclasses.fields(cls)
+                               if f.name in flags}) for cls in (Config, settings_class(family)))
     resolve_first_stage(config, settings)
     dataset = data.load(config.data, config.image_size, count=max(512, config.batch_size))
-    return config, make_task(config, settings, dataset), dataset
+    return config, make_step(config, dataset, make_task(config, settings, dataset))
 
 
 def overfit(model, options):
     """Train on one batch with fixed noise -> (first, last loss). A sound model gets below 5 %."""
-    config, task, dataset = run_of(model, options, warmup=0, lr_decay="constant")
-    step = make_step(config, dataset, task)
+    _, step = run_of(model, options, warmup=0, lr_decay="constant")
     losses = [step(0)[0]["loss"] for _ in tqdm(range(options.steps), desc=f"{model}, one batch")]
     return losses[0].item(), losses[-1].item()
 
@@ -62,7 +57,7 @@ def limit(device, seconds=0.5):
     """Operations per second of a large matrix product: bfloat16 on cuda, float32 elsewhere."""
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    a @ b
+    a @ b                                           # the first product takes longer
     start, count = clock(device), 0
     while clock(device) - start < seconds:
         a @ b
@@ -78,20 +73,17 @@ def clock(device):
 
 
 def measure(model, options):
-    """Time a model's training step -> {"ms", "pictures per s", "TFLOP/s", "share of limit", "GiB"}.
-
-    Steps and the limit are measured in turns, for a machine's speed changes with its neighbours.
+    """Time a model's training step -> {"ms", "pictures/s", "TFLOP/s", "limit", "share", "GiB"}.
+    Steps and the limit are measured in turns, as a machine's speed changes with its other work.
     """
-    config, task, dataset = run_of(model, options)
-    step, device = make_step(config, dataset, task), config.device
+    config, step = run_of(model, options)
+    device, best, seconds = config.device, 0.0, []
     with FlopCounterMode(display=False) as counter:
         step(0)
     for s in range(3):                              # compile, allocate, settle
         step(s)
-    best, seconds = 0.0, []
     for s in range(options.steps):
-        if s % 5 == 0:
-            best = max(best, limit(device))
+        best = max(best, limit(device)) if s % 5 == 0 else best
         start = clock(device)
         step(s)
         seconds.append(clock(device) - start)
@@ -102,19 +94,18 @@ def measure(model, options):
 
 
 def memory(device):
-    """Peak memory of this process in bytes; on cuda of the device."""
+    """Peak memory in bytes: of the device on cuda, else of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource                                 # absent on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @one_line
 def main(argv):
     """The command. --overfit exits with 1 if a model did not learn its batch."""
-    options, = parse(argv, __doc__, Options)
-    failed = 0
+    (options,), failed = parse(argv, __doc__, Options), 0
     for model in options.models:
         if options.overfit:
             first, last = overfit(model, options)
@@ -124,7 +115,7 @@ def main(argv):
         else:
             row = measure(model, options)
             print(f"{model:14}" + ", ".join(f"{name} {value:.3g}" for name, value in row.items()))
-    raise SystemExit(1 if failed else 0)
+    raise SystemExit(int(failed > 0))
 
 
 if __name__ == "__main__":
