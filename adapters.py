@@ -35,9 +35,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
-from checkpoint import load_checkpoint, mismatch, save_checkpoint
+from checkpoint import mismatch, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
-from models import SHORT, base_flags, base_task, fingerprint
+from models import base_flags, base_task, fingerprint
 from tasks import DiffusionTask
 from train import Config, check_out, load_data, run
 from unet import Tapped, TransformerBlock
@@ -54,7 +54,6 @@ ACTIVATIONS = {"relu": F.relu, "sigmoid": torch.sigmoid, "silu": F.silu, "identi
 
 class Adapter(nn.Module):
     """The adapter of one block, called as adapter(name, x) -> x: reads one tap, adds to another.
-
     transformer block   A(x) = up(act(down(x))), two Linear: x (B, N, d_in) -> (B, N, d_out)
     ResBlock            A(x) = up(act(down(SiLU(GN(x))))), two 3x3 convolutions:
                         x (B, d_in, H, W) -> (B, d_out, H, W)
@@ -99,7 +98,6 @@ class Adapter(nn.Module):
 
 def check_placement(read, add):
     """Two names of positions -> (read, add), where a sub-layer's output becomes the sum it joins.
-
     Raises ValueError with the reason. Source: Xiang et al. 2023 figure 4.
     """
     joined = STREAM.get(add, add)
@@ -121,7 +119,6 @@ def check_placement(read, add):
 def add_adapters(unet, read, add, rank=None, budget=None, activation="relu", scale=1.0,
                  init="zero"):
     """Put an adapter into every block, in place, and freeze everything else.
-
     unet: a UNet, or a module that holds one; read, add: names of taps; rank: width of the adapter,
     or budget: its parameters over the whole U-Net, from which the rank follows; activation: one of
     ACTIVATIONS; scale: strength; init: zero or official. Raises ValueError for an illegal placement
@@ -154,18 +151,14 @@ def _make(unet, read, add, rank, activation="relu", scale=1.0, init="zero"):
                                ("init", init, ("zero", "official"))):
         if value not in known:
             raise ValueError(f"{what} {value!r} is not one of {', '.join(known)}")
-    _check_scale(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale {scale}: give a finite number")
     blocks = [(path, m) for path, m in unet.named_modules()
               if isinstance(m, Tapped) and read in m.taps]
     if not blocks:
         raise ValueError(f"no block of this {type(unet).__name__} has a {read}: give a U-Net")
     return [(path, block, Adapter(block, read, add, rank, activation, scale, init))
             for path, block in blocks]
-
-
-def _check_scale(scale):
-    if not math.isfinite(scale):
-        raise ValueError(f"scale {scale}: give a finite number")
 
 
 def _attach(unet, made):
@@ -194,7 +187,8 @@ def adapter_parameters(unet):
 
 def set_scale(unet, scale):
     """Set the strength of the adapters; 0 is as if there were none. Raises ValueError."""
-    _check_scale(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale {scale}: give a finite number")
     for *_, adapter in _placed(unet):
         adapter.scale = float(scale)
 
@@ -223,24 +217,23 @@ def base_hash(unet):
 def adapter_state(unet):
     """What to save: {"spec": how to make it, "base": base_hash, "adapter": its tensors}."""
     found = _placed(unet)
-    tensors = {f"{path}.{k}": v for path, _, adapter in found
-               for k, v in adapter.state_dict().items()}
     return {"spec": {**found[0][2].spec, "scale": found[0][2].scale}, "base": base_hash(unet),
-            "adapter": tensors}
+            "adapter": _tensors(found)}
+
+
+def _tensors(made):
+    return {f"{path}.{k}": v for path, _, adapter in made for k, v in adapter.state_dict().items()}
 
 
 def load_adapters(unet, state):
     """Add the adapter that adapter_state saved. A model that it does not fit is left as it was.
-
     Raises ValueError with the tensors that differ, or for a base with other weights.
     """
     missing = [k for k in ("spec", "base", "adapter") if k not in state]
     if missing:
         raise ValueError(f"this is not an adapter's file: it has no {' and no '.join(missing)}")
     made = _make(unet, **state["spec"])
-    wrong = mismatch({f"{path}.{k}": v for path, _, adapter in made
-                      for k, v in adapter.state_dict().items()}, state["adapter"])
-    if wrong:
+    if wrong := mismatch(_tensors(made), state["adapter"]):
         raise ValueError(f"the adapter does not fit, {len(wrong)} tensors differ: "
                          + "; ".join(wrong[:5]))
     if base_hash(unet) != state["base"]:
@@ -274,10 +267,8 @@ class LowRank(nn.Module):
 
 
 def add_lora(unet, rank=None, budget=None, scale=1.0):
-    """Low-rank updates of every to_k and to_v that reads text states; the rest is frozen.
-
-    rank or budget as in add_adapters. Returns the parameters to train. Raises ValueError.
-    Source: LoRA (Hu et al. 2021) §4.
+    """Low-rank updates of every to_k and to_v that reads text states; the rest is frozen. rank,
+    budget: as in add_adapters. Returns the parameters to train. Source: LoRA (Hu et al. 2021) §4.
     """
     attention = [m.attn2 for m in unet.modules() if isinstance(m, TransformerBlock)]
     layers = [layer for m in attention for layer in (m.to_k, m.to_v)]
@@ -295,7 +286,6 @@ def add_lora(unet, rank=None, budget=None, scale=1.0):
 @torch.no_grad()
 def prediction_difference(unet, xt, t, context_a, context_b):
     """Where two prompts make the model predict differently: rms over channels, (B, H, W).
-
     xt (B, C, H, W) a noised picture, t (B,), contexts (B, L, D_ctx), such as those of "a photo of
     V* dog" and "a photo of dog". Source: Xiang et al. 2023 (probe).
     """
@@ -305,7 +295,6 @@ def prediction_difference(unet, xt, t, context_a, context_b):
 
 def anova(groups):
     """One-way analysis of variance -> (F, p): do groups differ by more than their inner scatter?
-
     groups: one sequence of numbers per level of a factor, of any sizes. F = MSB / MSE, with
     MSB = sum n_i (mean_i - mean)^2 / (k - 1) and MSE = sum (y_ij - mean_i)^2 / (n - k); p is the
     chance of an F at least as large. Raises ValueError where F is not defined. Source: Fisher 1925.
@@ -329,7 +318,6 @@ def anova(groups):
 
 def incomplete_beta(x, a, b):
     """Regularised incomplete beta function I_x(a, b): how likely a Beta(a, b) number is below x.
-
     I = x^a (1-x)^b / (a B(a,b)) / (1 + d1/(1 + d2/(1 + ...))), the fraction by Lentz's method: C
     and D are ratios of successive numerators and denominators. Source: DLMF 8.17.22; Lentz 1976.
     """
@@ -339,8 +327,7 @@ def incomplete_beta(x, a, b):
         return 1 - incomplete_beta(1 - x, b, a)
     C, D, fraction, n = 1.0, 0.0, 1.0, 0
     while n == 0 or abs(C * D - 1) > 1e-14:
-        n += 1
-        m = n // 2
+        n, m = n + 1, (n + 1) // 2
         d = -(a + m) * (a + b + m) if n % 2 else m * (b - m)
         d *= x / ((a + n - 1) * (a + n))
         C, D = 1 + d / C, 1 / (1 + d * D)
@@ -364,8 +351,7 @@ class Options:
 
 class AdapterTask(DiffusionTask):
     """Train an adapter (options.adapter, options.rank) beside the frozen model of the task `base`.
-
-    At the end it is written to OUT/adapter.pt, which sample.py reads. Source: Xiang et al. 2023.
+    At the end it is written to OUT/adapter.pt, which sample.py reads.
     """
     family = "adapter"
 
@@ -390,17 +376,9 @@ class AdapterTask(DiffusionTask):
 
 def learn(argv):
     """`learn`: train an adapter on --data."""
-    def presets(given):
-        out = given.get("out", "out/adapter")
-        if given.get("resume"):
-            state = load_checkpoint(f"{out}/ckpt.pt")
-            return {**state["config"], **state["options"], "out": out}
-        taken, official = base_flags(given.get("base", Options.base))
-        rates = dict(lr=5e-3, batch_size=16)
-        if official:                                                        # the paper's
-            rates = dict(lr=1e-4, lr_decay="constant", batch_size=8)
-        return {**SHORT, **taken, **rates, "out": out}
-    options, config = parse(argv, __doc__, Options, Config, presets=presets)
+    ours, paper = dict(lr=5e-3, batch_size=16), dict(lr=1e-4, lr_decay="constant", batch_size=8)
+    options, config = parse(argv, __doc__, Options, Config, presets=lambda given: base_flags(
+        {"base": Options.base, "out": "out/adapter", **given}, ours, paper))
     config.device = resolve_device(config.device)
     check_out(config)
     dataset = load_data(config)

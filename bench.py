@@ -34,7 +34,7 @@ class Options:
 
 
 def run_of(model, options, **changes):
-    """(config, step) of a model as train.py trains it, on an untrained first stage."""
+    """(config, task, data set) of a model as train.py trains it, on an untrained first stage."""
     family = find_model(model)[0]
     given = {k: v for k, v in vars(options).items() if v and k not in ("models", "steps")}
     flags = {**PRESETS.get(model, {}), **given, "device": resolve_device(options.device),
@@ -43,12 +43,13 @@ def run_of(model, options, **changes):
                                if f.name in flags}) for cls in (Config, settings_class(family)))
     resolve_first_stage(config, settings)
     dataset = data.load(config.data, config.image_size, count=max(512, config.batch_size))
-    return config, make_step(config, dataset, make_task(config, settings, dataset))
+    return config, make_task(config, settings, dataset), dataset
 
 
 def overfit(model, options):
     """Train on one batch with fixed noise -> (first, last loss). A sound model gets below 5 %."""
-    _, step = run_of(model, options, warmup=0, lr_decay="constant")
+    config, task, dataset = run_of(model, options, warmup=0, lr_decay="constant")
+    step = make_step(config, dataset, task)
     losses = [step(0)[0]["loss"] for _ in tqdm(range(options.steps), desc=f"{model}, one batch")]
     return losses[0].item(), losses[-1].item()
 
@@ -76,8 +77,8 @@ def measure(model, options):
     """Time a model's training step -> {"ms", "pictures/s", "TFLOP/s", "limit", "share", "GiB"}.
     Steps and the limit are measured in turns, as a machine's speed changes with its other work.
     """
-    config, step = run_of(model, options)
-    device, best, seconds = config.device, 0.0, []
+    config, task, dataset = run_of(model, options)
+    step, device, best, seconds = make_step(config, dataset, task), config.device, 0.0, []
     with FlopCounterMode(display=False) as counter:
         step(0)
     for s in range(3):                              # compile, allocate, settle

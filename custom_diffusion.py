@@ -34,7 +34,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import data
-from checkpoint import load_checkpoint, read_torch, save_checkpoint
+from checkpoint import read_torch, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
 from models import base_flags, base_task, fingerprint
 from pretrained import rename_unet
@@ -64,10 +64,9 @@ def detach_first_token(unet):
     """Stop the gradient through K and V of the start token, the same in all captions. Detaching its
     text state instead would leave W_k and W_v its gradient. Returns hooks. Source: appendix E.
     """
-    def hook(layer, inputs, out):
-        return torch.cat([out[:, :1].detach(), out[:, 1:]], dim=1)                      # (B, L, D)
-    layers = [m for name, m in unet.named_modules() if re.search(r"\battn2\.to_[kv]$", name)]
-    return [layer.register_forward_hook(hook) for layer in layers]
+    hook = lambda layer, inputs, out: torch.cat([out[:, :1].detach(), out[:, 1:]], dim=1)
+    return [layer.register_forward_hook(hook) for name, layer in unet.named_modules()   # (B, L, D)
+            if re.search(r"\battn2\.to_[kv]$", name)]
 
 
 class NewWords(nn.Module):
@@ -188,14 +187,12 @@ def weight_change(W0, W):
     """How far each tensor of a state_dict moved, ||W - W0|| / ||W0||, but for those that were 0
     -> ({name: change}, {kind of layer: mean}). Source: §3.1 and figure 3.
     """
-    change, kinds = {}, {}
-    for name, before in W0.items():
-        if before.is_floating_point() and before.any():
-            moved = (W[name].double() - before.double()).norm()
-            change[name] = (moved / before.double().norm()).item()
-            kind = ("cross-attention" if "attn2" in name.split(".") else
-                    "self-attention" if "attn1" in name.split(".") else "other")
-            kinds.setdefault(kind, []).append(change[name])
+    change = {name: ((W[name].double() - w.double()).norm() / w.double().norm()).item()
+              for name, w in W0.items() if w.is_floating_point() and w.any()}
+    layers, kinds = {"attn1": "self-attention", "attn2": "cross-attention"}, {}
+    for name, value in change.items():
+        kind = next((layers[step] for step in name.split(".") if step in layers), "other")
+        kinds.setdefault(kind, []).append(value)
     return change, {kind: sum(values) / len(values) for kind, values in kinds.items()}
 
 
@@ -203,12 +200,11 @@ def compress(W, W0, ratio=0.6):
     """The change W - W0 of each matrix by its largest singular values, while they make up no more
     than `ratio` of their sum -> {name: (u (o, r), v (r, d))}; r may be 0. Source: compress.py.
     """
-    factors = {}
-    for name in (name for name, w in W.items() if w.dim() == 2):
-        U, s, Vt = torch.linalg.svd(W[name].double() - W0[name].double(), full_matrices=False)
+    def factors(w, w0):
+        U, s, Vt = torch.linalg.svd(w.double() - w0.double(), full_matrices=False)
         rank = int((s.cumsum(0) <= ratio * (1 + 1e-12) * s.sum()).sum())        # up to rounding
-        factors[name] = tuple(w.to(W[name].dtype) for w in (U[:, :rank] * s[:rank], Vt[:rank]))
-    return factors
+        return (U[:, :rank] * s[:rank]).to(w.dtype), Vt[:rank].to(w.dtype)
+    return {name: factors(w, W0[name]) for name, w in W.items() if w.dim() == 2}
 
 
 def expand(factors, W0):
@@ -359,12 +355,12 @@ class ConceptTask(DiffusionTask):
         if options.prior == "none":
             return None
         if options.prior == "generated":
-            ids, pictures = self.tokenizer((self.bare * 200)[:200]).to(self.config.device), []
-            model, generator = self.model.to(ids.device), torch.Generator(ids.device).manual_seed(0)
-            for some in tqdm(ids.split(min(50, self.at_once)), desc="prior", leave=False):
-                x = self.sample(model, some, generator=generator)
-                pictures.append(self.to_pictures(x).cpu())
-            return data.to_float(torch.cat(pictures)), (self.bare * 200)[:200]
+            captions, device = (self.bare * 200)[:200], self.config.device
+            model, generator = self.model.to(device), torch.Generator(device).manual_seed(0)
+            parts = self.tokenizer(captions).to(device).split(min(50, self.at_once))
+            x = [self.to_pictures(self.sample(model, ids, generator=generator)).cpu()
+                 for ids in tqdm(parts, desc="prior", leave=False)]
+            return data.to_float(torch.cat(x)), captions
         if captions is None:
             classes = [self.prompt.format(what) for what in classes] if classes[1:] else self.bare
             captions = [classes[k] for k in dataset.labels.tolist()]
@@ -452,8 +448,8 @@ def load_concept(path, unet):
     width = next((w.shape[1] for w in keys_and_values(unet).values()), 0)
     wrong += [token for token, row in rows.items() if tuple(row.shape) != (width,)]
     if wrong or not (given or rows):
-        raise ValueError(f"{path} holds no concept for this U-Net"
-                         + (f": {wrong[0]} does not fit" if wrong else ""))
+        reason = f": {wrong[0]} does not fit" if wrong else ""
+        raise ValueError(f"{path} holds no concept for this U-Net{reason}")
     W = {name: unet[name].cpu().float() + w["u"].float() @ w["v"].float()
          if isinstance(w, dict) else w.float() for name, w in given.items()}
     return W, rows, list(state.get("concepts", rows))
@@ -507,16 +503,11 @@ def read_flags(argv):
     def presets(given):
         for name in {"data", "model", "init", "recipe", "flip", "save_latents"} & set(given):
             raise ValueError(f"--{name}: pictures are --concept and --prior, the model is --base")
-        out = given.get("out", "out/concept")
-        if given.get("resume"):
-            state = load_checkpoint(f"{out}/ckpt.pt")
-            return {**state["config"], **state["options"], "out": out}
-        taken, official = base_flags(given.get("base", Options.base))
-        ours = dict(lr=3e-3, batch_size=16)                     # measured on unet-tiny
+        given = {"base": Options.base, "out": "out/concept", **given}
+        ours = dict(lr=3e-3, batch_size=16, weight_decay=0.01)  # measured on unet-tiny
         paper = dict(lr=8e-6 if given.get("part") == "all" else 8e-5, word_lr=8e-5, batch_size=8,
-                     lr_decay="constant", prior="generated")
-        return {"steps": 250, "optimizer": "adamw", "warmup": 0, "ema": 0.9, "sample_every": 0,
-                "weight_decay": 0.01, **taken, **(paper if official else ours), "out": out}
+                     weight_decay=0.01, lr_decay="constant", prior="generated")
+        return base_flags(given, ours, paper)
     options, config = parse(argv, __doc__, Options, Config, presets=presets)
     config.device, config.word_lr = resolve_device(config.device), options.word_lr
     if not options.concept or len(options.concept) != len(options.category):
@@ -530,8 +521,7 @@ def learn(argv):
     """`learn`: teach a base new things."""
     options, config = read_flags(argv)
     check_out(config)
-    dataset = load_data(config)
-    base = base_task(options.base, options.bpe, config.image_size)
+    dataset, base = load_data(config), base_task(options.base, options.bpe, config.image_size)
     task = ConceptTask(base, dataset, options, config)
     run(config, task, dataset)
     print(f'python sample.py --ckpt {options.base} --concept {config.out}/concept.pt --prompt '
@@ -540,9 +530,10 @@ def learn(argv):
 
 def open_base(options):
     """The base's task, if --out is a new file: nothing is overwritten. Raises ValueError."""
-    if pathlib.Path(options.out).exists():
-        raise ValueError(f"{options.out} exists: choose another --out, or delete it")
-    pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    out = pathlib.Path(options.out)
+    if out.exists():
+        raise ValueError(f"{out} exists: choose another --out, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
     return base_task(options.base, options.bpe)
 
 

@@ -31,9 +31,8 @@ from vae import VQVAE, AutoencoderKL, Pixels, TinyAutoencoder, first_stage_from
 from vqdiffusion import VQ_CONFIGS, MaskReplace, VQTransformer
 
 FLAGS = {
-    "first_stage": (str, flag("auto", "what the model runs on: new (an autoencoder, trained "
-                              "first), none (pixels), or a checkpoint of one; auto: new for "
-                              "shapes, scenes and text, else none")),
+    "first_stage": (str, flag("auto", "what the model runs on: new (trained first), none (pixels), "
+                              "or a checkpoint; auto: new for shapes, scenes and text, else none")),
     "first_stage_steps": (int, flag(500, "optimizer steps of --first-stage new", "[1, inf)")),
     "class_dropout": (float, flag(0.1, "share of labels or captions hidden, to guide", "[0, 1)")),
     "cfg_scale": (float, flag(2.0, "guidance when sampling; 1 = none", "[0, inf)")),
@@ -43,8 +42,7 @@ FLAGS = {
     "codes": (int, flag(256, "how many different tokens there are", "[2, inf)")),
     "schedule": (str, flag("flow", "flow (straight lines, predicts a velocity) or a Gaussian one",
                            choices=["flow", "linear", "cosine", "scaled_linear"])),
-    "flow_shift": (float, flag(None, "flow: above 1 trains more at high noise (default: 1)",
-                               "(0, inf)")),
+    "flow_shift": (float, flag(None, "flow: above 1 = more at high noise; default: 1", "(0, inf)")),
     "prediction": (str, flag(None, "Gaussian schedules: what is predicted (default: eps)",
                              choices=["eps", "v", "x0"])),
     "learn_sigma": (bool, flag(False, "Gaussian schedules: also learn the variance")),
@@ -52,8 +50,8 @@ FLAGS = {
         "adaln_zero", "adaln", "cross_attention", "in_context"])),
     "norm": (str, flag("layer", "LayerNorm or RMSNorm", choices=["layer", "rms"])),
     "qk_norm": (bool, flag(False, "normalise queries and keys")),
-    "aux_weight": (float, flag(1.0, "weight of the cross-entropy beside the variational bound; the "
-                               "paper's 5e-4 is for long runs", "[0, inf)"))}
+    "aux_weight": (float, flag(1.0, "weight of the cross-entropy in the loss; the paper's 5e-4 is "
+                               "for long runs", "[0, inf)"))}
 TINY = ("latent_channels", "latent_noise", "factor")
 CONTINUOUS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", *TINY, "schedule",
               "flow_shift", "prediction")
@@ -69,7 +67,7 @@ def settings_class(family):
 
 
 def readers_of(flag_name):
-    """Who reads a flag such as "--codes", as a sentence; None if nobody here does."""
+    """Which families read a flag such as "--codes", as a sentence; None if no family does."""
     name = flag_name[2:].replace("-", "_").removeprefix("no_")
     families = [family for family, row in FAMILIES.items() if name in row.flags]
     return f"it is read by the families {', '.join(families)} alone" if families else None
@@ -82,9 +80,8 @@ def gaussian_or_flow(settings, learn_sigma=False):
     """The process of a continuous model. Raises ValueError for a flag its schedule ignores."""
     if settings.schedule == "flow":
         if settings.prediction or learn_sigma:
-            name = "prediction" if settings.prediction else "learn-sigma"
-            raise ValueError(f"--{name} belongs to a Gaussian schedule: add --schedule linear or "
-                             "cosine")
+            raise ValueError(f"--{'prediction' if settings.prediction else 'learn-sigma'} belongs "
+                             "to a Gaussian schedule: add --schedule linear or cosine")
         return RectifiedFlow(settings.flow_shift or 1.0)
     if settings.flow_shift:
         raise ValueError(f"--flow-shift belongs to --schedule flow, not to {settings.schedule}")
@@ -93,9 +90,8 @@ def gaussian_or_flow(settings, learn_sigma=False):
 
 
 def class_conditional(Model):
-    """Builder for Model(input_size, in_channels, num_classes, class_dropout_prob, ...).
-
-    Flags of its family that are not CONTINUOUS are constructor arguments too.
+    """Builder for Model(input_size, in_channels, num_classes, class_dropout_prob, ...), where "..."
+    are its sizes, and those flags of its family that are not CONTINUOUS.
     """
     def build_model(sizes, settings, info, first_stage):
         channels, size, _ = first_stage.latent_shape(image_shape(info))
@@ -132,9 +128,9 @@ def build_vq(sizes, settings, info, first_stage):
     if "vocabulary" in info:
         denoiser, width = VQTransformer(**{**sizes, "condition": "text"}), sizes["context_dim"]
         return text_conditional(denoiser, width, process, settings, info, first_stage)
-    model = VQTransformer(**{**sizes, "condition": "class" if classes else "none",
-                             "num_classes": classes,
-                             "class_dropout_prob": settings.class_dropout if classes else 0.0})
+    hidden, kind = (settings.class_dropout, "class") if classes else (0.0, "none")
+    model = VQTransformer(**{**sizes, "condition": kind, "num_classes": classes,
+                             "class_dropout_prob": hidden})
     return DiffusionTask(settings, info, model, process, first_stage)
 
 
@@ -219,7 +215,6 @@ def build_task(model, settings, info, first_stage):
 
 def describe(dataset, model, first_stage):
     """What a model needs to know of its data, as plain values that travel in the checkpoint.
-
     Raises ValueError for missing captions, and for latents that this first stage did not make.
     """
     captions, (channels, side) = FAMILIES[find_model(model)[0]].captions, dataset.images.shape[1:3]
@@ -243,21 +238,17 @@ def describe(dataset, model, first_stage):
 
 def resolve_first_stage(config, settings):
     """Replace "auto" in settings.first_stage by new, none, or the file given by --init."""
-    row = FAMILIES[find_model(config.model)[0]]
     if getattr(settings, "first_stage", "") != "auto":
         return
-    settings.first_stage = "none"
+    encode = FAMILIES[find_model(config.model)[0]].always_latent and config.data[:8] != "latents:"
+    settings.first_stage = "new" if encode or config.data in ("shapes", "scenes") else "none"
     if config.init:
         carried = "first_stage" in load_checkpoint(config.init)
         settings.first_stage = config.init if carried else "none"
-    elif config.data in ("shapes", "scenes") or (
-            row.always_latent and not config.data.startswith("latents:")):
-        settings.first_stage = "new"
 
 
 def make_task(config, settings, dataset):
     """The task of a run. Every run, study and benchmark starts here: equal flags, equal weights.
-
     settings.first_stage: new (untrained), none, or a file. Raises ValueError.
     """
     torch.manual_seed(config.seed)
@@ -278,7 +269,6 @@ def make_task(config, settings, dataset):
 
 def keep_numbers(info, known, path):
     """Let the words of `info` keep the rows that they have in `known`, the info of --init.
-
     Raises ValueError if no row is free for a new word, or a class has another number there.
     """
     names = known.get("class_names", [])
@@ -288,15 +278,13 @@ def keep_numbers(info, known, path):
                              f"it is number {number}: name the class folders in the same order")
     if "vocabulary" in info and "vocabulary" in known:
         tokenizer = WordTokenizer.from_state(known["vocabulary"])
-        for word in info["vocabulary"]["words"]:
-            if word not in tokenizer.ids:
-                tokenizer.add_token(word)
+        for word in [w for w in info["vocabulary"]["words"] if w not in tokenizer.ids]:
+            tokenizer.add_token(word)
         info["vocabulary"] = tokenizer.state()
 
 
 def task_from(state, path, weights="ema"):
     """A loaded checkpoint of train.py -> its task, with averaged or raw ("model") weights.
-
     Raises ValueError for other files, and for weights that are not there.
     """
     if state.get("task") not in FAMILIES or "sizes" in state:
@@ -313,7 +301,6 @@ def task_from(state, path, weights="ema"):
 
 def official_task(path, vae, dtype, bpe, image_size):
     """An official DiT, U-DiT or Stable Diffusion v1 file, or a diffusers folder -> its task.
-
     vae: file of the autoencoder, or None; bpe: CLIP's list of merges. Raises ValueError.
     Source: LDM §4.3.1; DiT §4; U-DiT §4.1.
     """
@@ -335,12 +322,12 @@ def official_task(path, vae, dtype, bpe, image_size):
         model = TextConditional(models["unet"], models["text"], tokenizer([""])[0], 0.1)
         return DiffusionTask(settings, info, model, process, first_stage, tokenizer)
     sizes = infer_udit(state) if is_udit else infer_dit(state)
-    model, process = (UDiT if is_udit else DiT)(**sizes), GaussianDiffusion(
-        learn_sigma=sizes["learn_sigma"])
+    model = (UDiT if is_udit else DiT)(**sizes)
     load_weights(model, state, path)
     info |= {"channels": 3 if parts else sizes["in_channels"],
              "image_size": model.input_size * first_stage.factor}
     settings = settings_class("dit")(cfg_scale=1.5 if is_udit else 4.0)     # that of their demos
+    process = GaussianDiffusion(learn_sigma=sizes["learn_sigma"])
     return DiffusionTask(settings, info, model, process, first_stage)
 
 
@@ -349,7 +336,6 @@ def official_task(path, vae, dtype, bpe, image_size):
 
 def fingerprint(tensors):
     """SHA-256 of {name: tensor}: names, shapes, values rounded to half precision.
-
     So a model, its half-precision export, and either of them loaded as float32 are the same.
     """
     digest = hashlib.sha256()
@@ -369,13 +355,16 @@ def base_task(path, bpe, image_size=512):
     return task
 
 
-# flags of a short run beside a base that is already good
-SHORT = dict(steps=250, optimizer="adamw", warmup=0, ema=0.9, sample_every=0)
-
-
-def base_flags(path):
-    """(flags of the loop that a run on this base takes over from it, is it an official file?)."""
-    if is_official(path):
-        return {"model": "SD-v1", "image_size": 512}, True
-    config = load_checkpoint(path).get("config", {})
-    return {k: config[k] for k in ("model", "data", "image_size") if k in config}, False
+def base_flags(given, ours, paper):
+    """Defaults of a short run on given["base"]: `ours`, or `paper` if that is an official file; to
+    resume a run, its flags. given: {flag: value}, with "base" and "out".
+    """
+    if given.get("resume"):
+        state = load_checkpoint(f"{given['out']}/ckpt.pt")
+        return {**state["config"], **state["options"], "out": given["out"]}
+    taken, rates = {"model": "SD-v1", "image_size": 512}, paper
+    if not is_official(given["base"]):
+        config, rates = load_checkpoint(given["base"]).get("config", {}), ours
+        taken = {k: config[k] for k in ("model", "data", "image_size") if k in config}
+    return {"steps": 250, "optimizer": "adamw", "warmup": 0, "ema": 0.9, "sample_every": 0,
+            **taken, **rates, "out": given["out"]}
