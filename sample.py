@@ -75,7 +75,6 @@ class Options:
 
 def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=False, **options):
     """Sample for all conditions y, (N,) or (N, L), batch by batch.
-
     per_picture: {option: (N, ...) tensor}, cut like y; film: keep every step's x0 guess too. Other
     options: see DiffusionTask.sample. Returns (model space (N, ...), pictures uint8 (N, C, H, W),
     states: one (N, C, H, W) per step, or []).
@@ -86,9 +85,8 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
         rows, seen = slice(first, first + size), []
         watch = (lambda x0: seen.append(task.to_pictures(x0).cpu())) if film else None
         mine = {name: value[rows] for name, value in dict(per_picture).items()}
-        generators = seeds(seed + first, len(y[rows]), y.device)
-        sampled.append(task.sample(model, y[rows], generator=generators, callback=watch,
-                                   **mine, **options))
+        mine["generator"] = seeds(seed + first, len(y[rows]), y.device)
+        sampled.append(task.sample(model, y[rows], callback=watch, **mine, **options))
         pictures.append(task.to_pictures(sampled[-1]).cpu())
         states.append(seen)
     return torch.cat(sampled), torch.cat(pictures), [torch.cat(step) for step in zip(*states)]
@@ -97,12 +95,10 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
 def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_size=None,
          **options):
     """n pictures from a checkpoint, for evaluate.py: classes in turn, or held-out captions.
-
     Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None). None = the run's own.
     """
-    device = resolve_device(device)
+    device, captions, labels = resolve_device(device), None, None
     task, model = load(path, device)
-    captions, labels = None, None
     if task.tokenizer is not None:
         run = load_checkpoint(path)["config"]
         held_out = data.load(run["data"], run["image_size"], "test", run["data_dir"], count=n,
@@ -120,41 +116,31 @@ def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_s
 # checkpoints
 
 def load(path, device="cpu", options=None):
-    """Checkpoint -> (task, model in eval mode on the device).
-
-    Official files are recognised by their tensors; options: Options, for what files do not say.
-    Raises ValueError, also for a checkpoint that samples nothing.
+    """Checkpoint -> (task, model in eval mode on the device). options: for what files do not say.
+    Official files are recognised by their tensors. Raises ValueError for files that sample nothing.
     """
     options = options or Options()
     if is_official(path):
         auto = "float16" if device == "cuda" else "float32"
         dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
         task = official_task(path, options.vae, dtype, options.bpe, options.image_size)
+    elif "tensors" in (state := load_checkpoint(path)):
+        raise ValueError(f"{path} is a concept: say --ckpt BASE --concept {path}")
+    elif "adapter" not in state:
+        task = task_from(state, path, options.weights)
+    elif not options.base:
+        raise ValueError(f"{path} is an adapter: give the --base that it was trained on")
     else:
-        task = load_ours(path, device, options)
+        task, model = load(options.base, device, dataclasses.replace(options, base=None))
+        load_adapters(model, state)
+        set_scale(model, state["spec"]["scale"] if options.scale is None else options.scale)
     task.model = fold(task.model)               # a U-DiT gets cheaper, the others stay as they are
     task.model.to(device).eval().requires_grad_(False)
     return task, task.model
 
 
-def load_ours(path, device, options):
-    """A file of train.py or adapters.py -> task. Raises ValueError for other files of ours."""
-    state = load_checkpoint(path)
-    if "tensors" in state:
-        raise ValueError(f"{path} is a concept: say --ckpt BASE --concept {path}")
-    if "adapter" not in state:
-        return task_from(state, path, options.weights)
-    if not options.base:
-        raise ValueError(f"{path} is an adapter: give the --base that it was trained on")
-    task, model = load(options.base, device, dataclasses.replace(options, base=None))
-    load_adapters(model, state)
-    set_scale(model, state["spec"]["scale"] if options.scale is None else options.scale)
-    return task
-
-
 def add_concept(path, task):
     """Put a concept's matrices and new words into a text-to-image task -> the names of its things.
-
     Raises ValueError if they do not fit. Source: Custom Diffusion §3.
     """
     if task.tokenizer is None:
@@ -184,8 +170,7 @@ def export(path, out, note):
 def choose_classes(text, names, count):
     """"3,red circle" -> [3, 0]; a name comes before a number. Raises ValueError."""
     chosen = []
-    for item in text.split(",") if text else ():
-        item = item.strip()
+    for item in map(str.strip, text.split(",") if text else ()):
         if item in names:
             chosen.append(names.index(item))
         elif item.isdigit() and int(item) < count:
@@ -203,7 +188,7 @@ def conditions(options, task):
         if options.classes:
             raise ValueError("this checkpoint was trained on captions: say --prompt, not --class")
         asked = task.info["examples"] if options.prompt is None else options.prompt.split("|")
-        asked = [prompt.strip() for prompt in asked]
+        asked = [*map(str.strip, asked)]
     elif options.prompt is not None or options.negative is not None:
         raise ValueError("this checkpoint was trained on classes: say --class, not --prompt")
     else:
@@ -269,17 +254,17 @@ def target(options):
 
 def write(options, out, task, images, x, y, names, film):
     """The files that were asked for."""
+    arrays = out.with_suffix(".npz")
     if options.npz:
         labels = {"labels": y.numpy()} if y.dim() == 1 and names else {}
-        np.savez(out.with_suffix(".npz"), arr_0=images.permute(0, 2, 3, 1).numpy(), **labels)
-        print(f"{len(images)} pictures in {out.with_suffix('.npz')}")
-        return
+        np.savez(arrays, arr_0=images.permute(0, 2, 3, 1).numpy(), **labels)
+        return print(f"{len(images)} pictures in {arrays}")
     scale = None if names else max(1, 64 // images.shape[-1])
     save_grid(images, out, nrow=8, captions=names, scale=scale)
     print(f"{len(images)} pictures in {out}")
     if task.on_pixels and task.shape[0] not in (1, 3):
-        data.save_latents(out.with_suffix(".npz"), x.cpu(), y)
-        print(f"in false colours; the latents themselves: {out.with_suffix('.npz')}")
+        data.save_latents(arrays, x.cpu(), y)
+        print(f"in false colours; the latents themselves: {arrays}")
     if options.strip:
         moments = [film[round(k * (len(film) - 1) / 9)] for k in range(10)]
         path = out.with_name(out.stem + "-strip.png")
@@ -308,15 +293,12 @@ def main(argv):
     options = checked(argv)
     if options.export:
         export(options.ckpt, options.export, options.note)
-        print(f"exported to {options.export}")
-        return
+        return print(f"exported to {options.export}")
     device, given, out = resolve_device(options.device), sampling_options(options), target(options)
     task, model = load(options.ckpt, device, options)
     if options.concept:
-        words = add_concept(options.concept, task)
-        print(f"new words: {', '.join(words) or 'none'}")
-    y, names = conditions(options, task)
-    per_picture, original, mask = {}, None, None
+        print(f"new words: {', '.join(add_concept(options.concept, task)) or 'none'}")
+    (y, names), per_picture, original, mask = conditions(options, task), {}, None, None
     if options.interpolate:
         per_picture["noise"] = interpolated_noise(len(y), task.shape, options.seed, device)
     if options.negative is not None:
