@@ -16,7 +16,7 @@ Then, from the files that this leaves behind: how far each kind of layer moved w
 learned, and what a compressed change still samples. The settings of the second merge were chosen on
 one pair with seed 0. About 35 CPU-seconds a cell on one thread; 126 single cells and 54 pairs.
 
-    python -m studies.custom_concepts       # -> custom_{concepts,pairs,compression,change}.md, .csv
+    python -m studies.custom_concepts       # -> results/custom_*.csv, a figure
 """
 import copy
 import json
@@ -29,11 +29,13 @@ import custom_diffusion
 import data
 import sample
 import worlds
+from cli import one_line
 from custom_diffusion import ConceptTask, gather, load_concept, save_concept, weight_change
 from evaluate import features, kernel_distance, prompt_accuracy, read_shapes, train_classifier
 from models import base_task
-from studies.common import Table, bootstrap, figure, mean_se, parser, todo, write_markdown
-from studies.things import HARD, THINGS, Judge, photographs
+from studies.common import (Table, compared, figure, markdown, mean_se, notice, parser, run,
+                            shown)
+from studies.things import THINGS, Judge, photographs
 from train import load_data, make_step
 
 BASE, OUT = "assets/unet-scenes.pt", pathlib.Path("out/studies/concepts")
@@ -45,6 +47,10 @@ MAIN = ("K/V and word", "word alone", "all weights")            # the rest are a
 PAIRS = (("hub ring", "gem cross"), ("target circle", "pearl star"), ("eye square", "hub ring"))
 COMBINE = ("joint", "merge", "merge with padding", "average", "sum", "sequential")
 RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)                        # of the sum of singular values
+SINGLE = Table("custom_concepts", ["thing", "method", "seed"])
+PAIR = Table("custom_pairs", ["pair", "how", "seed"])
+SMALL = Table("custom_compression", ["thing", "ratio"])
+MOVED = Table("custom_change", ["thing", "seed"])
 
 
 def average(Ws):
@@ -213,86 +219,93 @@ def run_cell(cell, bench):
     return {**cell, **bench.measure(path, [cell["thing"]])}
 
 
-def summarise(table, key, names, baseline):
-    """Means ± standard errors, and the paired difference to a baseline with its interval."""
-    rows, lines = table.rows(), []
-    shown = ["alignment", "text", "leak", "category", "kid", "plain"] + ["both"] * (key == "how")
-    pair_of = lambda r: (r["thing"] if "thing" in r else r["pair"], r["seed"])
-    reference = {pair_of(r): r["alignment"] for r in rows if r[key] == baseline}
-    for name in names:
-        mine = [r for r in rows if r[key] == name]
-        if len(mine) > 1:
-            gaps = [r["alignment"] - reference[pair_of(r)] for r in mine if pair_of(r) in reference]
-            low, high = bootstrap(gaps) if len(gaps) > 1 else (float("nan"),) * 2
-            means = ["{:.2f} ± {:.2f}".format(*mean_se([r[k] for r in mine])) for k in shown]
-            mean = sum(gaps) / max(1, len(gaps))
-            lines.append([name, len(mine), *means, f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"])
-    header = [key, "runs", *shown, f"alignment against {baseline}"]
-    write_markdown(table.path.stem, header, lines,
-                   f"Hard things included ({', '.join(HARD)}). `python -m studies.custom_concepts`")
+def comparison(table, unit, key, baseline, columns):
+    """A table of methods, units' means ± standard error over units, and the gaps to a baseline."""
+    names = list(dict.fromkeys(table.column(key)))
+    by = lambda name, column: table.by(unit, column, **{key: name})
+    rows = [[name, *(shown(by(name, column).values()) for column in columns)] for name in names]
+    gaps = [[name, *(compared(by(name, column), by(baseline, column), 2) for column in columns)]
+            for name in names if name != baseline]
+    units = len(by(baseline, columns[0]))
+    return (markdown([key, *columns], rows) + f"\nMinus {baseline}, paired ({units} units):\n\n"
+            + markdown([key, *columns], gaps))
 
 
-def plot(sets, panels):
+def report():
+    """Tables of single things, of pairs, of compressed changes, of how far layers move."""
+    if not all(table.rows() for table in (SINGLE, PAIR, SMALL, MOVED)):
+        return ""
+    text = notice(SINGLE) + notice(SINGLE, (
+        "Alignment compares colour and outline and hardly sees the inner part: real pictures of "
+        "the thing without its part pass as hits. So `alignment`, `leak` and `both` measure "
+        "whether colour and outline arrived. A new run should measure the part by itself."))
+    text += "**One thing**; units are things, each the mean of its seeds\n\n" + comparison(
+        SINGLE, "thing", "method", "K/V and word",
+        ["alignment", "text", "leak", "category", "kid", "plain"])
+    text += "\n**Two things**; units are pairs\n\n" + comparison(
+        PAIR, "pair", "how", "average", ["alignment", "text", "leak", "both", "plain"])
+    columns, ratios = ("kb", "alignment", "text", "leak"), sorted(set(SMALL.column("ratio")))
+    lines = [[ratio, *(shown(SMALL.column(column, ratio=ratio)) for column in columns)]
+             for ratio in ratios[::-1]]
+    text += (f"\n**Compressed**; {len(set(SMALL.column('thing')))} things, one seed. Kept: the "
+             "share of the sum of singular values of the change of keys and values\n\n"
+             + markdown(["kept", "kB", "alignment", "text", "leak"], lines))
+    kinds = ("cross-attention", "self-attention", "other")
+    moved = (f"{kind} {shown(MOVED.by('thing', kind).values(), 4)}" for kind in kinds)
+    return text + ("\n**How far weights move** when all learn, ||W - W0|| / ||W0||; units are "
+                   "things: " + ", ".join(moved) + ".\n")
+
+
+def measure_moves():
+    """How far each kind of layer moved, of every file of all weights that is there."""
+    unet = base_task(BASE, "").model.denoiser.state_dict()
+    for path in sorted(OUT.glob("*-all weights-*.pt")):
+        thing, _, seed = path.stem.split("-")
+        if {"thing": thing, "seed": seed} not in MOVED:
+            _, kinds = weight_change(unet, {**unet, **load_concept(path, unet)[0]})
+            MOVED.add({"thing": thing, "seed": seed, **kinds})
+
+
+def plot(panels):
     """The paper's figure 8: image against text alignment, with standard errors, per method."""
-    for axes, (title, key, names, table) in zip(panels, sets):
-        for name in names:
-            values = [table.column(column, **{key: name}) for column in ("text", "alignment")]
-            if len(values[0]) > 1:
-                (x, dx), (y, dy) = map(mean_se, values)
-                axes.errorbar(x, y, dy, dx, fmt="o", capsize=2, label=name)
-        axes.set(xlabel="text alignment (size and background as asked)", title=title)
+    for axes, table, key in zip(panels, (SINGLE, PAIR), ("method", "how")):
+        for name in dict.fromkeys(table.column(key)):
+            (x, dx), (y, dy) = (mean_se(table.column(column, **{key: name}))
+                                for column in ("text", "alignment"))
+            axes.errorbar(x, y, dy, dx, fmt="o", capsize=2, label=name)
+        axes.set(xlabel="text alignment (size and background as asked)",
+                 title="one thing" if table is SINGLE else "two things")
         axes.legend(fontsize=8)
     panels[0].set_ylabel("image alignment (0 base, 1 real)")
 
 
-def summarise_files(table):
-    """What is left of a concept at each ratio; how far layers moved where all weights learned."""
-    show = lambda values, form="{:.2f}": f"{form} ± {form}".format(*mean_se(values))
-    columns = ("kb", "alignment", "text", "leak")
-    rows = [[ratio, *(show(table.column(column, ratio=ratio)) for column in columns)]
-            for ratio in RATIOS if len(table.column("kb", ratio=ratio)) > 1]
-    header = ["singular values kept", "kB", "alignment", "text", "leak"]
-    write_markdown("custom_compression", header, rows,
-                   "Mean ± standard error over things: `python -m studies.custom_concepts`")
-    moved, unet = Table("custom_change", ["thing", "seed"]), None
-    for path in sorted(OUT.glob("*-all weights-*.pt")):
-        thing, _, seed = path.stem.split("-")
-        if {"thing": thing, "seed": seed} not in moved:
-            unet = unet or base_task(BASE, "").model.denoiser.state_dict()
-            _, kinds = weight_change(unet, {**unet, **load_concept(path, unet)[0]})
-            moved.add({"thing": thing, "seed": seed, **kinds})
-    if len(moved.rows()) > 1:
-        kinds = ("cross-attention", "self-attention", "other")
-        write_markdown("custom_change", ["kind of layer", "||W - W0|| / ||W0||"],
-                       [[kind, show(moved.column(kind), "{:.4f}")] for kind in kinds],
-                       "All weights trained, mean ± standard error over runs: "
-                       "`python -m studies.custom_concepts`")
-
-
-def main():
-    args = parser(__doc__).parse_args()
-    torch.set_num_threads(args.threads)
-    OUT.mkdir(parents=True, exist_ok=True)
-    singles = Table("custom_concepts", ["thing", "method", "seed"])
-    pairs = Table("custom_pairs", ["pair", "how", "seed"])
-    squeezed = Table("custom_compression", ["thing", "ratio"])
+def cells_of(seeds):
+    """[(table, its cells)] in the order of work: stopped early, whole comparisons are there."""
     single = lambda methods, seed: [{"thing": thing, "method": method, "seed": seed}
                                     for method in methods for thing in THINGS]
     plan = []
-    for s in range(args.seeds):             # a study that is stopped early has whole comparisons
+    for s in range(seeds):
         couples = [{"pair": " + ".join(p), "how": h, "seed": s} for p in PAIRS for h in COMBINE]
-        plan += [(singles, single(MAIN, s)), (pairs, couples)]
-    plan += [(singles, single([m for m in METHODS if m not in MAIN], s)) for s in range(args.seeds)]
-    plan += [(squeezed, [{"thing": t, "ratio": r} for t in list(THINGS)[:3] for r in RATIOS])]
-    bench = None if args.summary else Bench()
-    for table, cells in plan:
-        for cell in [] if args.summary else todo(cells, table, args.part):
-            table.add(run_cell(cell, bench))
-    summarise(singles, "method", METHODS, "K/V and word")
-    summarise(pairs, "how", COMBINE, "average")
-    summarise_files(squeezed)
-    sets = [("one thing", "method", METHODS, singles), ("two things", "how", COMBINE, pairs)]
-    figure("custom_concepts", lambda panels: plot(sets, panels), (9, 4), 2, sharey=True)
+        plan += [(SINGLE, single(MAIN, s)), (PAIR, couples)]
+    plan += [(SINGLE, single([m for m in METHODS if m not in MAIN], s)) for s in range(seeds)]
+    return plan + [(SMALL, [{"thing": t, "ratio": r} for t in list(THINGS)[:3] for r in RATIOS])]
+
+
+@one_line
+def main(argv):
+    """Command line of the study."""
+    args, made = parser(__doc__).parse_args(argv), []
+
+    def with_bench(cell):
+        made.append(made[0] if made else Bench())
+        return [run_cell(cell, made[0])]
+    OUT.mkdir(parents=True, exist_ok=True)
+    for table, cells in cells_of(args.seeds):
+        run(args, table, cells, with_bench)
+    if not args.summary:
+        measure_moves()
+    print(report())
+    figure("custom_concepts", plot, (9, 4), 2, sharey=True)
 
 
 if __name__ == "__main__":

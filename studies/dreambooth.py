@@ -25,6 +25,7 @@ import data
 import sample
 import train
 from checkpoint import load_checkpoint
+from cli import one_line
 from studies.common import RESULTS, parser
 
 OUT = pathlib.Path("out/studies/dreambooth")
@@ -106,11 +107,13 @@ def show(columns):
     fig.savefig(RESULTS / "dreambooth.png")
 
 
-def main():
+@one_line
+def main(argv):
+    """Command line of the study."""
     p = parser(__doc__)
     p.add_argument("--cifar", default="cifar10", help="cifar10, or folder:PATH of its classes")
     p.add_argument("--subjects", default="dreambooth128", help="folder with dog6 and cat2")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
     out, files = run(train.main, "base", "--data", captioned(args.cifar), *BASE), {}
     base = str(out / "ckpt.pt")

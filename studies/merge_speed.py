@@ -8,15 +8,18 @@ threads, 2 only where nothing else runs.
     python -m studies.merge_speed                   # -> studies/results/merge_speed.csv
 """
 import csv
-import pathlib
 import statistics
-import sys
 import time
 
 import torch
 
+from cli import one_line
 from custom_diffusion import merge, trainable_kv
+from studies.common import Table, markdown
 from unet import UNET_CONFIGS, UNet
+
+
+TABLE = Table("merge_speed", ["how"])
 
 
 def problem(rows=12_000, own=8, seed=0):
@@ -32,13 +35,13 @@ def problem(rows=12_000, own=8, seed=0):
     return W0, concepts, normal(rows, 768) * spread
 
 
-def main():
-    """Five times all layers at once, twice each layer on its own; medians, one line of CSV each."""
-    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
+def measure(threads):
+    """Five times all layers at once, twice each layer on its own -> rows of the CSV."""
+    torch.set_num_threads(threads)
     W0, concepts, C_reg = problem()
     together = lambda: [merge(W0, concepts, C_reg)]
     apart = lambda: [merge({name: w}, concepts, C_reg) for name, w in W0.items()]
-    table = [["how", "threads", "median_s", "best_s", "constraint", "cond_G"]]
+    rows = []
     for what, run, repeats in (("all layers at once", together, 5),
                                ("each layer on its own", apart, 2)):
         seconds = []
@@ -47,12 +50,29 @@ def main():
             reports = [report for _, report in run()]
             seconds.append(time.perf_counter() - start)
         worst = max(max(report["constraint"]) for report in reports)
-        table.append([what, torch.get_num_threads(), f"{statistics.median(seconds):.2f}",
-                      f"{min(seconds):.2f}", f"{worst:.1e}", f"{reports[0]['cond_G']:.3g}"])
-        print(*table[-1], sep=", ")
-    path = pathlib.Path(__file__).parent / "results" / "merge_speed.csv"
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows(table)
+        rows.append({"how": what, "threads": threads,
+                     "median_s": f"{statistics.median(seconds):.2f}",
+                     "best_s": f"{min(seconds):.2f}", "constraint": f"{worst:.1e}",
+                     "cond_G": f"{reports[0]['cond_G']:.3g}"})
+    return rows
+
+
+def report():
+    """Seconds of a merge at Stable Diffusion's size."""
+    rows, columns = TABLE.rows(), ("how", "threads", "median_s", "best_s", "constraint")
+    header = ["how", "threads", "seconds, median", "best", "constraint missed by"]
+    return markdown(header, [[row[column] for column in columns] for row in rows]) if rows else ""
+
+
+@one_line
+def main(argv):
+    """Measure anew, in place of what the CSV holds."""
+    rows = measure(int(argv[0]) if argv else 1)
+    with open(TABLE.path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(report())
 
 
 if __name__ == "__main__":

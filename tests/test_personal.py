@@ -62,15 +62,15 @@ def test_a_resumed_run_is_the_same_and_the_base_stays_apart(kind, things, tmp_pa
     main = (adapters if kind == "adapter" else cd).main
     flags = [*flags_of(kind, things), *SHORT, "--steps", "4", "--out"]
     main([*flags, str(tmp_path / "whole")])
-    save = train.save_checkpoint
+    save = train.save
 
-    def save_and_die(path, state):                      # killed after the first save, at step 2
-        save(path, state)
+    def save_and_die(*given):                           # killed after the first save, at step 2
+        save(*given)
         raise KeyboardInterrupt
-    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(train, "save", save_and_die)
     with pytest.raises(SystemExit):
         main([*flags, str(tmp_path / "parts")])
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(train, "save", save)
     main(["learn", "--out", str(tmp_path / "parts"), "--resume"])
     whole, parts = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
     assert parts["step"] == 4 and whole["model"].keys() == parts["model"].keys()
@@ -95,7 +95,7 @@ def test_an_adapter_samples_on_its_base_and_scale_0_is_the_base(things, tmp_path
         ["--ckpt", adapter, "--base", BASE, "--scale", "0"]))
     assert base == off != on
     for flags, words in ((["--ckpt", adapter], "--base"),
-                         (["--ckpt", str(tmp_path / "run" / "ckpt.pt")], "--resume")):
+                         (["--ckpt", str(tmp_path / "run" / "ckpt.pt")], "adapter.pt")):
         with pytest.raises(SystemExit) as stop:
             sample.main(flags)
         assert stop.value.code == 2 and words in capsys.readouterr().err
