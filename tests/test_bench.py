@@ -4,6 +4,9 @@ import re
 import pytest
 
 import bench
+import data
+import train
+from models import make_task
 from tasks import macs
 
 COMMON = ["--models", "DiT-64x2/4", "--batch-size", "8", "--device", "cpu"]
@@ -34,7 +37,8 @@ def test_the_operations_of_a_picture_are_those_of_forward_and_backward(monkeypat
     one, two = measure(32), measure(64)
     assert one["ms"] == 1000 and one["pictures/s"] == 32
     more = 1e12 * (two["TFLOP/s"] - one["TFLOP/s"]) / 32        # without those of the optimizer
-    task = bench.run_of("DiT-64x2/4", bench.Options(device="cpu"))[1]
+    config, settings = train.read_flags(["--model", "DiT-64x2/4", "--first-stage", "new"])
+    task = make_task(config, settings, data.load("shapes", count=8))
     assert more == pytest.approx(3 * 2 * macs(task), rel=0.05)  # no gradient of the pictures
 
 

@@ -279,7 +279,7 @@ def test_a_concept_brings_its_word_and_its_matrices(tmp_path, capsys, monkeypatc
     ("unconditional", ["--class", "0"], "there are 0"),
     ("latent", ["--prompt", "x"], "say --class, not --prompt"),
     ("latent", ["--negative", "x"], "say --class, not --prompt"),
-    ("latent", ["--sampler", "plms"], "choose euler or heun"),
+    ("latent", ["--sampler", "plms"], "unknown sampler 'plms': choose"),
     ("latent", ["--eta", "0.5"], "does not read eta"),
     ("latent", ["--truncation", "0.9"], "does not read truncation"),
     ("pixel", ["--sampler", "ddpm", "--eta", "0.5"], "leave it out, or use sampler ddim"),
