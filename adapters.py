@@ -98,8 +98,7 @@ class Adapter(nn.Module):
 
 def check_placement(read, add):
     """Two names of positions -> (read, add), where a sub-layer's output becomes the sum it joins.
-    Raises ValueError with the reason. Source: Xiang et al. 2023 figure 4.
-    """
+    Raises ValueError with the reason. Source: Xiang et al. 2023 figure 4."""
     joined = STREAM.get(add, add)
     if joined in LEGAL.get(read, ()):
         return read, joined
@@ -122,8 +121,7 @@ def add_adapters(unet, read, add, rank=None, budget=None, activation="relu", sca
     unet: a UNet, or a module that holds one; read, add: names of taps; rank: width of the adapter,
     or budget: its parameters over the whole U-Net, from which the rank follows; activation: one of
     ACTIVATIONS; scale: strength; init: zero or official. Raises ValueError for an illegal placement
-    or value, and if there are adapters already. Source: Xiang et al. 2023 figure 4.
-    """
+    or value, and if there are adapters already. Source: Xiang et al. 2023 figure 4."""
     rank = _rank(rank, budget, lambda r: sum(
         p.numel() for *_, adapter in _make(unet, read, add, r) for p in adapter.parameters()))
     _attach(unet, _make(unet, read, add, rank, activation, scale, init))
@@ -227,8 +225,7 @@ def _tensors(made):
 
 def load_adapters(unet, state):
     """Add the adapter that adapter_state saved. A model that it does not fit is left as it was.
-    Raises ValueError with the tensors that differ, or for a base with other weights.
-    """
+    Raises ValueError with the tensors that differ, or for a base with other weights."""
     missing = [k for k in ("spec", "base", "adapter") if k not in state]
     if missing:
         raise ValueError(f"this is not an adapter's file: it has no {' and no '.join(missing)}")
@@ -287,8 +284,7 @@ def add_lora(unet, rank=None, budget=None, scale=1.0):
 def prediction_difference(unet, xt, t, context_a, context_b):
     """Where two prompts make the model predict differently: rms over channels, (B, H, W).
     xt (B, C, H, W) a noised picture, t (B,), contexts (B, L, D_ctx), such as those of "a photo of
-    V* dog" and "a photo of dog". Source: Xiang et al. 2023 (probe).
-    """
+    V* dog" and "a photo of dog". Source: Xiang et al. 2023 (probe)."""
     difference = unet(xt, t, context_a) - unet(xt, t, context_b)                    # (B, C, H, W)
     return difference.float().square().mean(dim=1).sqrt()                           # (B, H, W)
 
@@ -319,8 +315,7 @@ def anova(groups):
 def incomplete_beta(x, a, b):
     """Regularised incomplete beta function I_x(a, b): how likely a Beta(a, b) number is below x.
     I = x^a (1-x)^b / (a B(a,b)) / (1 + d1/(1 + d2/(1 + ...))), the fraction by Lentz's method: C
-    and D are ratios of successive numerators and denominators. Source: DLMF 8.17.22; Lentz 1976.
-    """
+    and D are ratios of successive numerators and denominators. Source: DLMF 8.17.22; Lentz 1976."""
     if x in (0, 1):
         return float(x)
     if x > (a + 1) / (a + b + 2):           # slow there: use I_x(a, b) = 1 - I_1-x(b, a)
@@ -351,8 +346,7 @@ class Options:
 
 class AdapterTask(DiffusionTask):
     """Train an adapter (options.adapter, options.rank) beside the frozen model of the task `base`.
-    At the end it is written to OUT/adapter.pt, which sample.py reads.
-    """
+    At the end it is written to OUT/adapter.pt, which sample.py reads."""
     family = "adapter"
 
     def __init__(self, base, dataset, options, out):

@@ -75,8 +75,7 @@ def clock(device):
 
 def measure(model, options):
     """Time a model's training step -> {"ms", "pictures/s", "TFLOP/s", "limit", "share", "GiB"}.
-    Steps and the limit are measured in turns, as a machine's speed changes with its other work.
-    """
+    Steps and the limit are measured in turns, as a machine's speed changes with its other work."""
     config, task, dataset = run_of(model, options)
     step, device, best, seconds = make_step(config, dataset, task), config.device, 0.0, []
     with FlopCounterMode(display=False) as counter:

@@ -41,8 +41,7 @@ def check(options):
 def parse(argv, description, *classes, presets=lambda given: {}, other=lambda flag: None):
     """Command line -> one object per dataclass; each class is a group of --help.
     presets(given) -> {field: default}, where `given` is {field: value}, which wins; other(flag):
-    what to say of a flag that no class has. Raises ValueError for unknown flags and values.
-    """
+    what to say of a flag that no class has. Raises ValueError for unknown flags and values."""
     def error(message):
         raise ValueError(f"{message} (see --help)")
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,

@@ -62,8 +62,7 @@ def keys_and_values(unet):
 
 def detach_first_token(unet):
     """Stop the gradient through K and V of the start token, the same in all captions. Detaching its
-    text state instead would leave W_k and W_v its gradient. Returns hooks. Source: appendix E.
-    """
+    text state instead would leave W_k and W_v its gradient. Returns hooks. Source: appendix E."""
     hook = lambda layer, inputs, out: torch.cat([out[:, :1].detach(), out[:, 1:]], dim=1)
     return [layer.register_forward_hook(hook) for name, layer in unet.named_modules()   # (B, L, D)
             if re.search(r"\battn2\.to_[kv]$", name)]
@@ -83,8 +82,7 @@ class NewWords(nn.Module):
 
 def personalise(model, tokenizer, words, part="kv"):
     """Make a text-to-image model (.denoiser, .text) ready -> {name: parameter that learns}.
-    words: {new token: token whose row it starts from}; part: see PARTS. Source: §3.2.
-    """
+    words: {new token: token whose row it starts from}; part: see PARTS. Source: §3.2."""
     model.requires_grad_(False)
     trainable_kv(model.denoiser, part)
     detach_first_token(model.denoiser)
@@ -105,8 +103,7 @@ def apply_concept(model, tokenizer, W, rows):
 
 def merge_map(C, C_reg, ridge=1e-6):
     """What Eq. 5 shares between layers, of C (s, d), C_reg (r, d) float64: (D C^T)^-1 D (s, d), and
-    condition numbers. Raises ValueError if rows of C are dependent, or C_reg spans too little.
-    """
+    condition numbers. Raises ValueError if rows of C are dependent, or C_reg spans too little."""
     (s, d), eps = C.shape, torch.finfo(C.dtype).eps
     G = C_reg.T @ C_reg                                                             # (d, d)
     G = G + ridge * G.trace() / d * torch.eye(d, dtype=G.dtype)
@@ -126,15 +123,13 @@ def merge_map(C, C_reg, ridge=1e-6):
 
 def merge(W0, concepts, C_reg, ridge=1e-6, tolerance=1e-3):
     """One set of matrices for several concepts, Eq. 5 -> ({name: W (o, d) float64}, report).
-
     W0: {name: (o, d)} of the base; concepts: [({name: W_n}, C_n (s_n, d))], C_n the text states of
     its own words; C_reg (r, d): states whose keys and values should stay; ridge: so much of
     trace(G) / d is added to G's diagonal; tolerance: a row nearer to an earlier one than this share
     of the mean length is left out. report: rows, dropped, cond_G, cond_DCt; of all layers dW, the
     norm ||W - W0||; for each concept changes = ||W_n - W0||, and of the worst layer, all its rows,
     constraint = ||(W - W_n) C_n^T|| / ||W_n C_n^T||. Raises ValueError if a concept keeps no row,
-    and as merge_map. Source: Eq. 4 and 5.
-    """
+    and as merge_map. Source: Eq. 4 and 5."""
     double = lambda tensors: {name: tensors[name].double() for name in W0}
     W0, concepts = double(W0), [(double(W), C.double()) for W, C in concepts]
     C = torch.cat([C for _, C in concepts])                                         # (s, d)
@@ -161,8 +156,7 @@ def merge(W0, concepts, C_reg, ridge=1e-6, tolerance=1e-3):
 @torch.no_grad()
 def caption_rows(text, tokenizer, captions, lead="", padding=False):
     """Text states of each caption's words and end token -> list of (n, D). lead: first words to
-    leave out; padding: also the rows after the end, which attention reads. Source: composenW.py.
-    """
+    leave out; padding: also the rows after the end, which attention reads. Source: composenW.py."""
     rows, device = [], next((p.device for p in text.parameters()), "cpu")
     for first in range(0, len(captions), 256):
         some = captions[first:first + 256]
@@ -175,8 +169,7 @@ def caption_rows(text, tokenizer, captions, lead="", padding=False):
 
 def prompt_rows(text, tokenizer, concept, padding=False):
     """Rows of C (s, D) for a concept such as "<new1> dog", in the paper's two prompts; "art" makes
-    it a style. In a vocabulary without "photo": "a <new1> dog". Source: official composenW.py.
-    """
+    it a style. In a vocabulary without "photo": "a <new1> dog". Source: official composenW.py."""
     few, style = not tokenizer.open and "photo" not in tokenizer.ids, "art" in concept.split()
     long = ("painting in the style of " if style else "photo of a ") + concept
     prompts = [f"a {concept}"] if few else [concept, long]
@@ -185,8 +178,7 @@ def prompt_rows(text, tokenizer, concept, padding=False):
 
 def weight_change(W0, W):
     """How far each tensor of a state_dict moved, ||W - W0|| / ||W0||, but for those that were 0
-    -> ({name: change}, {kind of layer: mean}). Source: §3.1 and figure 3.
-    """
+    -> ({name: change}, {kind of layer: mean}). Source: §3.1 and figure 3."""
     change = {name: ((W[name].double() - w.double()).norm() / w.double().norm()).item()
               for name, w in W0.items() if w.is_floating_point() and w.any()}
     layers, kinds = {"attn1": "self-attention", "attn2": "cross-attention"}, {}
@@ -198,8 +190,7 @@ def weight_change(W0, W):
 
 def compress(W, W0, ratio=0.6):
     """The change W - W0 of each matrix by its largest singular values, while they make up no more
-    than `ratio` of their sum -> {name: (u (o, r), v (r, d))}; r may be 0. Source: compress.py.
-    """
+    than `ratio` of their sum -> {name: (u (o, r), v (r, d))}; r may be 0. Source: compress.py."""
     def factors(w, w0):
         U, s, Vt = torch.linalg.svd(w.double() - w0.double(), full_matrices=False)
         rank = int((s.cumsum(0) <= ratio * (1 + 1e-12) * s.sum()).sum())        # up to rounding
@@ -222,8 +213,7 @@ SIZE_WORDS = ("", "a far away ", "very small ", "zoomed in ", "close up ")
 
 def select_prior(text, tokenizer, captions, target, count=200, threshold=0.85, generator=None):
     """Captions near to a prompt such as "photo of a dog", at random -> at most `count` indices.
-    Near: cosine of end states > threshold; none: ValueError. Source: details of training.
-    """
+    Near: cosine of end states > threshold; none: ValueError. Source: details of training."""
     ends = torch.stack([rows[-1] for rows in caption_rows(text, tokenizer, [target, *captions])])
     cosine = nn.functional.cosine_similarity(ends[1:], ends[:1])                    # (N,)
     near = torch.nonzero(cosine > threshold)[:, 0].cpu()
@@ -237,8 +227,7 @@ def geometry(u, size, factor):
     """Where pictures go: uniform draws u (n, 5) -> side, corner (n, 2), mask, words.
     side: new size in pixels; corner: row and column on the canvas, negative to cut from the middle;
     mask, on latent cells of `factor` pixels: 1 inside the picture but for a border of one cell,
-    never all 0; words (n,): index into SIZE_WORDS. Source: official finetune_data.py.
-    """
+    never all 0; words (n,): index into SIZE_WORDS. Source: official finetune_data.py."""
     if size % 2 or size % factor:
         raise ValueError(f"--augment needs an even --image-size that {factor} divides, not {size}")
     pick = lambda u, low, high: low + (u * (high - low)).long()             # whole, in [low, high)
@@ -263,8 +252,7 @@ def geometry(u, size, factor):
 def augment(x, u, factor=1):
     """Shrink or enlarge targets x (n, C, S, S) by draws u (n, 5) -> (x, mask, words), see geometry.
     The canvas is 0. Resize, paste and cut are a product of matrices, whose row i says how pixel i
-    mixes the old ones: a triangle, that is bilinear with antialiasing. Source: finetune_data.py.
-    """
+    mixes the old ones: a triangle, that is bilinear with antialiasing. Source: finetune_data.py."""
     side, corner, mask, words = geometry(u, x.shape[-1], factor)
     pixels, side = torch.arange(x.shape[-1]), side[:, None, None]                   # side (n, 1, 1)
     offset, step = pixels - corner[..., None], x.shape[-1] / side                   # (n, 2, S)
@@ -278,8 +266,7 @@ def augment(x, u, factor=1):
 def mix(concepts, prior, count, factor=1, words=SIZE_WORDS, augmented=True, generator=None):
     """`count` targets, then as many of the prior -> (x (N, C, S, S), captions, mask (N, 1, h, w)).
     concepts: [(pictures (n, C, S, S), n captions)], in turn; prior: the same, in random order, or
-    None; words: SIZE_WORDS, or () for a vocabulary without them. Source: details of training.
-    """
+    None; words: SIZE_WORDS, or () for a vocabulary without them. Source: details of training."""
     turns = [(concepts[k % len(concepts)], k // len(concepts)) for k in range(count)]
     x = torch.stack([pictures[k % len(pictures)] for (pictures, _), k in turns])
     captions = [texts[k % len(texts)] for (_, texts), k in turns]
@@ -291,7 +278,7 @@ def mix(concepts, prior, count, factor=1, words=SIZE_WORDS, augmented=True, gene
         rounds = torch.rand(-(-count // len(prior[0])), len(prior[0]), generator=generator)
         order = rounds.argsort(dim=1).flatten()[:count]                             # (count,)
         x, mask = torch.cat([x, prior[0][order]]), torch.cat([mask, torch.ones_like(mask)])
-        captions = captions + [prior[1][i] for i in order.tolist()]
+        captions += [prior[1][i] for i in order.tolist()]
     return x, captions, mask
 
 
@@ -310,8 +297,7 @@ class Options:
 
 class ConceptTask(DiffusionTask):
     """Teach the model of the task `base` things from a few pictures each -> OUT/concept.pt.
-    dataset: the prior's. Raises ValueError for unknown words, captions without one. Source: §3.
-    """
+    dataset: the prior's. Raises ValueError for unknown words, captions without one. Source: §3."""
     family = "concept"
 
     def __init__(self, base, dataset, options, config):
@@ -319,7 +305,7 @@ class ConceptTask(DiffusionTask):
                          base.tokenizer)
         self.options, self.config, known = options, config, self.tokenizer.ids
         self.prompt = "photo of a {}" if self.tokenizer.open else "a {}"
-        self.bare = [self.prompt.format(category) for category in options.category]
+        self.bare = [*map(self.prompt.format, options.category)]
         self.tokenizer(self.bare)                               # raises for a word it does not know
         used, words = " ".join(base.info["examples"]).split(), filter(str.isalpha, known)
         rare = RARE if self.tokenizer.open else sorted(words, key=used.count)
@@ -349,8 +335,7 @@ class ConceptTask(DiffusionTask):
     @torch.no_grad()
     def select(self, dataset):
         """The prior, (pictures (n, C, S, S), captions), or None: sampled from the base, or what the
-        data set has of the categories by captions (CLIP: near), class names, or all if neither.
-        """
+        data set has of the categories by captions (CLIP: near), class names, or all if neither."""
         options, captions, classes = self.options, dataset.captions, dataset.class_names
         if options.prior == "none":
             return None
@@ -362,7 +347,7 @@ class ConceptTask(DiffusionTask):
                  for ids in tqdm(parts, desc="prior", leave=False)]
             return data.to_float(torch.cat(x)), captions
         if captions is None:
-            classes = [self.prompt.format(what) for what in classes] if classes[1:] else self.bare
+            classes = [*map(self.prompt.format, classes)] if classes[1:] else self.bare
             captions = [classes[k] for k in dataset.labels.tolist()]
         if self.tokenizer.open:
             generator = torch.Generator().manual_seed(self.config.seed)
@@ -442,16 +427,15 @@ def load_concept(path, unet):
         beside = [re.sub(r"attentions\.(\d+)\..*", r"resnets.\1.conv1.weight", n) for n in given]
         names = rename_unet(dict.fromkeys([*given, *beside], torch.empty(0)))
         given = dict(zip(names, given.values()))
-    shape = lambda w: (len(w["u"]), w["v"].shape[1]) if isinstance(w, dict) else tuple(w.shape)
-    wrong = [name for name, w in given.items()
-             if name not in unet or shape(w) != tuple(unet[name].shape)]
+    W = {name: w["u"].float() @ w["v"].float() if isinstance(w, dict) else w.float()
+         for name, w in given.items()}
     width = next((w.shape[1] for w in keys_and_values(unet).values()), 0)
-    wrong += [token for token, row in rows.items() if tuple(row.shape) != (width,)]
+    wrong = [name for name, w in W.items() if name not in unet or w.shape != unet[name].shape]
+    wrong += [token for token, row in rows.items() if row.shape != (width,)]
     if wrong or not (given or rows):
         reason = f": {wrong[0]} does not fit" if wrong else ""
         raise ValueError(f"{path} holds no concept for this U-Net{reason}")
-    W = {name: unet[name].cpu().float() + w["u"].float() @ w["v"].float()
-         if isinstance(w, dict) else w.float() for name, w in given.items()}
+    W |= {name: unet[name].cpu().float() + W[name] for name in W if isinstance(given[name], dict)}
     return W, rows, list(state.get("concepts", rows))
 
 
@@ -503,11 +487,10 @@ def read_flags(argv):
     def presets(given):
         for name in {"data", "model", "init", "recipe", "flip", "save_latents"} & set(given):
             raise ValueError(f"--{name}: pictures are --concept and --prior, the model is --base")
-        given = {"base": Options.base, "out": "out/concept", **given}
         ours = dict(lr=3e-3, batch_size=16, weight_decay=0.01)  # measured on unet-tiny
         paper = dict(lr=8e-6 if given.get("part") == "all" else 8e-5, word_lr=8e-5, batch_size=8,
                      weight_decay=0.01, lr_decay="constant", prior="generated")
-        return base_flags(given, ours, paper)
+        return base_flags({"base": Options.base, "out": "out/concept", **given}, ours, paper)
     options, config = parse(argv, __doc__, Options, Config, presets=presets)
     config.device, config.word_lr = resolve_device(config.device), options.word_lr
     if not options.concept or len(options.concept) != len(options.category):
@@ -530,10 +513,9 @@ def learn(argv):
 
 def open_base(options):
     """The base's task, if --out is a new file: nothing is overwritten. Raises ValueError."""
-    out = pathlib.Path(options.out)
-    if out.exists():
-        raise ValueError(f"{out} exists: choose another --out, or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if pathlib.Path(options.out).exists():
+        raise ValueError(f"{options.out} exists: choose another --out, or delete it")
+    pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     return base_task(options.base, options.bpe)
 
 

@@ -91,8 +91,7 @@ def gaussian_or_flow(settings, learn_sigma=False):
 
 def class_conditional(Model):
     """Builder for Model(input_size, in_channels, num_classes, class_dropout_prob, ...), where "..."
-    are its sizes, and those flags of its family that are not CONTINUOUS.
-    """
+    are its sizes, and those flags of its family that are not CONTINUOUS."""
     def build_model(sizes, settings, info, first_stage):
         channels, size, _ = first_stage.latent_shape(image_shape(info))
         more = {k: v for k, v in vars(settings).items() if k not in CONTINUOUS}
@@ -151,8 +150,7 @@ def build_autoencoder(sizes, settings, info, first_stage):
 class Family:
     """Models that share flags and builder. sizes: {model name: constructor arguments};
     first_stage: what --first-stage new trains; always_latent: pixels are not enough; axes: of an
-    example; captions: "needed", "used" where there are any, or "" (class numbers are read).
-    """
+    example; captions: "needed", "used" where there are any, or "" (class numbers are read)."""
     flags: tuple
     build: callable
     sizes: dict
@@ -215,8 +213,7 @@ def build_task(model, settings, info, first_stage):
 
 def describe(dataset, model, first_stage):
     """What a model needs to know of its data, as plain values that travel in the checkpoint.
-    Raises ValueError for missing captions, and for latents that this first stage did not make.
-    """
+    Raises ValueError for missing captions, and for latents that this first stage did not make."""
     captions, (channels, side) = FAMILIES[find_model(model)[0]].captions, dataset.images.shape[1:3]
     if dataset.images.is_floating_point() and first_stage.kind != "none":       # latents
         given, side = tuple(dataset.images.shape[1:]), side * first_stage.factor
@@ -249,8 +246,7 @@ def resolve_first_stage(config, settings):
 
 def make_task(config, settings, dataset):
     """The task of a run. Every run, study and benchmark starts here: equal flags, equal weights.
-    settings.first_stage: new (untrained), none, or a file. Raises ValueError.
-    """
+    settings.first_stage: new (untrained), none, or a file. Raises ValueError."""
     torch.manual_seed(config.seed)
     row, name = FAMILIES[find_model(config.model)[0]], getattr(settings, "first_stage", "none")
     if name == "new":
@@ -269,8 +265,7 @@ def make_task(config, settings, dataset):
 
 def keep_numbers(info, known, path):
     """Let the words of `info` keep the rows that they have in `known`, the info of --init.
-    Raises ValueError if no row is free for a new word, or a class has another number there.
-    """
+    Raises ValueError if no row is free for a new word, or a class has another number there."""
     names = known.get("class_names", [])
     for number, name in enumerate(info["class_names"]):
         if name in names and names.index(name) != number:
@@ -285,8 +280,7 @@ def keep_numbers(info, known, path):
 
 def task_from(state, path, weights="ema"):
     """A loaded checkpoint of train.py -> its task, with averaged or raw ("model") weights.
-    Raises ValueError for other files, and for weights that are not there.
-    """
+    Raises ValueError for other files, and for weights that are not there."""
     if state.get("task") not in FAMILIES or "sizes" in state:
         raise ValueError(f"{path} does not sample by itself: give a diffusion model's checkpoint; "
                          "for an adapter or a concept, the adapter.pt or concept.pt beside it")
@@ -302,8 +296,7 @@ def task_from(state, path, weights="ema"):
 def official_task(path, vae, dtype, bpe, image_size):
     """An official DiT, U-DiT or Stable Diffusion v1 file, or a diffusers folder -> its task.
     vae: file of the autoencoder, or None; bpe: CLIP's list of merges. Raises ValueError.
-    Source: LDM §4.3.1; DiT §4; U-DiT §4.1.
-    """
+    Source: LDM §4.3.1; DiT §4; U-DiT §4.1."""
     state = {} if os.path.isdir(path) else read_weights(path)
     is_dit, is_udit = "x_embedder.proj.weight" in state, "latent.0.attn1.to_qkv.weight" in state
     parts = {} if is_dit else read_stable_diffusion(path)
@@ -336,8 +329,7 @@ def official_task(path, vae, dtype, bpe, image_size):
 
 def fingerprint(tensors):
     """SHA-256 of {name: tensor}: names, shapes, values rounded to half precision.
-    So a model, its half-precision export, and either of them loaded as float32 are the same.
-    """
+    So a model, its half-precision export, and either of them loaded as float32 are the same."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         value = tensor.half() if tensor.is_floating_point() else tensor
@@ -357,8 +349,7 @@ def base_task(path, bpe, image_size=512):
 
 def base_flags(given, ours, paper):
     """Defaults of a short run on given["base"]: `ours`, or `paper` if that is an official file; to
-    resume a run, its flags. given: {flag: value}, with "base" and "out".
-    """
+    resume a run, its flags. given: {flag: value}, with "base" and "out"."""
     if given.get("resume"):
         state = load_checkpoint(f"{given['out']}/ckpt.pt")
         return {**state["config"], **state["options"], "out": given["out"]}

@@ -20,8 +20,7 @@ import torch
 @torch.no_grad()
 def orthogonalise(G, steps=5):
     """Push the singular values of matrices G (n, rows, cols) to about 1, without an SVD.
-    Source: Jordan et al. 2024 (Newton-Schulz iteration of degree 5).
-    """
+    Source: Jordan et al. 2024 (Newton-Schulz iteration of degree 5)."""
     X = G.bfloat16() if G.is_cuda else G
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = X.shape[-2] > X.shape[-1]
@@ -36,8 +35,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalisation, of weights with two or more axes (flattened to matrices).
     Matrices of one shape are stacked and updated together; torch.optim.Muon takes them one by one,
     in bfloat16. Like torch's fused optimizers it does nothing when `found_inf` (0-dim) is 1.
-    Source: Jordan et al. 2024; the factor sqrt(max(1, rows / cols)) is theirs.
-    """
+    Source: Jordan et al. 2024; the factor sqrt(max(1, rows / cols)) is theirs."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -65,8 +63,7 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(config, model):
     """[AdamW, Muon] over the parameters that learn; without --optimizer muon, AdamW has them all.
-    New words of Custom Diffusion (names with ".rows.") get the rate config.word_lr.
-    """
+    New words of Custom Diffusion (names with ".rows.") get the rate config.word_lr."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     by_muon = lambda name, p: (config.optimizer == "muon" and p.dim() >= 2
                                and re.match(model.matrices, name))
@@ -112,8 +109,7 @@ def update_ema(ema, model, decay, keep):
 def update(config, model, ema, optimizers, step, vectors=None):
     """Everything after backward: rate, clipping, optimizers, codebook, average.
     vectors: (n, D), what the codebook of a VQ-VAE learns from; None for other models. A gradient
-    that is not finite changes nothing. Returns (gradient norm, 1 if the step was taken else 0).
-    """
+    that is not finite changes nothing. Returns (gradient norm, 1 if the step was taken else 0)."""
     limit = config.grad_clip or math.inf                                    # 0 = no clipping
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
     keep = torch.isfinite(norm).float()

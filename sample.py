@@ -77,8 +77,7 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
     """Sample for all conditions y, (N,) or (N, L), batch by batch.
     per_picture: {option: (N, ...) tensor}, cut like y; film: keep every step's x0 guess too. Other
     options: see DiffusionTask.sample. Returns (model space (N, ...), pictures uint8 (N, C, H, W),
-    states: one (N, C, H, W) per step, or []).
-    """
+    states: one (N, C, H, W) per step, or [])."""
     sampled, pictures, states = [], [], []
     size = batch_size or max(1, min(64, 2 ** 16 // math.prod(task.shape)))
     for first in tqdm(range(0, len(y), size), desc="sampling", disable=None, unit="batch"):
@@ -95,8 +94,7 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
 def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_size=None,
          **options):
     """n pictures from a checkpoint, for evaluate.py: classes in turn, or held-out captions.
-    Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None). None = the run's own.
-    """
+    Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None). None = the run's own."""
     device, captions, labels = resolve_device(device), None, None
     task, model = load(path, device)
     if task.tokenizer is not None:
@@ -141,8 +139,7 @@ def load(path, device="cpu", options=None):
 
 def add_concept(path, task):
     """Put a concept's matrices and new words into a text-to-image task -> the names of its things.
-    Raises ValueError if they do not fit. Source: Custom Diffusion §3.
-    """
+    Raises ValueError if they do not fit. Source: Custom Diffusion §3."""
     if task.tokenizer is None:
         raise ValueError("--concept needs a text-to-image --ckpt: this one was trained on classes")
     W, words, things = load_concept(path, task.model.denoiser.state_dict())
@@ -214,11 +211,10 @@ def read_picture(path, info, count, background="white"):
 
 def interpolated_noise(count, shape, seed, device):
     """Rows of eight noises on the arc between two, (count, *shape). Source: DDIM §5.3."""
-    rows = []
+    k, rows = torch.linspace(0, 1, 8, device=device).view(8, 1, 1, 1), []
     for row in range((count + 7) // 8):
         a, b = randn((2, *shape), seeds(seed + 2 * row, 2, device), device)             # (C, H, W)
         angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
-        k = torch.linspace(0, 1, 8, device=device).view(8, 1, 1, 1)
         arc = torch.sin((1 - k) * angle) * a + torch.sin(k * angle) * b     # (8, C, H, W)
         rows.append(arc / torch.sin(angle))
     return torch.cat(rows)[:count]
@@ -242,9 +238,8 @@ def sampling_options(options):
 
 def target(options):
     """--out; or samples.png beside a run's checkpoint; or, for other files, out/NAME.png."""
-    ckpt = pathlib.Path(options.ckpt)
-    run = (ckpt.parent / "log.csv").is_file()
-    beside = ckpt.parent / "samples.png" if run else f"out/{ckpt.stem}.png"
+    ckpt, run = pathlib.Path(options.ckpt), pathlib.Path(options.ckpt).parent
+    beside = run / "samples.png" if (run / "log.csv").is_file() else f"out/{ckpt.stem}.png"
     out = pathlib.Path(options.out or beside)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
         raise ValueError(f"--out {out}: give a picture's name, such as {out}.png")
@@ -267,30 +262,24 @@ def write(options, out, task, images, x, y, names, film):
         print(f"in false colours; the latents themselves: {arrays}")
     if options.strip:
         moments = [film[round(k * (len(film) - 1) / 9)] for k in range(10)]
-        path = out.with_name(out.stem + "-strip.png")
-        save_grid(torch.stack(moments, 1)[:8].flatten(0, 1), path, nrow=10, scale=2)
-        print(f"strip in {path}")
+        strip = out.with_name(out.stem + "-strip.png")
+        save_grid(torch.stack(moments, 1)[:8].flatten(0, 1), strip, nrow=10, scale=2)
+        print(f"strip in {strip}")
     if options.gif:
         frames = [make_grid(x, nrow=8, scale=2) for x in [*film, *[film[-1]] * 10]]
         save_gif(frames, out.with_suffix(".gif"))
         print(f"film in {out.with_suffix('.gif')}")
 
 
-def checked(argv):
-    """Command line -> Options. Raises ValueError for flags that do not go together."""
+@one_line
+def main(argv):
+    """The command: options -> files."""
     argv = ["--classes" + a[7:] if a == "--class" or a.startswith("--class=") else a for a in argv]
     options, = parse(argv, __doc__, Options)
     if options.mask and not options.init:
         raise ValueError("--mask needs --init: the picture whose black-masked part is kept")
     if options.strength and (options.mask or not options.init):
         raise ValueError("--strength is for image-to-image: with --init, and without --mask")
-    return options
-
-
-@one_line
-def main(argv):
-    """The command: options -> files."""
-    options = checked(argv)
     if options.export:
         export(options.ckpt, options.export, options.note)
         return print(f"exported to {options.export}")

@@ -34,8 +34,7 @@ class DiffusionTask:
     """Train a diffusion model, and sample from it, on pixels, latents or tokens.
     settings: its family's flags; info: see models.describe; model(x, t, y), y class numbers (B,) or
     with a tokenizer caption ids (B, L); process: its noise; first_stage: see vae.py.
-    shape: of one example in model space, (C, H, W) or (N,). Source: DiT §3; LDM §3.
-    """
+    shape: of one example in model space, (C, H, W) or (N,). Source: DiT §3; LDM §3."""
     frozen = frozenset()            # names of tensors that do not learn, and are not saved again
 
     def __init__(self, settings, info, model, process, first_stage, tokenizer=None):
@@ -80,8 +79,7 @@ class DiffusionTask:
         null: what guidance steers away from, like y (default: nothing asked for); cfg_scale,
         steps, sampler: default to the run's guidance and the process's own; callback(x0 guess)
         after every step; options: those of the process. Raises ValueError for guidance of a model
-        that never saw a hidden condition, and for an option that the sampler does not read.
-        """
+        that never saw a hidden condition, and for an option that the sampler does not read."""
         if cfg_scale is None:
             cfg_scale = self.settings.cfg_scale if model.can_guide else 1.0
         elif cfg_scale != 1 and not model.can_guide:
@@ -199,8 +197,7 @@ def as_numbers(x):
 
 def macs(task):
     """Multiply-accumulates that one more example adds to a forward: those of 2 minus those of 1.
-    So products of weights with weights (udit.RepMlp) are left out. Source: torch's flop counter.
-    """
+    So products of weights with weights (udit.RepMlp) are left out. Source: torch's flop counter."""
     model, flops = copy.deepcopy(task.model).to("meta"), []
     for count in (1, 2):
         with FlopCounterMode(display=False) as counter:
@@ -224,8 +221,7 @@ def save(path, config, task, step, s):
 
 def resume(path, task, step):
     """Put a run back to where its checkpoint was written -> the step. Rates are those of the flags.
-    Raises ValueError if the file does not fit.
-    """
+    Raises ValueError if the file does not fit."""
     state = load_checkpoint(path)
     if len(state.get("opt", ())) != len(step.optimizers):
         raise ValueError(f"{path} holds no run with these optimizers: use the same --optimizer as "

@@ -174,7 +174,8 @@ def test_a_base_must_read_captions_and_hands_its_flags_over(tmp_path):
              "model": raw, "ema": task.model.state_dict()}
     save_checkpoint(path, state)
     flags = base_flags({"base": path, "out": "x"}, {"lr": 1}, {"lr": 2})
-    assert flags.items() >= {"model": "unet-tiny", "data": "npz:x", "image_size": 8, "lr": 1}.items()
+    assert flags.items() >= {"model": "unet-tiny", "data": "npz:x", "image_size": 8}.items()
+    assert flags["lr"] == 1 and flags["out"] == "x"
     base = base_task(path, "no file of merges")
     assert fingerprint(base.model.state_dict()) == fingerprint(task.model.state_dict())
     assert base.family == "unet"
