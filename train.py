@@ -2,7 +2,6 @@
 
     python train.py                                  # a DiT on `shapes`: three minutes on a laptop
     python train.py --recipe paper                   # the same as the DiT paper trains it
-    python train.py --model DiT-S/2 --data cifar10   # the paper's smallest DiT on photographs, GPU
     python train.py --model unet-tiny --data scenes  # text to image; vq-tiny: the same on tokens
     python train.py --model udit-tiny --help         # the flags that a U-DiT reads
     python train.py --data folder:my_pictures --out out/mine --steps 20000
@@ -142,7 +141,7 @@ def train(config, dataset, task):
                 add_row(out / "log.csv", {"step": s, **dict(zip([*metrics, "grad_norm"], values)),
                                           "lr": learning_rate(s - 1, config) * config.lr,
                                           "seconds": time.perf_counter() - started})
-        stopping = caught and (due or world == 1)
+        stopping = bool(caught) and (due or world == 1)
         if s == config.steps:
             task.finish(step.ema, dataset, device)
         if rank == 0 and (s % config.save_every == 0 or s == config.steps or stopping):
@@ -259,8 +258,10 @@ def read_flags(argv):
 
     def presets(given):
         paper = PAPER if given.get("recipe") == "paper" else {}
-        return {**paper, **PRESETS.get(model, {}), **saved, "resume": False, "out": out}
-
+        flags = {**paper, **PRESETS.get(model, {}), **saved, "resume": False, "out": out}
+        if {**flags, **given}.get("schedule", "flow") != "flow":
+            flags["flow_shift"] = None                  # a flow's alone, though a preset names it
+        return flags
     family = settings_class(find_model(model)[0])
     return parse(argv, __doc__, Config, family, presets=presets, other=readers_of)
 

@@ -73,7 +73,8 @@ def test_a_dataclass_becomes_flags(capsys):
 
 
 def test_what_the_user_can_mend_is_one_line(capsys):
-    for error, code in ((ValueError("x"), 2), (FileNotFoundError("x"), 2), (KeyboardInterrupt, 130)):
+    errors = (ValueError("x"), 2), (FileNotFoundError("x"), 2), (KeyboardInterrupt, 130)
+    for error, code in errors:
         @one_line
         def main(argv):
             raise error

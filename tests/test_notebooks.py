@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom at small scale; README's commands have the flags they use."""
+"""Every notebook runs from top to bottom at small scale; README's commands have their flags."""
 import importlib
 import json
 import pathlib

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 import data
 from cli import parse
 from models import PRESETS, find_model, make_task, settings_class
-from optim import Muon, average_of, learning_rate, make_optimizers, orthogonalise, update, update_ema
+from optim import (Muon, average_of, learning_rate, make_optimizers, orthogonalise, update,
+                   update_ema)
 from train import Config
 
 

@@ -48,7 +48,8 @@ def by_hand(pictures, model="DiT-32x2/2", warmup=None, **flags):
                     sample_every=0, device="cpu", **flags)
     family = find_model(model)[0]
     dataset = data.load(config.data, config.image_size)
-    settings = settings_class(family)(**{"dit": dict(first_stage="none")}.get(family, {"codes": 16}))
+    flags = {"first_stage": "none"} if family == "dit" else {"codes": 16}
+    settings = settings_class(family)(**flags)
     task = make_task(config, settings, dataset)
     if warmup:
         task.model.codebook.warmup = warmup
