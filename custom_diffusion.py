@@ -542,8 +542,8 @@ def merge_files(argv):
           f"cond(G) {r['cond_G']:.3g}, cond(D C^T) {r['cond_DCt']:.3g}")
     for named, miss, change in zip(concepts, r["constraint"], r["changes"]):
         print(f"{', '.join(named)}: constraint off by {miss:.1e}; own ||W_n - W0|| {change:.4g}")
-    print(f"||dW|| {r['dW']:.4g}; if it is far larger than those, other prompts are ruined: try "
-          f"--padding --ridge 10 --tolerance 0.3\n"
+    print(f"||dW|| {r['dW']:.4g}; if it is far larger than those, other prompts are ruined: try a "
+          f"larger --ridge, such as 0.1\n"
           f"python sample.py --ckpt {o.base} --concept {o.out} --prompt ...")
 
 
