@@ -50,9 +50,9 @@ def trainable_kv(unet, part="kv"):
     """Freeze a U-Net but for one of PARTS -> {name: parameter that learns}. Source: §3.1."""
     if not keys_and_values(unet.state_dict()):
         raise ValueError("this model has no cross-attention (attn2): take a U-Net with text")
-    for name, p in unet.named_parameters():
-        p.requires_grad_(re.search(PARTS[part], name) is not None)
-    return {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    unet.requires_grad_(False)
+    return {name: p.requires_grad_() for name, p in unet.named_parameters()
+            if re.search(PARTS[part], name)}
 
 
 def keys_and_values(unet):
@@ -116,9 +116,8 @@ def merge_map(C, C_reg, ridge=1e-6):
     U, spread, Vt = torch.linalg.svd(A, full_matrices=False)                # (s, s), (s,), (s, d)
     if s > d or spread[-1] <= s * eps * spread[0]:
         raise ValueError(f"{s} target rows, {d} wide, are dependent: give a larger --tolerance")
-    return (U / spread) @ (Vt / values.sqrt()) @ Q.T, {                             # (s, d)
-        "cond_G": (values[-1] / values[0]).item(),
-        "cond_DCt": (spread[0] / spread[-1]).square().item()}
+    condition = {"cond_G": values[-1] / values[0], "cond_DCt": (spread[0] / spread[-1]).square()}
+    return (U / spread) @ (Vt / values.sqrt()) @ Q.T, {k: v.item() for k, v in condition.items()}
 
 
 def merge(W0, concepts, C_reg, ridge=1e-6, tolerance=1e-3):
@@ -141,10 +140,10 @@ def merge(W0, concepts, C_reg, ridge=1e-6, tolerance=1e-3):
     for n in sorted({*owner} - {owner[i] for i in kept}):
         raise ValueError(f"concept {n + 1} keeps no row of its own: with --tolerance {tolerance:g} "
                          "all count as equal to earlier ones, so give a smaller one")
-    (P, report), merged = merge_map(C[kept], C_reg.double(), ridge), {}
-    for name, base in W0.items():
-        asked = torch.cat([(W[name] - base) @ C.T for W, C in concepts], 1)     # V^T - W0 C^T
-        merged[name] = base + asked[:, kept] @ P                                # Eq. 5, (o, d)
+    P, report = merge_map(C[kept], C_reg.double(), ridge)
+    asked = lambda name: torch.cat([(W[name] - W0[name]) @ C.T for W, C in concepts], 1)
+    # Eq. 5, (o, d), where `asked` (o, s) is V^T - W0 C^T
+    merged = {name: base + asked(name)[:, kept] @ P for name, base in W0.items()}
     change = lambda W: sum((W[name] - W0[name]).square().sum() for name in W0).sqrt().item()
     missed = lambda W, C: max(((merged[name] - W[name]) @ C.T).norm() / (W[name] @ C.T).norm()
                               for name in W0).item()
@@ -317,7 +316,7 @@ class ConceptTask(DiffusionTask):
         self.W0 = copy.deepcopy(keys_and_values(self.model.denoiser.state_dict()))
         learned = personalise(self.model, self.tokenizer, self.words, options.part)
         self.frozen = frozenset(self.model.state_dict()) - set(learned)
-        asked = [self.prompt.format(thing) for thing in self.things] + self.bare
+        asked = [*map(self.prompt.format, self.things), *self.bare]
         self.info = {**base.info, "examples": (asked * 8)[:max(len(asked), self.at_once)]}
 
     def photographs(self, name, category, word):
