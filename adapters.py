@@ -102,8 +102,7 @@ def check_placement(read, add):
     joined = STREAM.get(add, add)
     if joined in LEGAL.get(read, ()):
         return read, joined
-    unknown = [name for name in (read, add) if name not in LEGAL]
-    if unknown:
+    if unknown := [name for name in (read, add) if name not in LEGAL]:
         reason = f"{unknown[0]!r} is not one of the ten positions {', '.join(LEGAL)}"
     elif "ca_c" in (read, add):
         reason = "ca_c holds text states, the others cells of the picture: count and width differ"
@@ -226,8 +225,7 @@ def _tensors(made):
 def load_adapters(unet, state):
     """Add the adapter that adapter_state saved. A model that it does not fit is left as it was.
     Raises ValueError with the tensors that differ, or for a base with other weights."""
-    missing = [k for k in ("spec", "base", "adapter") if k not in state]
-    if missing:
+    if missing := [k for k in ("spec", "base", "adapter") if k not in state]:
         raise ValueError(f"this is not an adapter's file: it has no {' and no '.join(missing)}")
     made = _make(unet, **state["spec"])
     if wrong := mismatch(_tensors(made), state["adapter"]):
@@ -267,8 +265,8 @@ def add_lora(unet, rank=None, budget=None, scale=1.0):
     """Low-rank updates of every to_k and to_v that reads text states; the rest is frozen. rank,
     budget: as in add_adapters. Returns the parameters to train. Source: LoRA (Hu et al. 2021) §4.
     """
-    attention = [m.attn2 for m in unet.modules() if isinstance(m, TransformerBlock)]
-    layers = [layer for m in attention for layer in (m.to_k, m.to_v)]
+    layers = [layer for m in unet.modules() if isinstance(m, TransformerBlock)
+              for layer in (m.attn2.to_k, m.attn2.to_v)]
     rank = _rank(rank, budget, lambda r: r * sum(sum(layer.weight.shape) for layer in layers))
     unet.requires_grad_(False)
     updates = [LowRank(layer.weight, rank, scale) for layer in layers]
@@ -296,8 +294,8 @@ def anova(groups):
     chance of an F at least as large. Raises ValueError where F is not defined. Source: Fisher 1925.
     """
     groups = [[float(y) for y in group] for group in groups]
-    values, k = [y for group in groups for y in group], len(groups)
-    n = len(values)
+    values = [y for group in groups for y in group]
+    n, k = len(values), len(groups)
     if k < 2 or not all(groups) or n <= k:
         raise ValueError(f"ANOVA compares two groups or more, none empty, one with two values or "
                          f"more: got sizes {[*map(len, groups)]}")
