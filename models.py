@@ -90,8 +90,7 @@ def gaussian_or_flow(settings, learn_sigma=False):
 
 
 def class_conditional(Model):
-    """Builder for Model(input_size, in_channels, num_classes, class_dropout_prob, ...), where "..."
-    are its sizes, and those flags of its family that are not CONTINUOUS."""
+    """Builder for a Model, whose arguments are also its family's flags that are not CONTINUOUS."""
     def build_model(sizes, settings, info, first_stage):
         channels, size, _ = first_stage.latent_shape(image_shape(info))
         more = {k: v for k, v in vars(settings).items() if k not in CONTINUOUS}
@@ -286,9 +285,8 @@ def task_from(state, path, weights="ema"):
                          "for an adapter or a concept, the adapter.pt or concept.pt beside it")
     if weights not in state:
         raise ValueError(f"{path} was exported with averaged weights alone: leave out --weights")
-    settings = settings_class(state["task"])(**state["settings"])
-    first_stage = first_stage_from(state.get("first_stage"), path)
-    task = build_task(state["config"]["model"], settings, state["info"], first_stage)
+    task = build_task(state["config"]["model"], settings_class(state["task"])(**state["settings"]),
+                      state["info"], first_stage_from(state.get("first_stage"), path))
     load_weights(task.model, state[weights], path)
     return task
 
