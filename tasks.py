@@ -274,8 +274,8 @@ def plot_loss(table, path):
     rows = csv.DictReader(pathlib.Path(table).read_text().splitlines())
     (steps, losses), means = zip(*((int(row["step"]), float(row["loss"])) for row in rows)), []
     for loss in losses:
-        begin = not means or not math.isfinite(means[-1])
-        means.append(loss if begin else 0.9 * means[-1] + 0.1 * loss)
+        last = means[-1] if means and math.isfinite(means[-1]) else loss
+        means.append(0.9 * last + 0.1 * loss)
     figure = Figure(figsize=(5, 4), dpi=90, layout="tight")
     axes = figure.subplots()
     axes.plot(steps, losses, alpha=0.3, label="loss of a batch")
