@@ -98,8 +98,8 @@ def memory(device):
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource                                 # absent on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @one_line
