@@ -24,8 +24,7 @@ from pretrained import (build, infer_dit, is_official, load_first_stage, read_st
                         read_weights)
 from tasks import AutoencoderTask, DiffusionTask, image_shape
 from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
-from udit import UDIT_CONFIGS, UDiT
-from udit import infer_config as infer_udit
+from udit import UDIT_CONFIGS, UDiT, infer_config as infer_udit
 from unet import UNET_CONFIGS, UNet
 from vae import VQVAE, AutoencoderKL, Pixels, TinyAutoencoder, first_stage_from
 from vqdiffusion import VQ_CONFIGS, MaskReplace, VQTransformer
@@ -226,9 +225,8 @@ def describe(dataset, model, first_stage):
         raise ValueError(f"{model} wants captions, and {dataset.name} has none: try --data scenes, "
                          "or a folder with metadata.jsonl")
     if captions and dataset.captions is not None:
-        some = dataset.captions[::max(1, len(dataset) // 24)][:24]      # a folder may be sorted
-        tokenizer = WordTokenizer.from_captions(dataset.captions)
-        info |= {"vocabulary": tokenizer.state(), "examples": some}
+        info |= {"vocabulary": WordTokenizer.from_captions(dataset.captions).state(),
+                 "examples": dataset.captions[::max(1, len(dataset) // 24)][:24]}   # maybe sorted
     return info
 
 
@@ -298,8 +296,7 @@ def official_task(path, vae, dtype, bpe, image_size):
     state = {} if os.path.isdir(path) else read_weights(path)
     is_dit, is_udit = "x_embedder.proj.weight" in state, "latent.0.attn1.to_qkv.weight" in state
     parts = {} if is_dit else read_stable_diffusion(path)
-    if vae:
-        parts["vae"] = read_stable_diffusion(vae)["vae"]
+    parts |= {"vae": read_stable_diffusion(vae)["vae"]} if vae else {}
     if not is_dit and (missing := {"unet", "vae", "text"} - parts.keys()):
         raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}: give the full file"
                          + (", or a --vae" if "vae" in missing else ""))

@@ -105,9 +105,8 @@ def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_s
     else:
         y = torch.arange(n, device=device) % max(1, len(task.info["class_names"]))      # (N,)
         labels = y.cpu() if task.info["class_names"] else None
-    pictures = sample_all(task, model, y, seed, batch_size, cfg_scale=cfg_scale, steps=steps,
-                          **options)[1]
-    return pictures, labels, captions
+    options |= {"cfg_scale": cfg_scale, "steps": steps}
+    return sample_all(task, model, y, seed, batch_size, **options)[1], labels, captions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,10 +154,9 @@ def export(path, out, note):
         raise ValueError(f"{path} is not the checkpoint of a run: there is nothing to export")
     half = lambda weights: {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     small = {k: v for k, v in state.items() if k not in ("model", "opt")}
-    small |= {"ema": half(state["ema"]), "note": note}
     if "first_stage" in state:
         small["first_stage"] |= {"model": half(state["first_stage"]["model"])}
-    save_checkpoint(out, small)
+    save_checkpoint(out, {**small, "ema": half(state["ema"]), "note": note})
 
 
 # --------------------------------------------------------------------------------------------------

@@ -250,7 +250,6 @@ def keep_rows(table, step):
         except ValueError:
             return False
         return len(numbers) == header.count(",") + 1 and numbers[0] <= step
-
     lines = []
     if step and os.path.isfile(table):
         header, *lines = pathlib.Path(table).read_text(errors="replace").split("\n")
