@@ -63,7 +63,7 @@ def assert_same(a, b, where=""):
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Two threads on a busy machine run five to eight times slower than one."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 
 @pytest.fixture(scope="module")
