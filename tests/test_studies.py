@@ -3,14 +3,17 @@ import csv
 import importlib
 import itertools
 import math
+import multiprocessing
 import pathlib
 import random
+import signal
 import statistics
 import types
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import models
 import train
@@ -288,3 +291,113 @@ def test_plotting_leaves_the_callers_backend_alone(tmp_path, monkeypatch):
     common.figure("two", lambda panels: [axes.plot([1, 2]) for axes in panels], (4, 2), 2)
     assert matplotlib.get_backend().lower() == "svg"
     assert (tmp_path / "two.png").stat().st_size > 3000
+
+
+# --------------------------------------------------------------------------------------------------
+# the proof on a GPU
+
+@pytest.fixture
+def proof(tmp_path, monkeypatch, few_pictures):
+    """studies.gpu_proof, and its command --tiny on a folder of random pictures -> rows."""
+    from studies import gpu_proof
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        folder = tmp_path / "pictures" / name
+        folder.mkdir(parents=True)
+        for i in range(9):
+            pixels = np.random.RandomState(i).randint(0, 256, (32, 32, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)                             # where the classifier is kept
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")         # so that it is put back
+
+    def run(*flags):
+        gpu_proof.main(["--tiny", "--out", "proof", "--cifar", "pictures", *flags])
+        return common.Table("proof", ["part"], "proof").rows()
+    return gpu_proof, run
+
+
+def test_the_proof_runs_tiny_and_measures_every_part_once(proof, monkeypatch):
+    study, run = proof
+    rows = run()
+    assert [row["part"] for row in rows if row["measure"] == "done"] == list(study.PARTS)
+    assert not [row for row in rows if row["measure"] == "failed"]
+    assert all(row["value"] >= 0 for row in rows)
+    value = {(row["part"], row["measure"]): row["value"] for row in rows}
+    for part in study.PARTS:            # on a CPU all three runs are the same
+        if part[0] == "a":
+            assert value[part, "largest relative difference"] == 0
+        if part[0] in "bm":             # share is what it says
+            rate = value[part, "TFLOP/s"] / value[part, "product, TFLOP/s"]
+            assert value[part, "share, %"] == pytest.approx(100 * rate, rel=1e-4)
+    assert (pathlib.Path("proof") / "gpu_proof.png").stat().st_size > 3000
+    assert run() == rows                                    # nothing is measured twice
+    monkeypatch.setattr(study, "TABLE", common.Table("proof", ["part"], "proof"))
+    text = study.report()
+    assert all(f"({letter})" in text for letter in "abcdefm") and "Not finished" not in text
+
+
+def test_a_part_of_the_proof_that_fails_says_why_and_is_tried_again(proof, monkeypatch):
+    study, run = proof
+    broken, parts = [True], dict(list(study.PARTS.items())[4:5])
+
+    def part(o, model, alone):
+        yield study.row("here", "ms", 1.5)
+        if broken:
+            raise RuntimeError("out of memory\nand more")
+    monkeypatch.setattr(study, "PARTS", {"x one": (part, "DiT-S/2", {}, 1, 9), **parts})
+    rows = run()
+    assert [row["measure"] for row in rows[:2]] == ["ms", "failed"]
+    assert rows[1]["note"] == "RuntimeError: out of memory" and rows[-1]["measure"] == "done"
+    broken.clear()
+    assert [row["measure"] for row in run()[len(rows):]] == ["ms", "done"]
+    with pytest.raises(SystemExit):
+        run("--parts", "z")
+
+
+class FakePart:
+    """A part of the proof as Together sees it, whose other end is in the test's hands."""
+
+    def __init__(self, name, options):
+        self.name, self.here, self.wants, self.signals = name, False, False, []
+        self.conn, self.theirs = multiprocessing.Pipe()
+        self.end = math.inf
+        self.process = types.SimpleNamespace(join=lambda seconds: None)
+        self.started.append(self)
+
+    def signal(self, number):
+        self.signals.append(number)
+
+    def hear(self):
+        return self.conn.recv()
+
+
+def test_parts_of_the_proof_measure_one_at_a_time_within_memory_and_time(tmp_path, monkeypatch):
+    from studies import gpu_proof as study
+    FakePart.started = started = []
+    monkeypatch.setattr(study, "Part", FakePart)
+    monkeypatch.setattr(study, "PARTS", {name: (None, "", {}, gib, 9) for name, gib in
+                                         (("a", 6), ("b", 3), ("c", 6))})
+    table = common.Table("proof", ["part"], tmp_path)
+    work = study.Together("abc", table, types.SimpleNamespace(gib=10, at_once=3, minutes=9))
+    while work.start_one():
+        pass
+    assert [part.name for part in started] == ["a", "b"]    # c does not fit beside them
+    a, b = started
+
+    def tell(part, *messages):
+        for message in messages:
+            work.answer(part, message)
+        work.end_late_ones()
+        work.give_the_card()
+    tell(a, "here", "ready")
+    tell(b, "here", "ready")
+    stop, go, kill = signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL
+    assert work.holder is a and a.theirs.recv() == "go" and not b.theirs.poll()
+    assert a.signals == [go] and b.signals == [stop, stop] and not work.start_one()
+    tell(a, "over")
+    assert work.holder is b and b.theirs.recv() == "go" and a.signals == [go, stop]
+    tell(b, {"part": "b", **study.row("", "done", 1.0)})    # died in its turn: the card is free
+    assert work.holder is None and a.signals[-1] == go and b.signals[-1] == kill
+    a.end = 0                                               # its time is over
+    tell(a)
+    assert a.signals[-1] == kill and table.rows()[-1]["note"] == "its time was over"
+    assert work.start_one() and started[-1].name == "c" and work.running == [started[-1]]
