@@ -44,11 +44,9 @@ def modulate(x, shift, scale):
 
 class Block(nn.Module):
     """The standard ViT block, block(x (B, N, D), c (B, D), tokens (B, 2, D)) -> (B, N, D).
-
     c = emb(t) + emb(y), tokens = [emb(t), emb(y)]. This block reads neither: it is "in_context",
     where x already holds the tokens. norm: a key of NORMS, without weight if a modulation follows;
-    qk_norm: see Attention. Source: DiT §3.2, Fig. 3 (right); ViT Eq. 2 and 3.
-    """
+    qk_norm: see Attention. Source: DiT §3.2, Fig. 3 (right); ViT Eq. 2 and 3."""
     modulations = 0     # how many vectors (D,) are computed from c: shifts, scales, gates
 
     def __init__(self, hidden_size, num_heads, mlp_ratio, norm="layer", qk_norm=False):
@@ -107,7 +105,6 @@ BLOCKS = {"in_context": Block, "cross_attention": CrossAttentionBlock, "adaln": 
 
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D). Source: Vaswani et al. 2017 Eq. 1.
-
     qk_norm: RMSNorm of each query and each key over its head width d, one learned weight (d,) for
     queries and one for keys, shared by the heads. Source: Stable Diffusion 3 (2403.03206) Fig. 2.
     """
@@ -201,7 +198,8 @@ class DiT(nn.Module):
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.can_guide = num_classes > 0 and class_dropout_prob > 0     # classes, and a null class
         self.conditioning, adaptive = conditioning, BLOCKS[conditioning].modulations > 0
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.x_embedder = nn.ModuleDict({       # patchify: p x p patches, row by row, Fig. 4
+            "proj": nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)})
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # never trained, yet a Parameter: the official files hold it
@@ -218,7 +216,7 @@ class DiT(nn.Module):
         if x.shape[1:] != expected:
             raise ValueError(f"this DiT expects pictures of shape {expected}, got "
                              f"{tuple(x.shape[1:])}: resize them, or change the model's sizes")
-        x = self.x_embedder(x) + self.pos_embed                                 # (B, N, D)
+        x = self.x_embedder.proj(x).flatten(2).mT + self.pos_embed              # (B, N, D)
         N = x.shape[1]
         t, y = self.t_embedder(t), self.y_embedder(y)                           # (B, D), (B, D)
         c, tokens = t + y, torch.stack([t, y], dim=1)                           # (B, D), (B, 2, D)
@@ -255,10 +253,9 @@ class DiT(nn.Module):
                 module.reset_parameters()
         for module in (self.y_embedder.embedding_table, *self.t_embedder.mlp[::2]):
             nn.init.normal_(module.weight, std=0.02)
-        modulations = [m.adaLN_modulation for m in (*self.blocks, self.final_layer)]
-        for linear in (self.final_layer.linear, *(m[1] for m in modulations if m is not None)):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or "final_layer.linear" in name:
+                nn.init.zeros_(parameter)
         side = self.input_size // self.patch_size
         self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[2], side))
 
@@ -287,18 +284,7 @@ class FinalLayer(nn.Module):
         return self.linear(x)                                                   # (B, N, p*p*C_out)
 
 
-# ---- embedders: picture, timestep, class, position -----------------------------------------------
-
-class PatchEmbed(nn.Module):
-    """(B, C, H, W) -> (B, N, D): p x p patches row by row. Source: DiT §3.2 (patchify), Fig. 4."""
-
-    def __init__(self, patch_size, in_channels, hidden_size):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)                          # (B, N, D)
-
+# ---- embedders: timestep, class, position --------------------------------------------------------
 
 class TimestepEmbedder(nn.Module):
     """t (B,) -> (B, D): a sinusoid of 256 numbers, then an MLP. Source: DiT appendix A."""
@@ -346,9 +332,7 @@ DIT_CONFIGS = {
 
 def dit_config(name):
     """Sizes of a named DiT: of the paper ("DiT-S/2"), or "DiT-WxD/p": width, depth, patch size.
-
-    Width W is a multiple of 32 = width of a head. Source: DiT Table 1.
-    """
+    Width W is a multiple of 32 = width of a head. Source: DiT Table 1."""
     if name in DIT_CONFIGS:
         return dict(DIT_CONFIGS[name])
     size = re.fullmatch(r"DiT-(\d+)x(\d+)/(\d+)", name)

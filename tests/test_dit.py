@@ -31,7 +31,8 @@ def test_forward_guidance_and_gradients_match_official(case):
     x, t, y = g["in_x"].requires_grad_(), g["in_t"], g["in_y"]
     null = model.null_condition(len(y))
     stages = {}
-    model.x_embedder.register_forward_hook(lambda m, i, o: stages.update(tokens=o))
+    model.x_embedder.proj.register_forward_hook(
+        lambda m, i, o: stages.update(tokens=o.flatten(2).mT))
     model.blocks[0].register_forward_hook(lambda m, i, o: stages.update(block0=o))
     model.blocks[-1].register_forward_hook(lambda m, i, o: stages.update(block_last=o))
     model.final_layer.register_forward_hook(lambda m, i, o: stages.update(final_tokens=o))
