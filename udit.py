@@ -73,11 +73,9 @@ class Downsampler(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention on downsampled tokens, (B, side, side, D) -> the same.
-
     downsample "tokens": tokens attend within each of the f*f groups; "kv": every token of the
     unfiltered map is a query, keys and values are group 0 of the filtered map. Others: see UDiT.
-    Source: U-DiT §3.2, Tables 1 and 9.
-    """
+    Source: U-DiT §3.2, Tables 1 and 9."""
 
     def __init__(self, dim, side, num_heads, down_factor=2, downsample="tokens", cosine=True,
                  rope=True, kernel_size=5, shortcut=True):
@@ -133,10 +131,8 @@ def unit(x, length=1.0):
 
 def rope_table(positions, head_dim):
     """(cos, sin) of the rotary angles of a square of tokens, row by row: (N, 1, head_dim/2, 2).
-
     positions (sqrt(N),): of the rows, and of the columns. A token's angles are column * w0,
-    row * w0, column * w1, row * w1, ..., with w_i = 10000^(-4i / head_dim). Source: U-DiT §3.4.
-    """
+    row * w0, column * w1, row * w1, ..., with w_i = 10000^(-4i / head_dim). Source: U-DiT §3.4."""
     w = 10000.0 ** (-torch.arange(0, head_dim, 4, dtype=torch.float64) / head_dim)          # (d/4,)
     column_row = torch.cartesian_prod(positions, positions).flip(1)                         # (N, 2)
     angles = (w[:, None] * column_row[:, None]).flatten(1)[:, None]                    # (N, 1, d/2)
@@ -188,9 +184,7 @@ class RepMlp(nn.Module):
 
     def summed(self):
         """{layer: (weight, bias)} of the equal DepthwiseMlp, differentiable.
-
-        W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2). Kernels are added centre on centre.
-        """
+        W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2). Kernels are added centre on centre."""
         layers = {}
         for name in ("project_in", "project_out"):
             (w1, b1), (w2, b2) = ((u.weight.flatten(1), u.bias) for u in getattr(self, name))
@@ -269,18 +263,21 @@ class UDiT(nn.Module):
                  learn_sigma=True, down_factor=2, downsample="tokens", cosine=True, rope=True,
                  mlp="rep", kernel_size=5, shortcut=True):
         super().__init__()
-        check_sizes(input_size, down_factor, depth, mlp)
-        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
-        self.class_dropout_prob = class_dropout_prob
+        if down_factor < 1 or input_size % (4 * down_factor):
+            raise ValueError(f"input size {input_size} is not divisible by {4 * down_factor} = 4 "
+                             f"(two halvings) * down_factor {down_factor}: change one of them")
+        if len(depth) != 5 or mlp not in MLPS:
+            raise ValueError(f"depth {tuple(depth)}, mlp {mlp!r}: "
+                             "give five numbers; basic, dw or rep")
+        self.input_size, self.in_channels = input_size, in_channels
+        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.can_guide = num_classes > 0 and class_dropout_prob > 0         # there is a null class
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         D, S = hidden_size, input_size
         attention = dict(num_heads=num_heads, down_factor=down_factor, downsample=downsample,
                          cosine=cosine, rope=rope, kernel_size=kernel_size, shortcut=shortcut)
-
-        def level(blocks, dim, side):
-            return Level(UDiTBlock(dim, int(mlp_ratio * dim), mlp, side=side, **attention)
-                         for _ in range(blocks))
+        level = lambda count, dim, side: Level(
+            UDiTBlock(dim, int(mlp_ratio * dim), mlp, side=side, **attention) for _ in range(count))
         self.x_embedder = nn.ModuleDict({"proj": MapConv2d(in_channels, D, 3, padding=1)})
         for i, dim in ((1, D), (2, 2 * D), (3, 4 * D)):
             self.add_module(f"t_embedder_{i}", TimestepEmbedder(dim))
@@ -351,15 +348,6 @@ class UDiT(nn.Module):
         return self.final_layer["out_proj"](x).permute(0, 3, 1, 2)          # (B, C_out, H, W)
 
 
-def check_sizes(input_size, down_factor, depth, mlp):
-    """Raises ValueError if these arguments of UDiT do not fit together."""
-    if down_factor < 1 or input_size % (4 * down_factor):
-        raise ValueError(f"input size {input_size} is not divisible by {4 * down_factor} = 4 (two "
-                         f"halvings) * down_factor {down_factor}: change one of them")
-    if len(depth) != 5 or mlp not in MLPS:
-        raise ValueError(f"depth {tuple(depth)}, mlp {mlp!r}: give five numbers; basic, dw or rep")
-
-
 def fold(model):
     """A copy of a UDiT with the equal DepthwiseMlp for every RepMlp: a UDiT(mlp="dw").
     The model is unchanged. Source: RepVGG §3.3."""
@@ -387,10 +375,8 @@ UDIT_CONFIGS = {
 
 def infer_config(state):
     """Constructor arguments of the UDiT whose state_dict this is, for instance an official file.
-
     What no tensor shows is the paper's: 32x32 latents, down_factor 2, shortcut, rope if cosine, and
-    if not, 24 channels per head at first. Source: U-DiT §4.1.
-    """
+    if not, 24 channels per head at first. Source: U-DiT §4.1."""
     block = {name.removeprefix("latent.0."): tensor.shape for name, tensor in state.items()}
     first = {"mlp1.dwconv.0.weight": "rep", "mlp1.dwconv.weight": "dw", "mlp1.fc1.weight": "basic"}
     layer = next((name for name in first if name in block), "mlp1.fc1.weight")
