@@ -37,10 +37,8 @@ from diffusion import timestep_embedding
 
 class CrossAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v in several heads: x (B, N, query_dim) -> like x.
-
     q comes from x, k and v from context (B, L, context_dim), which is x in self-attention.
-    Source: LDM §3.3; Vaswani et al. 2017 Eq. 1.
-    """
+    Source: LDM §3.3; Vaswani et al. 2017 Eq. 1."""
 
     def __init__(self, query_dim, context_dim, num_heads, head_dim):
         super().__init__()
@@ -60,11 +58,9 @@ class CrossAttention(nn.Module):
 
 class Tapped(nn.Module):
     """A block whose named tensors pass through `tap`, where an adapter can read or change them.
-
     taps: name -> channels, in the order of computation. adapter: None, or an nn.Module with
     forward(name, x) -> tensor like x, called once per tap; the block goes on with what it returns.
-    `block.adapter = None` removes it. Source: Xiang et al. 2023 (arXiv 2303.18181) Fig. 4.
-    """
+    `block.adapter = None` removes it. Source: Xiang et al. 2023 (arXiv 2303.18181) Fig. 4."""
 
     def __init__(self, taps):
         super().__init__()
@@ -141,9 +137,7 @@ class SpatialTransformer(nn.Module):
 
 class ResBlock(Tapped):
     """Two convolutions, t added between: x (B, C, H, W), emb (B, E) -> (B, C_out, H, W).
-
-    Taps: res_in, the input of both branches, and res_out, their sum. Source: DDPM appendix B.
-    """
+    Taps: res_in, the input of both branches, and res_out, their sum. Source: DDPM appendix B."""
 
     def __init__(self, channels, emb_channels, out_channels, norm_groups=32):
         super().__init__({"res_in": channels, "res_out": out_channels})
@@ -189,7 +183,6 @@ class UNet(nn.Module):
     context_dim: width D_ctx of a text state; norm_groups: of each GroupNorm, divides every width.
     Raises ValueError for sizes that do not fit together. Source: LDM Eq. 3, §3.3, Table 15.
     """
-
     # what Muon (optim.py) trains: all but the first and last convolution and the timestep MLP
     matrices = r"(?:input_blocks\.(?!0\.)|middle_block\.|output_blocks\.)"
 
@@ -276,16 +269,12 @@ class UNet(nn.Module):
         | proj_out of each transformer      | 0                        | first output: its input |
         | last convolution of the model     | 0                        | first output: 0         |
         """
-        zero = [self.out[2]]
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)):
                 module.reset_parameters()
-            elif isinstance(module, ResBlock):
-                zero.append(module.out_layers[3])
-            elif isinstance(module, SpatialTransformer):
-                zero.append(module.proj_out)
-        for parameter in (p for conv in zero for p in conv.parameters()):
-            nn.init.zeros_(parameter)
+        for name, parameter in self.named_parameters():
+            if "out_layers.3." in name or "proj_out." in name or name.startswith("out.2."):
+                nn.init.zeros_(parameter)
 
 
 def check_sizes(model_channels, channel_mult, attention_resolutions, num_heads, num_head_channels,
@@ -307,14 +296,13 @@ def check_sizes(model_channels, channel_mult, attention_resolutions, num_heads, 
                          f"sampling factors out of {factors} (1 = full size), not pixel sizes")
 
 
+# what the two for 8x8 latents on a CPU share (in_channels, out_channels: those of the latents)
+LITTLE = dict(model_channels=64, num_res_blocks=1, attention_resolutions=(1, 2), num_heads=4,
+              context_dim=64, norm_groups=8)
 UNET_CONFIGS = {
     # Stable Diffusion v1: 64x64x4 latents, 77 CLIP states; 860 M parameters
     "SD-v1": dict(in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
                   num_res_blocks=2, attention_resolutions=(1, 2, 4), num_heads=8, context_dim=768),
-    # for 8x8 latents on a CPU (in_channels, out_channels: those of the latents); 2.8 M parameters
-    "unet-tiny": dict(model_channels=64, channel_mult=(1, 1.5), num_res_blocks=1, num_heads=4,
-                      attention_resolutions=(1, 2), context_dim=64, norm_groups=8),
-    # the same, twice the width on the lower level; 4.2 M parameters
-    "unet-small": dict(model_channels=64, channel_mult=(1, 2), num_res_blocks=1, num_heads=4,
-                       attention_resolutions=(1, 2), context_dim=64, norm_groups=8),
+    "unet-tiny": dict(LITTLE, channel_mult=(1, 1.5)),       # 2.8 M parameters
+    "unet-small": dict(LITTLE, channel_mult=(1, 2)),        # 4.2 M: the lower level is wider
 }
