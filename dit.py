@@ -27,6 +27,7 @@ Differences from the official code (facebookresearch/DiT; same state_dict names,
 4. Two arguments that the paper does not have, off by default: norm="rms" and qk_norm=True.
 """
 import re
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -54,7 +55,7 @@ class Block(nn.Module):
         self.norm1 = NORMS[norm](hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
         self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.norm2 = NORMS[norm](hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.mlp = make_mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = make_modulation(hidden_size, self.modulations)
 
     def forward(self, x, c, tokens):
@@ -146,16 +147,10 @@ class CrossAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))                    # (B, N, D)
 
 
-class Mlp(nn.Module):
+def make_mlp(width, hidden):
     """Linear, tanh-approximated GELU, Linear: (B, N, D) -> (B, N, D). Source: ViT §3.1."""
-
-    def __init__(self, hidden_size, mlp_hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_hidden)
-        self.fc2 = nn.Linear(mlp_hidden, hidden_size)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), gelu=nn.GELU(approximate="tanh"),
+                                     fc2=nn.Linear(hidden, width)))
 
 
 # the norms, over the last axis; rms: x / sqrt(mean(x^2) + eps), Zhang & Sennrich 2019 Eq. 4
