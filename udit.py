@@ -26,6 +26,7 @@ Differences from the official code (YuchuanTian/U-DiT; state_dict names, order, 
 """
 import copy
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -146,32 +147,22 @@ def rotate(x, table):
     return torch.view_as_real(pairs * torch.view_as_complex(table.to(x.dtype))).flatten(-2)
 
 
-class BasicMlp(nn.Module):
+def basic_mlp(dim, hidden):
     """Two layers per token, (B, H, W, D) -> the same. Source: DiT §3.2."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = MapConv2d(dim, hidden, 1), MapConv2d(hidden, dim, 1)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    return nn.Sequential(OrderedDict(fc1=MapConv2d(dim, hidden, 1), gelu=nn.GELU("tanh"),
+                                     fc2=MapConv2d(hidden, dim, 1)))
 
 
-class DepthwiseMlp(nn.Module):
+def depthwise_mlp(dim, hidden):
     """An MLP with a 5x5 depth-wise convolution in the middle. Source: U-DiT §3.4, Table 9."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.project_in = MapConv2d(dim, hidden, 1)
-        self.dwconv = MapConv2d(hidden, hidden, 5, padding=2, groups=hidden)
-        self.project_out = MapConv2d(hidden, dim, 1)
-
-    def forward(self, x):
-        return self.project_out(self.dwconv(F.gelu(self.project_in(x))))
+    return nn.Sequential(OrderedDict(
+        project_in=MapConv2d(dim, hidden, 1), gelu=nn.GELU(),
+        dwconv=MapConv2d(hidden, hidden, 5, padding=2, groups=hidden),
+        project_out=MapConv2d(hidden, dim, 1)))
 
 
 class RepMlp(nn.Module):
-    """DepthwiseMlp, every 1x1 layer split into two, its kernel into 5x5 + 3x3 + 1x1 + the identity.
+    """depthwise_mlp, but each 1x1 layer is two, and its kernel is 5x5 + 3x3 + 1x1 + the identity.
     Source: U-DiT §3.4; RepVGG, Ding et al. 2021 (2101.03697), Fig. 4."""
 
     def __init__(self, dim, hidden):
@@ -183,7 +174,7 @@ class RepMlp(nn.Module):
         self.project_out = nn.Sequential(MapConv2d(hidden, half, 1), MapConv2d(half, dim, 1))
 
     def summed(self):
-        """{layer: (weight, bias)} of the equal DepthwiseMlp, differentiable.
+        """{layer: (weight, bias)} of the equal depthwise_mlp, differentiable.
         W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2). Kernels are added centre on centre."""
         layers = {}
         for name in ("project_in", "project_out"):
@@ -199,7 +190,7 @@ class RepMlp(nn.Module):
         return convolve(convolve(x, *layers["dwconv"]), *layers["project_out"])
 
 
-MLPS = {"basic": BasicMlp, "dw": DepthwiseMlp, "rep": RepMlp}       # rep: re-parameterised
+MLPS = {"basic": basic_mlp, "dw": depthwise_mlp, "rep": RepMlp}       # rep: re-parameterised
 
 
 class UDiTBlock(nn.Module):
@@ -349,13 +340,14 @@ class UDiT(nn.Module):
 
 
 def fold(model):
-    """A copy of a UDiT with the equal DepthwiseMlp for every RepMlp: a UDiT(mlp="dw").
+    """A copy of a UDiT with the equal depthwise_mlp for every RepMlp: a UDiT(mlp="dw").
     The model is unchanged. Source: RepVGG §3.3."""
     folded = copy.deepcopy(model)
     for name, module in list(folded.named_modules()):
         if isinstance(module, RepMlp):
             with torch.device("meta"):              # no memory, and no random numbers drawn
-                plain = DepthwiseMlp(module.project_in[0].in_channels, module.dwconv[0].in_channels)
+                dim, hidden = module.project_in[0].in_channels, module.dwconv[0].in_channels
+                plain = depthwise_mlp(dim, hidden)
             state = {f"{layer}.{kind}": tensor.detach() for layer, pair in module.summed().items()
                      for kind, tensor in zip(("weight", "bias"), pair)}
             plain.load_state_dict(state, assign=True)
