@@ -33,12 +33,10 @@ LATENT_WEIGHT = 1e-4     # of the L2 pull (tiny-ae) and the KL term (kl-ae), per
 
 class FirstStage(nn.Module):
     """What every first stage answers; pictures x are (B, C, H, W), float in [-1, 1].
-
     encode(x) -> latents z, standardised; decode(z) -> pictures; objective(x, draws) -> (training
     loss, metrics), draws as from draw(); factor: f, a picture's side over its latents'; matrices:
     regular expression of the names of Muon's weights; noisy: the objective reads noise;
-    standardised: False until standardise(x).
-    """
+    standardised: False until standardise(x)."""
     kind, noisy, standardised = "", True, True
     matrices = r"(en|de)coder\.\d+\.conv"               # the convolutions of the residual blocks
 
@@ -155,12 +153,11 @@ class TinyAutoencoder(FirstStage):
 
 class Codebook(nn.Module):
     """K vectors of D numbers that follow the encoder by running averages instead of gradients.
-
     decay: of the averages; eps: smooths the counts; restart: a code whose average count falls below
     this is moved to a vector that is far from its code, 0 = never; warmup: training steps before
     the codes start, by k-means. Buffers: embedding (K, D); cluster_size (K,) and embedding_avg
-    (K, D), averaged count and sum of each code's vectors; started. Source: VQ-VAE appendix A.1.
-    """
+    (K, D), averaged count and sum of each code's vectors; started. Source: VQ-VAE appendix A.1."""
+
     def __init__(self, num_codes, dim, decay=0.99, eps=1e-5, restart=0.0, warmup=0):
         super().__init__()
         self.num_codes, self.decay, self.eps = num_codes, decay, eps
