@@ -129,9 +129,7 @@ class MaskReplace:
 
     def loss(self, model, x0, cond=None, *, t, u):
         """The bound + weight * cross-entropy of x_0, nats per token -> (scalar, {"vlb", "ce"}).
-
-        Source: VQ-Diffusion Eq. 6, 12; the weight falling with t from 2 aux_weight: its code.
-        """
+        Source: VQ-Diffusion Eq. 6, 12; the weight falling with t from 2 aux_weight: its code."""
         xt = self.q_sample(x0, t, u)
         p0 = self.guess(model(xt, t, cond))                                     # (B, N, K+1)
         kl, ce = self.kl(p0, x0, xt, t), -(p0.gather(-1, x0[..., None]) + 1e-30).log()[..., 0]
@@ -147,10 +145,8 @@ class MaskReplace:
 
     def guess(self, logits, truncation=1.0, top_k=None):
         """Logits (B, N, K) -> p(x_0 | x_t) over K+1 states, (B, N, K+1) float32, 0 at [MASK].
-
         truncation: keep of each token the most likely codes, as few as reach this sum; top_k: keep
-        so many. The others become 0, without rescaling. Source: VQ-Diffusion §4.2.
-        """
+        so many. The others become 0, without rescaling. Source: VQ-Diffusion §4.2."""
         p = F.pad(logits.float(), (0, 1), value=-math.inf).softmax(-1)          # (B, N, K+1)
         if truncation >= 1 and top_k is None:
             return p
@@ -197,10 +193,8 @@ class MaskReplace:
 
     def reveal(self, p0, xt, count, purity=None, generator=None):
         """Replace count (B,) of the [MASK]s in xt (B, N) by codes from p0 (B, N, K+1) -> (B, N).
-
         purity None: at random places; r: mostly where the network is sure, from p0 to the power
-        1 + r * sureness. Source: Improved Eq. 9-11.
-        """
+        1 + r * sureness. Source: Improved Eq. 9-11."""
         top = p0.amax(-1)                                                       # (B, N)
         sure = torch.ones_like(top) if purity is None else top / (top.amax(1, keepdim=True) + 1e-10)
         power = 1 + (purity or 0.0) * sure[..., None]                           # (B, N, 1)
@@ -443,9 +437,7 @@ class VQTransformer(nn.Module):
 
 def official_state(state):
     """The denoiser in a published file {"model", "ema", ...}, or one of its dicts, by our names.
-
-    Left out: empty_text_embed, the "learnable" files' null text. Source: VQ-Diffusion's code.
-    """
+    Left out: empty_text_embed, the "learnable" files' null text. Source: VQ-Diffusion's code."""
     state = state.get("ema") or state.get("model") or state
     names = {name: name.rsplit("transformer.", 1)[-1] for name in state if "attn2.mask" not in name}
     kept = {new: state[old].float() for old, new in names.items()
