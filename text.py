@@ -76,10 +76,8 @@ class Layer(nn.Module):
 
 class TextEncoder(nn.Module):
     """Token ids (B, L) to states (B, L, D), one per token: what cross-attention reads.
-
     vocab_size, max_length: of the tokenizer; hidden_size: D, the image model's context width;
-    depth: layers. Source: CLIP §2.4; LDM §3.3.
-    """
+    depth: layers. Source: CLIP §2.4; LDM §3.3."""
 
     def __init__(self, vocab_size, max_length, hidden_size=64, depth=2, num_heads=4, mlp_ratio=4.0):
         super().__init__()
@@ -116,10 +114,8 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids, modifiers=None):
         """ids (B, L) int64 -> states (B, L, D), after the final LayerNorm.
-
         modifiers: {token id: row (D,)}; `row` is used in place of the table's row of that id, which
-        then gets no gradient. Source: CLIP §2.4; Custom Diffusion §3.2.
-        """
+        then gets no gradient. Source: CLIP §2.4; Custom Diffusion §3.2."""
         if ids.shape[1] > self.max_length:
             raise ValueError(f"{ids.shape[1]} tokens, expected at most {self.max_length}: use the "
                              "tokenizer that this encoder was built for")
@@ -137,16 +133,15 @@ class TextEncoder(nn.Module):
 
 class TextConditional(nn.Module):
     """A text encoder and a denoiser that reads its states: model(x, t, y) with captions y.
-
     denoiser: denoiser(x, t, context (B, L, D)), a UNet or VQTransformer; text: ids (B, L) ->
     states (B, L, D); null_ids (L,): ids of the empty caption, which replaces a share
-    class_dropout_prob of the captions in training, so that guidance can compare with it;
-    matrices: Muon's share of the weights. Source: LDM §3.3; VQ-Diffusion §4.3.
-    """
+    class_dropout_prob of the captions in training; if that is above 0, guidance can compare with it
+    (can_guide); matrices: Muon's share of the weights. Source: LDM §3.3; VQ-Diffusion §4.3."""
 
     def __init__(self, denoiser, text, null_ids, class_dropout_prob):
         super().__init__()
-        self.denoiser, self.text, self.class_dropout_prob = denoiser, text, class_dropout_prob
+        self.denoiser, self.text = denoiser, text
+        self.class_dropout_prob, self.can_guide = class_dropout_prob, class_dropout_prob > 0
         self.register_buffer("null_ids", null_ids, persistent=False)
         self.matrices = rf"denoiser\.{denoiser.matrices}|text\.text_model\.encoder\.layers\."
 
@@ -155,11 +150,6 @@ class TextConditional(nn.Module):
         context = y if y.is_floating_point() else self.text(y)                      # (B, L, D)
         x = x.to(context.dtype) if x.is_floating_point() else x     # tokens stay whole numbers
         return self.denoiser(x, t, context)
-
-    @property
-    def can_guide(self):
-        """Was the empty caption trained, so that guidance has something to compare with?"""
-        return self.class_dropout_prob > 0
 
     def null_condition(self, count, device="cpu"):
         """The empty caption's ids, (count, L)."""
