@@ -46,7 +46,6 @@ CANVAS = 32.0  # cx, cy, r are pixels of a 32-pixel picture, whatever the image 
 
 # ---------------------------------------------------------------- outlines to pixels
 
-
 def _star(x, y):
     # Fold the plane into one wedge of 36 degrees: there the outline is a single straight edge.
     tip, notch, wedge = 1.05, 0.55, math.pi / 5
@@ -94,12 +93,9 @@ OUTLINES = (
 
 
 def shape_coverage(shape_index, cx, cy, r, image_size=32):
-    """How much of each pixel a shape covers.
-
+    """How much of each pixel a shape covers -> (B, H, W) float32 in [0, 1].
     shape_index: (B,) int64 into SHAPES + NEW_SHAPES, or one int; -1 = absent, covers nothing.
-    cx, cy, r: (B,) float, centre and half extent in pixels of a 32-pixel picture, [0, 32].
-    Returns (B, H, W) float32 in [0, 1].
-    """
+    cx, cy, r: (B,) float, centre and half extent in pixels of a 32-pixel picture, [0, 32]."""
     shape_index = torch.as_tensor(shape_index, device=cx.device).expand_as(cx)       # (B,)
     scale = image_size / CANVAS
     grid = (torch.arange(image_size, device=cx.device) + 0.5) / scale                # (W,) centres
@@ -115,12 +111,9 @@ def shape_coverage(shape_index, cx, cy, r, image_size=32):
 
 
 def render_shapes(shape, color, cx, cy, r, background, image_size=32):
-    """Draw B pictures of up to K objects each; later objects lie over earlier ones.
-
+    """Draw B pictures of up to K objects each, later over earlier ones -> (B, 3, H, W) uint8.
     shape: (B, K) int64, -1 = absent.  color: (B, K, 3) uint8.  background: (B, 3) uint8.
-    cx, cy, r: (B, K) float, pixels of a 32-pixel picture.  Works on any device.
-    Returns (B, 3, H, W) uint8.
-    """
+    cx, cy, r: (B, K) float, pixels of a 32-pixel picture.  Works on any device."""
     side, chunk = image_size, max(1, 256 * 1024 // image_size ** 2)  # a chunk fits into the cache
     images = torch.empty(len(shape), 3, side, side, dtype=torch.uint8, device=shape.device)
     for i in range(0, len(shape), chunk):
@@ -135,13 +128,11 @@ def render_shapes(shape, color, cx, cy, r, background, image_size=32):
 
 # ---------------------------------------------------------------- facts to a caption, and back
 
-
 def caption_of(objects, relation=None, background=None):
     """The caption of a scene, e.g. "a red circle left of a blue square on gray".
-
-    objects: one or two dicts with shape, color and, for a single object, optionally size and place.
-    The inverse of parse_caption: caption_of(**parse_caption(text)) == text.
-    """
+    objects: one or two dicts with shape, color and, for a single object, optionally size and place;
+    relation: between two objects, not said of one.
+    The inverse of parse_caption: caption_of(**parse_caption(text)) == text."""
     phrases = []
     for thing in objects:
         words = [thing[key] for key in ("size", "color", "shape", "place") if key in thing]
@@ -151,10 +142,8 @@ def caption_of(objects, relation=None, background=None):
 
 def parse_caption(caption):
     """The facts that a caption of `shapes` or `scenes` states.
-
     Returns {"objects": [{"shape", "color", "size"?, "place"?}, ...], "relation"?, "background"?};
-    a key with ? only if the caption states it.  Raises ValueError for any other caption.
-    """
+    a key with ? only if the caption states it.  Raises ValueError for any other caption."""
     colors, shapes = "|".join(COLORS), "|".join(SHAPES + NEW_SHAPES)
     one = (rf"an? (?:(?P<size>{'|'.join(SIZES)}) )?(?P<color>{colors}) (?P<shape>{shapes})"
            rf"(?: (?P<place>{'|'.join(PLACES)}))?")
@@ -176,15 +165,11 @@ def parse_caption(caption):
 
 # ---------------------------------------------------------------- a whole data set
 
-
 def draw_world(name, image_size=32, split="train", count=None, seed=0, hold_out=False):
     """Draw the world `shapes` or `scenes`.
-
     count: pictures; None = 48,000 for split "train" and 2,000 for "test".  hold_out: leave the
-    pairs of HELD_OUT out of the training split.
-    Returns images (N, 3, H, W) uint8, labels (N,) int64 into CLASS_NAMES (the class of the first
-    object), captions (N strings).
-    """
+    pairs of HELD_OUT out of the training split.  Returns images (N, 3, H, W) uint8, labels (N,)
+    int64 into CLASS_NAMES (the class of the first object), captions (N strings)."""
     count = count or (48_000 if split == "train" else 2_000)
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     first, second = _draw_classes(count, hold_out and split == "train", generator)
@@ -243,7 +228,7 @@ def _scenes_world(first, second, generator, converse):
     side = torch.tensor([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])[place]  # (N, 2), as PLACES
     jitter = _uniform((count, 2), -1.0, 1.0, generator) * torch.where(small, 1.5, 1.0)[:, None]
     alone = 16.0 + side * torch.where(small, 8.0, 5.0)[:, None] + jitter             # (N, 2) x, y
-    alone = torch.maximum(torch.minimum(alone, CANVAS - r1[:, None]), r1[:, None])  # fully inside
+    alone = alone.clamp(r1[:, None], CANVAS - r1[:, None])  # fully inside
 
     r2 = _uniform(count, 4.5, 6.0, generator)
     pair_x, pair_y = _place_pair(relation, r1, r2, generator)                        # (N, 2) each
@@ -271,10 +256,7 @@ def _scene_captions(*columns):
     """Captions of N scenes; columns: first, second, two, small, place, relation, ground (N,)."""
     captions = []
     for a, b, two, small, place, relation, ground in zip(*(column.tolist() for column in columns)):
-        on = tuple(BACKGROUNDS)[ground]
-        if two:
-            captions.append(caption_of([_object(a), _object(b)], RELATIONS[relation], on))
-        else:
-            thing = _object(a) | {"size": SIZES[not small], "place": PLACES[place]}
-            captions.append(caption_of([thing], None, on))
+        alone = {"size": SIZES[not small], "place": PLACES[place]}
+        objects = [_object(a), _object(b)] if two else [_object(a) | alone]
+        captions.append(caption_of(objects, RELATIONS[relation], tuple(BACKGROUNDS)[ground]))
     return captions
