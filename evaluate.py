@@ -48,7 +48,6 @@ PLACE_SPLIT = 2.75   # "in the middle" is within 1.5 of the centre, other places
 
 def read_shapes(images, num_shapes=6):
     """Read pictures of the worlds "shapes" and "scenes" back into what they show.
-
     images: (B, 3, H, H) uint8, or float in [-1, 1]. num_shapes: 6, or 8 to look for NEW_SHAPES too.
     Returns tensors for the two objects of largest area; absent is -1, or nan for floats:
       background (B,) index into BACKGROUNDS; count (B,) of all objects, may be above 2;
@@ -56,8 +55,7 @@ def read_shapes(images, num_shapes=6):
       center (B, 2, 2) as x, y; radius (B, 2); residual (B,) the larger squared error per object
       area, inf without objects; tint (B,) the larger distance to the palette;
       relation (B,): object 0 is RELATIONS[relation] object 1, -1 without two objects;
-      legible (B,) bool: one or two clean known shapes, and no dust. Raises ValueError.
-    """
+      legible (B,) bool: one or two clean known shapes, and no dust. Raises ValueError."""
     x, eight_bit = images.detach().cpu(), images.dtype == torch.uint8
     if x.shape[1:] != (3, *2 * x.shape[-1:]) or not (eight_bit or x.is_floating_point()):
         raise ValueError("the reader needs images (B, 3, H, H), uint8 or float in [-1, 1], not "
@@ -104,11 +102,9 @@ def _read_chunk(images, num_shapes):
 
 def _fit(coverage, near, shape):
     """Least-squares centre and radius of one shape, where `near` is 1. All maps are (P, H, W).
-
     Area and centroid give the first guess, three steps of Gauss-Newton the rest, as a template T
     changes by dT/dcx = -T_x, dT/dcy = -T_y, dT/dr = -((x - cx) T_x + (y - cy) T_y) / r.
-    Returns (P, 4): cx, cy, r, and the sum of squared errors times the area of a pixel.
-    """
+    Returns (P, 4): cx, cy, r, and the sum of squared errors times the area of a pixel."""
     (P, H, W), pixel = coverage.shape, 32 / coverage.shape[2]
     x = (torch.arange(W) + 0.5) * pixel                     # (W,) pixel centres
     y = x.view(H, 1)
@@ -164,8 +160,7 @@ def _find_objects(images):
 
 def _name_color(images, ground, weight):
     """images (P, 3, H, W), ground (P, 3), weight (P, H, W) -> colour (P,), error (P,), step (P, 3)
-    from ground to it. Blur shortens the step but does not turn it: errors along it count half.
-    """
+    from ground to it. Blur shortens the step but does not turn it: errors along it count half."""
     mean = torch.einsum("phw,pchw->pc", weight, images) / weight.sum((1, 2)).view(-1, 1)    # (P, 3)
     step = torch.tensor(list(worlds.COLORS.values())) / 255 - ground.unsqueeze(1)   # (P, 8, 3)
     error = (mean - ground).unsqueeze(1) - step
@@ -184,11 +179,9 @@ def _smooth(x):
 
 def prompt_accuracy(images, captions):
     """How often each axis of a caption is right, over the captions that mention the axis.
-
     Returns {axis: (rate, number of captions)} for shape, color (of both objects, in the roles of
     the relation), size, place, background, count, relation, all of them, legible, legible_all; then
-    "one object: shape" and others for groups of captions. Raises ValueError.
-    """
+    "one object: shape" and others for groups of captions. Raises ValueError."""
     if len(captions) != len(images):
         raise ValueError(f"{len(images)} images need as many captions, not {len(captions)}")
     asked = [worlds.parse_caption(caption) for caption in captions]
