@@ -166,14 +166,12 @@ def make_modulation(width, count):
 
 class DiT(nn.Module):
     """Diffusion transformer. The defaults are DiT-XL/2.
-
     input_size: height = width of x, in pixels or latent cells; patch_size: side of a token;
     in_channels: C of x; num_classes: 0 = no classes, y is always the null class 0;
     class_dropout_prob: share of the labels that training hides; above 0 there is a null class,
     y = num_classes, which guidance needs; learn_sigma: 2C channels out, prediction then variance;
     conditioning: a key of BLOCKS; norm: of NORMS; "rms" has no bias, and a weight exactly where
-    "layer" has one; qk_norm: see Attention. Source: DiT §3, Fig. 3, Table 1.
-    """
+    "layer" has one; qk_norm: see Attention. Source: DiT §3, Fig. 3, Table 1."""
     matrices = r"blocks\."          # Muon's share (optim.py); embedders and last layer: AdamW
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
