@@ -236,7 +236,6 @@ class Resample(nn.Module):
 
 class UDiT(nn.Module):
     """U-shaped diffusion transformer; the defaults are U-DiT-S.
-
     input_size: side S of x, a multiple of 4 * down_factor; hidden_size: width D of the first level;
     depth: blocks in encoder 1, encoder 2, latent, decoder 2, decoder 1, where the side is S, S/2,
     S/4, S/2, S and the width D, 2D, 4D, 2D, 2D; num_heads: at every level; others: as in DiT.
@@ -244,8 +243,7 @@ class UDiT(nn.Module):
     "kv" = keys and values only; cosine: else dot products; rope: rotary positions; mlp: of MLPS;
     kernel_size: of the filter before the split, odd, or 0 = no filter; shortcut: add the filter's
     input to its output. Vanilla U-DiT is cosine=False, rope=False, mlp="basic"; DiT-UNet is that
-    with down_factor=1, kernel_size=0. Source: U-DiT §3, Fig. 2, Tables 1, 7, 9.
-    """
+    with down_factor=1, kernel_size=0. Source: U-DiT §3, Fig. 2, Tables 1, 7, 9."""
     # Muon's share: the matrices between first convolution and final layer, no depth-wise kernels
     matrices = r"(?!.*(downsampler|dwconv|logit_scale))(enc|down|latent|up|reduce|dec|output)"
 
@@ -258,8 +256,7 @@ class UDiT(nn.Module):
             raise ValueError(f"input size {input_size} is not divisible by {4 * down_factor} = 4 "
                              f"(two halvings) * down_factor {down_factor}: change one of them")
         if len(depth) != 5 or mlp not in MLPS:
-            raise ValueError(f"depth {tuple(depth)}, mlp {mlp!r}: "
-                             "give five numbers; basic, dw or rep")
+            raise ValueError(f"depth {tuple(depth)}, mlp {mlp!r}: five numbers; basic, dw or rep")
         self.input_size, self.in_channels = input_size, in_channels
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.can_guide = num_classes > 0 and class_dropout_prob > 0         # there is a null class
