@@ -174,15 +174,13 @@ class Stage(nn.Sequential):
 
 class UNet(nn.Module):
     """The conditional U-Net. The defaults are Stable Diffusion v1.
-
     channel_mult: width of each level in units of model_channels, the largest map first;
     num_res_blocks: ResBlocks per level on the way down (one more on the way up);
     attention_resolutions: down-sampling factors (1, 2, 4, ...) of the levels with transformers
     (the middle always has one); num_heads: attention heads at every width, or -1 and then
     num_head_channels: channels per head; transformer_depth: blocks per transformer;
     context_dim: width D_ctx of a text state; norm_groups: of each GroupNorm, divides every width.
-    Raises ValueError for sizes that do not fit together. Source: LDM Eq. 3, §3.3, Table 15.
-    """
+    Raises ValueError for sizes that do not fit together. Source: LDM Eq. 3, §3.3, Table 15."""
     # what Muon (optim.py) trains: all but the first and last convolution and the timestep MLP
     matrices = r"(?:input_blocks\.(?!0\.)|middle_block\.|output_blocks\.)"
 
@@ -300,9 +298,7 @@ def check_sizes(model_channels, channel_mult, attention_resolutions, num_heads, 
 LITTLE = dict(model_channels=64, num_res_blocks=1, attention_resolutions=(1, 2), num_heads=4,
               context_dim=64, norm_groups=8)
 UNET_CONFIGS = {
-    # Stable Diffusion v1: 64x64x4 latents, 77 CLIP states; 860 M parameters
-    "SD-v1": dict(in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
-                  num_res_blocks=2, attention_resolutions=(1, 2, 4), num_heads=8, context_dim=768),
+    "SD-v1": dict(),        # the defaults: for 64x64x4 latents, 77 CLIP states; 860 M parameters
     "unet-tiny": dict(LITTLE, channel_mult=(1, 1.5)),       # 2.8 M parameters
     "unet-small": dict(LITTLE, channel_mult=(1, 2)),        # 4.2 M: the lower level is wider
 }
