@@ -357,12 +357,10 @@ def kl_networks(channels, multipliers, res_blocks, in_channels, z_channels):
     norm, block = partial(nn.GroupNorm, 32, eps=1e-6), partial(ResBlock, groups=32, eps=1e-6)
     middle = lambda: _named(block_1=block(last, last), attn_1=KLAttention(last),
                             block_2=block(last, last))
-
-    def level(before, after, count):
-        blocks = (block(after if i else before, after) for i in range(count))
-        return _named(block=nn.Sequential(*blocks))
-    down = [level(a, b, res_blocks) for a, b in zip([channels, *widths], widths)]
-    up = [level(a, b, res_blocks + 1) for a, b in zip([*widths[1:], last], widths)]
+    # a block from each width to the next
+    level = lambda *w: _named(block=nn.Sequential(*map(block, w, w[1:])))
+    down = [level(a, *[b] * res_blocks) for a, b in zip([channels, *widths], widths)]
+    up = [level(a, *[b] * (res_blocks + 1)) for a, b in zip([*widths[1:], last], widths)]
     for i, (w, above) in enumerate(zip(widths, widths[1:])):            # pad right and bottom only
         halve = _named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(w, w, 3, stride=2))
         down[i].add_module("downsample", halve)
