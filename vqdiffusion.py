@@ -49,12 +49,10 @@ SAMPLING = dict(cfg_scale=1.0, truncation=1.0, top_k=None, x_init=None, mask=Non
 
 class MaskReplace:
     """The chain x_0 -> x_t on tokens 0..K-1 and [MASK] = K, its loss and samplers; no parameters.
-
     steps: T; t = 0..T-1 are the paper's 1..T, t = -1 is clean. num_codes: K. schedule: a name in
     SCHEDULES, or four such numbers. aux_weight: lambda of Eq. 12; short runs want 1, because the
     bound weighs mostly the steps with few [MASK]s. Public: alpha_bar, beta_bar, gamma_bar (T+1,)
-    float64, linear in t; the last is "clean": 1, 0, 0. Source: VQ-Diffusion §4.1, Eq. 7-9.
-    """
+    float64, linear in t; the last is "clean": 1, 0, 0. Source: VQ-Diffusion §4.1, Eq. 7-9."""
     samplers = ("posterior", "fewer", "purity")
     default_sampler = "posterior"
     default_steps = dict.fromkeys(samplers, 25)
@@ -380,12 +378,10 @@ class TokenEmbed(nn.Module):
 
 class VQTransformer(nn.Module):
     """Predicts clean tokens: noisy ones (B, N), t (B,), condition -> logits (B, N, K).
-
     num_codes: K, so [MASK] = K; grid: N = grid^2; steps: T. condition: "text" (B, L, context_dim),
     "class" (B,), or "none", not read. class_dropout_prob: how often training hides the class;
     above 0 there is a null class, num_classes; text.TextConditional hides text. mlp: "fc", "conv";
-    time: "table", "sinusoid"; position_grid: TokenEmbed's side, if above grid. Source: §4.3.
-    """
+    time: "table", "sinusoid"; position_grid: TokenEmbed's side, if above grid. Source: §4.3."""
     matrices = r"blocks\.\d+\.(attn\d?|mlp|ln\w*\.linear)"      # Muon's share; AdamW: the tables
 
     def __init__(self, num_codes=256, grid=8, hidden_size=128, depth=4, num_heads=4, steps=100,
