@@ -352,6 +352,23 @@ def test_masked_loss_is_a_true_mean(process):
     assert (whole - loss).abs() > 1e-3
 
 
+@pytest.mark.parametrize("process", [GaussianDiffusion(), GaussianDiffusion(learn_sigma=True),
+                                     RectifiedFlow()], ids=["fixed", "learned", "flow"])
+@pytest.mark.parametrize("t", [0, 400])
+def test_a_row_whose_mask_is_all_0_adds_nothing(process, t):
+    """Its mean is 0, not 0 / 0: the batch's loss is a third less than that of the other two."""
+    draws = process.draw((3, 2, 4, 4), seeded()) | {"t": torch.full((3,), t)}
+    x0, w = torch.randn(3, 2, 4, 4, generator=seeded(1)), torch.tensor(0.5, requires_grad=True)
+    learned = getattr(process, "learn_sigma", False)
+    model = lambda x, t, c: torch.cat([w * x, w * x], 1) if learned else w * x
+    mask = torch.tensor([1.0, 1.0, 0.0]).view(3, 1, 1, 1).expand(3, 1, 4, 4)
+    loss, terms = process.loss(model, x0, None, mask, **draws)
+    two, _ = process.loss(model, x0[:2], None, **{k: v[:2] for k, v in draws.items()})
+    assert_close(loss, two * 2 / 3)
+    assert_close(sum(terms.values()), loss)
+    assert torch.autograd.grad(loss, w)[0].isfinite()
+
+
 @pytest.mark.parametrize("process", [GaussianDiffusion(), RectifiedFlow()])
 def test_loss_needs_its_random_numbers_and_hands_out_plain_metrics(process):
     w = torch.ones((), requires_grad=True)
