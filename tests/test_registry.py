@@ -272,6 +272,8 @@ def test_labels_are_hidden_as_often_as_asked(case):
     hidden = model.drop_labels(y, (torch.arange(100) + 0.5) / 100)
     share = round(100 * model.class_dropout_prob)
     assert torch.equal(hidden[:share], null[:share]) and torch.equal(hidden[share:], y[share:])
+    with patch.object(model, "class_dropout_prob", 0.0):        # never, though a draw may be 0.0:
+        assert torch.equal(model.drop_labels(y, torch.zeros(100)), y)   # there is no null class
     conditional = bool(task.tokenizer) or has_classes(task)
     assert model.can_guide == (conditional and model.class_dropout_prob > 0)
 
