@@ -255,6 +255,13 @@ def test_seeds_splits_and_sizes():
     assert (shrunk - a[0].float()).abs().mean() < 1.0
 
 
+def test_no_seed_of_one_split_gives_the_pictures_of_the_other():
+    """Or a test on held-out pictures would be one on those of another seed's training."""
+    drawn = [worlds.draw_world("shapes", 8, split, count=4, seed=seed)[0].flatten().tolist()
+             for seed in range(4) for split in ("train", "test")]
+    assert len({tuple(pixels) for pixels in drawn}) == 8
+
+
 @pytest.mark.parametrize("name", ["shapes", "scenes"])
 def test_hold_out(name):
     shapes, colors = zip(*worlds.HELD_OUT)
