@@ -1,7 +1,9 @@
 """bench.py: the row of a model, and the exit code of the self-check."""
+import itertools
 import re
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import data
@@ -40,6 +42,25 @@ def test_the_operations_of_a_picture_are_those_of_forward_and_backward(monkeypat
     config, settings = train.read_flags(["--model", "DiT-64x2/4", "--first-stage", "new"])
     task = make_task(config, settings, data.load("shapes", count=8))
     assert more == pytest.approx(3 * 2 * macs(task), rel=0.05)  # no gradient of the pictures
+
+
+def test_a_step_takes_the_median_of_its_times(monkeypatch):
+    """Five steps of 1, 1, 2, 8 and 9 seconds: 2, whatever the slowest and the fastest take."""
+    moments = iter([0, 8, 8, 9, 9, 11, 11, 20, 20, 21])
+    monkeypatch.setattr(bench, "clock", lambda device: float(next(moments)))
+    monkeypatch.setattr(bench, "limit", lambda device: 1e12)
+    options = bench.Options(steps=5, device="cpu", batch_size=4, image_size=16)
+    assert bench.measure("DiT-32x1/4", options)["ms"] == 2000
+
+
+def test_the_limit_counts_a_product_and_a_sum_for_each_pair(monkeypatch):
+    moments = itertools.count()
+    monkeypatch.setattr(bench, "clock", lambda device: float(next(moments)))
+    with FlopCounterMode(display=False) as counter:
+        rate = bench.limit("meta", seconds=5)
+    first, last = 0, next(moments) - 1
+    products = 1 + 4                # one before the clock starts, then at 1, 2, 3 and 4 seconds
+    assert rate * (last - first) == pytest.approx(counter.get_total_flops() * 4 / products)
 
 
 def test_the_self_check_says_whether_one_batch_was_learned(capsys):
