@@ -469,6 +469,16 @@ def test_the_three_mlps_begin_at_the_same_scale():
     assert max(spread.values()) < 1.3 * min(spread.values()), spread
 
 
+@pytest.mark.parametrize("mlp", ["dw", "rep"])
+def test_a_depthwise_kernel_begins_as_the_identity(mlp):
+    """1 at its centre; what Xavier adds is at most the sqrt(6 / (fan_in + fan_out)) of 1x1, 3x3
+    and 5x5 kernels of 32 channels, fan_in = k^2 and fan_out = 32 k^2."""
+    block = fold(UDiT(**TINY, mlp=mlp)).encoder_level_1[0]
+    for kernel in (block.mlp1.dwconv.weight, block.mlp2.dwconv.weight):     # (32, 1, 5, 5)
+        away = (kernel - F.pad(torch.ones(32, 1, 1, 1), (2, 2, 2, 2))).abs().max()
+        assert away <= sum((6 / (33 * k ** 2)) ** 0.5 for k in (1, 3, 5))   # 0.66
+
+
 def test_overfits_one_batch():
     torch.manual_seed(0)
     model = UDiT(**{**TINY, "learn_sigma": False})
