@@ -351,6 +351,14 @@ def test_unused_codes_move_to_vectors_that_are_far_from_their_codes():
     assert not torch.equal(moved[0], moved[1])
 
 
+def test_restart_0_moves_no_code_not_even_one_that_was_never_used():
+    book = book_of(decay=0.9, restart=0.0)
+    book.embedding[3], book.cluster_size[3], book.embedding_avg[3] = 50.0, 0.0, 2.0
+    book.update(cloud(), KEEP, 0)
+    assert book.cluster_size[3] == 0
+    assert_close(book.embedding_avg[3], torch.full((3,), 0.9 * 2).double(), rtol=1e-6, atol=0)
+
+
 def test_halves_of_a_batch_count_as_one():
     """--accum 2, or two processes: the caller concatenates; the order does not matter."""
     one, two = book_of(restart=0.3), book_of(restart=0.3)
