@@ -298,6 +298,9 @@ def test_guess_truncation_and_guidance_match_official():
     assert torch.equal(tiny > 0, one_hot(logits.argmax(-1), 13) > 0)    # only the best code is kept
     four = chain.guess(torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[None, None], truncation=0.75)
     assert_close(four[0, 0], torch.tensor([0.4, 0.3, 0.2, 0.0, 0.0]))   # as few as reach 0.75
+    for count in (1, 2, 3):         # four equal codes have 1/4 each, exactly: count of them reach it
+        equal = chain.guess(torch.zeros(1, 1, 4), truncation=count / 4)
+        assert sorted(equal[0, 0].tolist()) == (5 - count) * [0.0] + count * [0.25]
 
 
 @pytest.mark.parametrize("case", ["vqd_sample_released", "vqd_sample_m09"])
@@ -502,6 +505,15 @@ def test_inpainting_keeps_what_is_known(sampler):
         seen.append((tokens == 9).sum(1))
     assert (seen[-1] == 0).all()
     assert (tokens != x)[mask == 1].float().mean() > 0.5                        # by chance 8 in 9
+
+
+def test_strength_is_the_share_of_the_chain_to_begin_after():
+    """After k of 100 steps the noisiest call is at t = k - 1; 0.29 * 100 is 28.999999999999996."""
+    chain, x, seen = MaskReplace(100, 9), torch.zeros(1, 2, dtype=torch.int64), []
+    model = lambda tokens, t, cond: (seen.append(t.item()), torch.zeros(1, 2, 9))[1]
+    for k in range(1, 100):
+        next(chain.trajectory(model, (1, 2), x_init=x, strength=k / 100, steps=100))
+    assert seen == [*range(99)] and any(int(100 * (k / 100)) < k for k in range(1, 100))
 
 
 def test_image_to_image_changes_more_with_more_strength():
