@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 
 import data
 from tasks import DiffusionTask, plot_loss
-from vae import TinyAutoencoder
+from vae import Pixels, TinyAutoencoder
 
 
 def seeded(seed=0):
@@ -25,6 +25,24 @@ def test_a_mirrored_picture_keeps_its_label():
     row = distance.argmin(1)                            # which picture each latent is of
     assert sorted(row.tolist()) == [*range(10)] and distance.amin(1).max() < 1e-3
     assert torch.equal(made.labels, y[row % 5])
+
+
+@pytest.mark.parametrize("classes,each,count", [
+    (0, 40, 40), (1, 40, 40), (2, 20, 40), (9, 4, 36), (41, 1, 41), (48, 1, 48), (100, 1, 48)])
+def test_a_preview_shows_a_few_of_each_class_in_turn(classes, each, count):
+    """A whole number of each, together at most 40; of more than 40 classes the first 48."""
+    info = {"channels": 3, "image_size": 8, "class_names": [f"c{k}" for k in range(classes)]}
+    y, names = DiffusionTask(None, info, None, None, Pixels()).examples()
+    assert y.tolist() == (list(range(max(1, classes)))[:count] * each)
+    assert names == ([f"c{k}" for k in y.tolist()] if classes else None)
+
+
+def test_latents_that_nothing_decodes_are_shown_in_false_colours():
+    """Three channels of four, three standard deviations to each end of the scale."""
+    info = {"channels": 4, "image_size": 1}
+    task = DiffusionTask(None, info, None, None, Pixels())
+    x = torch.tensor([[3.0, -3.0, 0.0, 9.0], [1.5, -1.5, 6.0, 0.0]])[..., None, None]
+    assert task.to_pictures(x).flatten(1).tolist() == [[255, 0, 128], [191, 64, 255]]
 
 
 def test_the_plotted_mean_moves_a_tenth_of_the_way_and_forgets_what_is_not_finite(
