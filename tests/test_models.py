@@ -101,6 +101,14 @@ def test_describe_says_what_a_model_needs_of_its_data():
         describe(TOY, "unet-tiny", Pixels())
 
 
+def test_examples_come_from_the_whole_of_a_sorted_data_set():
+    captions = 240 * ["a cat"] + 240 * ["a dog"]
+    x, y = torch.zeros(480, 3, 8, 8), torch.zeros(480, dtype=torch.int64)
+    spoken = data.Dataset("sorted", x, y, captions, [], flip=False)
+    examples = describe(spoken, "unet-tiny", Pixels())["examples"]
+    assert examples == 12 * ["a cat"] + 12 * ["a dog"]
+
+
 def test_latents_are_described_as_the_pictures_that_they_are_of():
     latents = dataclasses.replace(TOY, images=torch.randn(4, 6, 4, 4), flip=False)
     stage = TinyAutoencoder(3, 6, factor=2)

@@ -298,7 +298,7 @@ def test_guess_truncation_and_guidance_match_official():
     assert torch.equal(tiny > 0, one_hot(logits.argmax(-1), 13) > 0)    # only the best code is kept
     four = chain.guess(torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[None, None], truncation=0.75)
     assert_close(four[0, 0], torch.tensor([0.4, 0.3, 0.2, 0.0, 0.0]))   # as few as reach 0.75
-    for count in (1, 2, 3):         # four equal codes have 1/4 each, exactly: count of them reach it
+    for count in (1, 2, 3):             # four equal codes, 1/4 each: `count` of them reach it
         equal = chain.guess(torch.zeros(1, 1, 4), truncation=count / 4)
         assert sorted(equal[0, 0].tolist()) == (5 - count) * [0.0] + count * [0.25]
 
