@@ -222,6 +222,8 @@ def test_a_budget_gives_the_rank_whose_size_is_nearest():
         assert abs(parameters - budget) <= min(near)
     # by hand: r (2 * 12480 + 16) + 12480 for the sixteen widths
     assert size("ca_out", "ffn_in", budget=budget)[0] == round((budget - 12_480) / 24_976)
+    for rank, wanted in ((8.6, 9), (9.4, 9), (9.6, 10)):
+        assert size("ca_out", "ffn_in", budget=round(rank * 24_976) + 12_480)[0] == wanted
     with pytest.raises(ValueError, match="budget of 1,000 .* rank 1 has 37,456"):
         add_adapters(model, "ca_out", "ffn_in", budget=1000)
 
