@@ -481,6 +481,15 @@ def test_rows_that_are_nearly_equal_count_once_and_what_they_cost_is_reported():
         cd.merge(W0, [(W1, torch.stack([C1[0], C1[1], C1[0] + C1[1]]))], C_reg)
 
 
+def test_nearly_equal_is_a_share_of_the_mean_length():
+    """Lengths 100, 1 and about 1: their mean is 34, so a hundredth of it is 0.34."""
+    W0, ((W1, _), *_), C_reg = problem()
+    a, b, c = torch.eye(12, dtype=torch.float64)[:3]
+    for apart, kept in ((0.5, 3), (0.2, 2)):
+        C = torch.stack([100 * a, b, b + apart * c])
+        assert cd.merge(W0, [(W1, C)], C_reg, tolerance=0.01)[1]["rows"] == kept
+
+
 # --------------------------------------------------------------------------------------------------
 # files and the command line
 
