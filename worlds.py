@@ -42,6 +42,7 @@ HELD_OUT = (("circle", "purple"), ("square", "cyan"), ("triangle", "orange"),
             ("star", "blue"), ("cross", "yellow"), ("ring", "red"))
 
 CLASS_NAMES = [f"{color} {shape}" for shape in SHAPES for color in COLORS]  # shape * 8 + color
+OBJECTS = [{"shape": shape, "color": color} for shape in SHAPES for color in COLORS]  # the same
 CANVAS = 32.0  # cx, cy, r are pixels of a 32-pixel picture, whatever the image size
 
 # ---------------------------------------------------------------- outlines to pixels
@@ -198,17 +199,12 @@ def _uniform(shape, low, high, generator):
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
-def _object(label):
-    color, shape = CLASS_NAMES[label].split()
-    return {"shape": shape, "color": color}
-
-
 def _shapes_world(first, generator):
     """One large object near the centre: class, cx, cy, r (N, 1), background (N,), captions."""
     count = len(first)
     cx, cy = (_uniform((count, 1), 13.0, 19.0, generator) for _ in range(2))
     r = _uniform((count, 1), 8.0, 11.0, generator)
-    captions = [caption_of([_object(label)]) for label in first.tolist()]
+    captions = [caption_of([OBJECTS[label]]) for label in first.tolist()]
     return first[:, None], cx, cy, r, torch.zeros(count, dtype=torch.int64), captions
 
 
@@ -257,6 +253,6 @@ def _scene_captions(*columns):
     captions = []
     for a, b, two, small, place, relation, ground in zip(*(column.tolist() for column in columns)):
         alone = {"size": SIZES[not small], "place": PLACES[place]}
-        objects = [_object(a), _object(b)] if two else [_object(a) | alone]
+        objects = [OBJECTS[a], OBJECTS[b]] if two else [OBJECTS[a] | alone]
         captions.append(caption_of(objects, RELATIONS[relation], tuple(BACKGROUNDS)[ground]))
     return captions
