@@ -78,8 +78,7 @@ class TransformerBlock(Tapped):
         sa_out  = attn1(LN(sa_in))         ca_in     = sa_out + sa_in
         ca_out  = attn2(LN(ca_in), ca_c)   ffn_in    = ca_out + ca_in
         ffn_out = ff(LN(ffn_in))           trans_out = ffn_out + ffn_in
-    These are its taps; ca_c is the context (B, L, D_ctx). Source: LDM §3.3; Xiang et al. Fig. 4.
-    """
+    These are its taps; ca_c is the context (B, L, D_ctx). Source: LDM §3.3; Xiang et al. Fig. 4."""
 
     def __init__(self, dim, num_heads, head_dim, context_dim):
         names = ("sa_in", "sa_out", "ca_in", "ca_c", "ca_out", "ffn_in", "ffn_out", "trans_out")
