@@ -96,13 +96,11 @@ class MaskReplace:
 
     def posterior(self, p0, xt, t, s=None):
         """p(x_s | x_t) = sum over x_0 of q(x_s | x_t, x_0) p0(x_0), (B, N, K+1), for any s < t.
-
         p0 (B, N, K+1): the prediction, 0 at [MASK]. xt (B, N). t, s: (B,) or ints; None = t - 1.
         With r_k = p0_k / q(x_t | x_0 = k) and R, the sum of r_k over the codes k, Eq. 5 and 11 are
             p(x_s = k | x_t) = q(x_t | x_s = k) (alpha_bar_s r_k + beta_bar_s R)  for a code k,
             p(x_s = [MASK] | x_t) = gamma_bar_s R                                 if x_t is [MASK].
-        Both q are the same for all codes k but x_t. Source: VQ-Diffusion Eq. 5, 11; §4.2 (jumps).
-        """
+        Both q are equal for all codes k but x_t. Source: VQ-Diffusion Eq. 5, 11; §4.2 (jumps)."""
         jump = self._jump(t, t - 1 if s is None else s, xt.device)
         xt, masked = xt[..., None], xt[..., None] == self.num_codes             # 2x (B, N, 1)
         p_xt, others = p0.gather(-1, xt), p0.scatter(-1, xt, 0.0)               # others (B, N, K+1)
@@ -157,15 +155,13 @@ class MaskReplace:
     @torch.no_grad()
     def trajectory(self, model, shape, cond=None, uncond=None, sampler=None, steps=None, **options):
         """Sample tokens; yields (xt, likeliest x0) after each network call, both (B, N) = shape.
-
         sampler: "posterior", or "fewer" and "purity", which only fill in [MASK]s, equally many per
         call: "fewer" anywhere, "purity" mostly where the network is sure. steps: network calls, at
         most T, for the latter two N; None: 25, or that limit. cfg_scale: guidance of the logits, 1
         = none (Improved's s + 1). truncation, top_k: see guess. x_init (B, N) with mask (B, N), 1 =
         paint here: inpainting; with strength < 1: start from x_init after that share of the chain.
         start (B, N): tokens to start from. stride: see jumps. purity: r of Improved Eq. 11, 0.5-2.
-        Source: VQ-Diffusion algorithm 2; Improved §3, algorithm 1.
-        """
+        Source: VQ-Diffusion algorithm 2; Improved §3, algorithm 1."""
         sampler = sampler or self.default_sampler
         check_options(self, sampler, options)
         o = SimpleNamespace(**{**SAMPLING, "stride": "exact", "purity": 1.0, **options})
@@ -204,12 +200,10 @@ class MaskReplace:
 
     def jumps(self, steps, stride="exact", first=None):
         """What each network call does, noisiest first: [(t of network, t of posterior, s), ...].
-
         steps: so many calls, evenly over the whole chain, or a list of t. first: leave out calls at
         t > first. stride "exact": jump from each t to the next, from the last to -1, clean.
         "official": calls at every (T // steps)-th t and at 0; x_t is treated as if it were
-        x_{t-skip}, and takes one step, to the next call's t. Source: VQ-Diffusion §4.2; its code.
-        """
+        x_{t-skip} and takes one step, to the next call's t. Source: VQ-Diffusion §4.2; its code."""
         T, times = self.steps, steps or None
         check_name("stride", stride, ("exact", "official"))
         if isinstance(steps, int) and 1 <= steps <= T:
