@@ -289,10 +289,9 @@ def prediction_difference(unet, xt, t, context_a, context_b):
 
 def anova(groups):
     """One-way analysis of variance -> (F, p): do groups differ by more than their inner scatter?
-    groups: one sequence of numbers per level of a factor, of any sizes. F = MSB / MSE, with
-    MSB = sum n_i (mean_i - mean)^2 / (k - 1) and MSE = sum (y_ij - mean_i)^2 / (n - k); p is the
-    chance of an F at least as large. Raises ValueError where F is not defined. Source: Fisher 1925.
-    """
+    groups: one sequence of numbers per level of a factor, of any sizes. F = MSB / MSE, the mean
+    squares between and within groups; p: the chance of an F at least as large. Raises ValueError
+    where F is not defined. Source: Fisher 1925."""
     groups = [[float(y) for y in group] for group in groups]
     values = [y for group in groups for y in group]
     n, k = len(values), len(groups)
