@@ -1,6 +1,8 @@
 """sample.py: seeds, classes, known pixels, files, refusals. Official files are in
 test_official.py, prompts in test_text_to_image.py, tokens in test_tokens.py.
 """
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,15 @@ def test_interpolation_goes_along_the_arc_between_two_seeds(runs, monkeypatch):
         seen.append((y, options["noise"])) or run(self, model, y, **options)))
     assert len(drawn(runs, "latent", "--interpolate", "--seed", "5")[0]) == 16
     assert seen[0][0].tolist() == 8 * [0] + 8 * [1] and torch.equal(seen[0][1], noise)
+
+
+def test_walks_are_eight_pictures_of_one_class_each_of_the_first_four():
+    task = SimpleNamespace(tokenizer=None, model=SimpleNamespace(num_classes=6),
+                           info={"class_names": [*"abcdef"]})
+    of = lambda **options: sample.conditions(sample.Options(interpolate=True, **options), task)
+    eights = lambda text: [letter for letter in text for _ in range(8)]
+    assert of()[1] == eights("abcd") and of(classes="f,b")[1] == eights("fb")
+    assert of(classes="f,b", n=20)[1] == eights("fbf")[:20]
 
 
 # --------------------------------------------------------------------------------------------------
