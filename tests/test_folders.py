@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from folders import read_folder, read_image
+from folders import choose, read_folder, read_image
 
 
 def put(path, color=(10, 120, 240), size=(32, 32), mode="RGB", **save):
@@ -47,6 +47,13 @@ def noise(height, width):
     ("I;16", 25700, (100, 100, 100)), ("I;16", 65535, (255, 255, 255))])
 def test_png_modes(tmp_path, mode, color, want):
     assert near(read_image(put(tmp_path / "a.png", color, mode=mode), 32), want)
+
+
+@pytest.mark.parametrize("value", [128, 129, 385, 386, 25_828, 25_829, 65_406, 65_407])
+def test_16_bit_grey_is_rounded_to_the_nearest_of_256(tmp_path, value):
+    """65,535 / 257 = 255, so the border between k and k + 1 is at 257 k + 128.5."""
+    image = read_image(put(tmp_path / "a.png", value, mode="I;16"), 32)
+    assert image.unique().tolist() == [(value + 128) // 257]
 
 
 def test_palette_cmyk_and_the_first_frame(tmp_path):
@@ -218,6 +225,11 @@ def test_the_split_that_nobody_made(tmp_path):
     assert values("test", seed=5) == test                   # the split does not move with the seed
     few = values("train", count=30)
     assert len(few) == 30 and set(few) <= set(train) and values("train", count=30, seed=1) != few
+
+
+def test_fewer_than_200_are_not_split():
+    assert [len(choose(n, "test", None, 0)) for n in (199, 200, 219, 220)] == [199, 10, 10, 11]
+    assert [len(choose(n, "train", None, 0)) for n in (199, 200, 219, 220)] == [199, 190, 209, 209]
 
 
 def test_captions_beside_the_pictures(tmp_path):
