@@ -453,6 +453,12 @@ def test_grid_captions():
     assert data.make_grid(images, captions=["", "", ""]).shape[1] == plain.shape[1]
 
 
+@pytest.mark.parametrize("side,shown", [(8, 64), (24, 72), (40, 80), (64, 64), (100, 100)])
+def test_captioned_tiles_are_enlarged_until_64_pixels_fit(side, shown):
+    grid = data.make_grid(torch.zeros(1, 3, side, side, dtype=torch.uint8), captions=["a"], pad=0)
+    assert grid.shape[1] == shown
+
+
 def test_captions_in_letters_that_pillows_font_lacks():
     """Cyrillic is in the font that matplotlib brings: different letters, different pixels."""
     image = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
