@@ -9,6 +9,7 @@ import torch
 import pretrained
 from checkpoint import save_checkpoint
 from conftest import fill_by_recipe
+from dit import DIT_CONFIGS, DiT, dit_config
 from text import TextEncoder
 from unet import UNet
 from vae import AutoencoderKL
@@ -502,6 +503,15 @@ def test_published_sizes_of_the_other_two():
     assert pretrained.infer_vae(vae) == dict(channels=128, multipliers=(1, 2, 4, 4), res_blocks=2,
                                              in_channels=3, z_channels=4)
     assert pretrained.infer_text(text) == clip | dict(mlp_ratio=4.0)
+
+
+@pytest.mark.parametrize("name", [*DIT_CONFIGS, "DiT-32x1/2", "DiT-160x2/1", "DiT-512x1/4"])
+def test_sizes_of_a_dit_are_read_off_its_tensors(name):
+    """The paper's heads by width, or heads of 32 channels, as every DiT-WxD/p has them."""
+    sizes = dict(dit_config(name), input_size=16, in_channels=3, num_classes=7, learn_sigma=False)
+    with torch.device("meta"):
+        state = DiT(**sizes).state_dict()
+    assert pretrained.infer_dit(state) == sizes
 
 
 @pytest.mark.parametrize("infer, part, what", [
