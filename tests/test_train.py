@@ -1,6 +1,7 @@
 """train.py: runs resume and split exactly, and survive numbers that are not finite, and signals."""
 import copy
 import csv
+import itertools
 import shutil
 import signal
 import subprocess
@@ -142,8 +143,16 @@ def test_seeds_decide(pictures):
     assert_same(drawn[0][1], drawn[0][2])               # a step is a function of (seed, s) alone
     for name, value in drawn[0][0].items():             # of each row, each step and each seed
         assert value.flatten().unique().numel() == value.numel(), name
-        for other in (drawn[0][1], drawn[2][0], drawn[2][1]):
-            assert not torch.isin(value, other[name]).all(), name
+    steps = drawn[0][0], drawn[0][1], drawn[2][0], drawn[2][1]      # no two share their numbers
+    for (one, other), name in itertools.product(itertools.combinations(steps, 2), steps[0]):
+        assert not torch.isin(one[name], other[name]).all(), name
+
+
+def test_the_log_shows_the_rate_that_each_step_had(tmp_path, pictures):
+    """Two steps of warm-up, and a cosine to zero over four: cos 0, 45, 90 and 135 degrees."""
+    main(tmp_path, pictures, *DIT, "--steps", "4", "--warmup", "2", "--lr", "0.001")
+    want = [0.5 * 1, 0.5 + 0.125 ** 0.5, 0.5, 0.5 - 0.125 ** 0.5]
+    assert [float(row["lr"]) for row in rows(tmp_path)] == pytest.approx([1e-3 * w for w in want])
 
 
 # --------------------------------------------------------------------------------------------------
