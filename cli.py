@@ -6,36 +6,62 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import math
+import os
 import re
+import signal
 import sys
+import threading
 
 import torch
 
-# flags of other tools -> what to say here
-ELSEWHERE = {"learning-rate": "here it is --lr", "resolution": "here it is --image-size",
-             "epochs": "give --steps, the number of optimizer steps",
-             "num-classes": "there is no such flag, classes are counted from --data",
-             "mixed-precision": "there is no such flag: cuda uses bfloat16, all else float32"}
+# our flag, or what to say: its names in kohya's scripts, diffusers, DiT, nanoGPT
+ELSEWHERE = {
+    "steps": "epochs num-train-epochs max-train-epochs max-train-steps max-iters num-steps "
+    "num-sampling-steps num-inference-steps ddim-steps", "ckpt": "model", "lr": "learning-rate",
+    "batch-size": "train-batch-size global-batch-size bs", "accum": "gradient-accumulation-steps",
+    "cfg-scale": "cfg guidance-scale", "image-size": "resolution height width", "ema": "ema-decay",
+    "out": "output results-dir output-dir out-dir", "n": "num-samples num-images num-fid-samples",
+    "data": "data-path dataset dataset-name train-data-dir data-dir", "seed": "global-seed",
+    "save-every": "checkpointing-steps ckpt-every save-steps", "resume": "resume-from-checkpoint",
+    "log-every": "log-interval logging-steps", "sample-every": "validation-steps eval-interval",
+    "warmup": "warmup-iters lr-warmup-steps", "dtype": "mixed-precision precision", "grad-clip":
+    "max-grad-norm", "lr-decay": "lr-scheduler", "sampler": "scheduler", "base": "pretrained-model-"
+    "name-or-path", "concept": "instance-data-dir", "negative": "negative-prompt",
+    "cuda computes in bfloat16, all else in float32": "mixed-precision precision dtype fp16 bf16",
+    "classes are counted from --data": "num-classes", "see log.csv and loss.png": "report-to wandb",
+    "all data are kept in memory": "num-workers dataloader-num-workers"}
 
 
-def flag(default, help, within="(-inf, inf)", choices=None):
-    """A dataclass field that becomes a flag; numbers must lie `within`. "%" of help is "%%"."""
-    metadata = dict(help=help, within=within, choices=choices)
+def flag(default, help, within="(-inf, inf)", choices=None, needs=""):
+    """A dataclass field that becomes a flag; numbers must lie `within`, "text" may be empty. needs:
+    flags without which this one is not read, or with "!", beside which. "%" of help is "%%"."""
+    metadata = dict(help=help, within=within, choices=choices, needs=needs)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def check(options):
-    """`options`, if its numbers are finite and in the range that each field states."""
+    """`options`, if numbers are in the range that each field states, and all would be read."""
     for field in dataclasses.fields(options):
         value, within = getattr(options, field.name), field.metadata["within"]
         if type(value) in (int, float):
             low, high = map(float, within[1:-1].split(","))
             ends = [low] * (within[0] == "[") + [high] * (within[-1] == "]")
-            if not (math.isfinite(value) and (low < value < high or value in ends)):
-                name = field.name.replace("_", "-")
-                raise ValueError(f"--{name} {value:g}: give a number in {within}")
+            if not (abs(value) < 1e15 and (low < value < high or value in ends)):
+                within = within.replace("inf", "1e15")
+                refuse(options, field.name, f"{value!s:.20}: give a number in {within}")
+        for other in field.metadata["needs"].split():
+            beside = other[0] == "!"
+            if (getattr(options, other.strip("!")) is None) != beside:
+                refuse(options, field.name, f"is not read beside --{other[1:]}: leave one of them "
+                       "out" if beside else f"needs --{other}")
     return options
+
+
+def refuse(options, names, why):
+    """Raise ValueError, "--name why", for the first of the options `names` that was given."""
+    for name in names.split():
+        if getattr(options, name) not in (None, ()):
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
 def parse(argv, description, *classes, presets=lambda given: {}, other=lambda flag: None):
@@ -59,10 +85,15 @@ def parse(argv, description, *classes, presets=lambda given: {}, other=lambda fl
     dashed = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in argv]
     given, left = parser.parse_known_args(dashed)
     if left:
-        name = left[0].split("=")[0]
-        near = difflib.get_close_matches(name, parser._option_string_actions, 1)
-        hint = other(name) or ELSEWHERE.get(name[2:]) or (near and f"did you mean {near[0]}?")
+        name, known = left[0].split("=")[0][:60], parser._option_string_actions
+        said = [ours if " " in ours else f"here it is --{ours}" for ours, names in ELSEWHERE.items()
+                if name[2:] in names.split() and (" " in ours or f"--{ours}" in known)]
+        near = [f"did you mean {near}?" for near in difflib.get_close_matches(name, known, 1)]
+        hint = other(name) or next(iter(said + near), None)
         raise ValueError(f"unknown argument {name!r}: {hint or 'see --help'}")
+    for f in [f for cls in classes for f in dataclasses.fields(cls)]:
+        if getattr(given, f.name, None) == "" and f.metadata["within"] != "text":
+            refuse(given, f.name, "is empty: give a value, or leave it out")
     values = {**presets(vars(given)), **vars(given)}
     names = [{f.name for f in dataclasses.fields(cls)} & values.keys() for cls in classes]
     return [check(cls(**{k: values[k] for k in known})) for cls, known in zip(classes, names)]
@@ -78,13 +109,44 @@ def resolve_device(name):
 
 
 def one_line(main):
-    """Decorate main(argv): what the user can mend is one line and exit code 2; Ctrl-C is 130."""
+    """Decorate main(argv): what the user can mend is one line and exit code 2. Ctrl-C and SIGTERM:
+    "stopped", 130 and 143; the second ends at once. Faults of the program stay tracebacks."""
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
     @functools.wraps(main)
     def wrapped(argv=None):
+        here = threading.current_thread() is threading.main_thread()
+        before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM) if here}
         try:
-            return main(sys.argv[1:] if argv is None else list(argv))
-        except (ValueError, OSError, KeyboardInterrupt) as error:
-            stopped = isinstance(error, KeyboardInterrupt)
-            print("stopped" if stopped else f"error: {error}", file=sys.stderr)
-            raise SystemExit(130 if stopped else 2) from None
+            main(sys.argv[1:] if argv is None else list(argv))
+            return sys.stdout.flush()                           # a full disk or a closed pipe
+        except KeyboardInterrupt as error:
+            words, code = "stopped", 128 + (error.args or [signal.SIGINT])[0]
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            words, code = f"error: {in_one_line(error)}", 2
+            if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
+                sys.stdout = open(os.devnull, "w")              # else Python would flush it again
+        finally:
+            for number, handler in before.items() if argv is not None else ():
+                signal.signal(number, handler)
+        print(words, file=sys.stderr)
+        raise SystemExit(code)
     return wrapped
+
+
+def in_one_line(error):
+    """What an error says, in at most 400 characters; of too little memory, what was asked for and
+    what there is. Any other RuntimeError is a fault of the program, and raised again."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    short = re.search("(?i)out of memory|can.t allocate|size calculation overflowed", words)
+    if isinstance(error, RuntimeError) and not short:
+        raise error
+    if isinstance(error, (RuntimeError, MemoryError)):
+        asked = re.search(r"(?i)allocate (\d[\d.]* \w+)", words)
+        free, total = torch.cuda.mem_get_info() if isinstance(error, torch.OutOfMemoryError) else (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf(f"SC_{n}PHYS_PAGES") for n in ("AV", ""))
+        words = (f"not enough memory{f' for {asked[1]}' if asked else ''}: {free >> 20:,} of "
+                 f"{total >> 20:,} MiB are free: take fewer or smaller pictures at once")
+    return words if len(words) <= 400 else f"{words[:200]} ... {words[-195:]}"

@@ -1,9 +1,13 @@
 """What a person may get wrong at the command line: exit code 2, one clear line, nothing lost."""
 import dataclasses
 import importlib
+import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -45,6 +49,9 @@ class Options:
     names: tuple = flag(("a",), "some names")
     on: bool = flag(False, "on or off")
     kind: str = flag("x", "which", "", ["x", "y"])
+    steps: int = flag(None, "how many")
+    out: str = flag(None, "where to")
+    words: str = flag(None, "what", "text", needs="out !share")
 
 
 def test_a_dataclass_becomes_flags(capsys):
@@ -72,17 +79,132 @@ def test_a_dataclass_becomes_flags(capsys):
     assert all(word in shown for word in ("words", "a group", "in %", "(default: 3)"))
 
 
-def test_what_the_user_can_mend_is_one_line(capsys):
-    errors = (ValueError("x"), 2), (FileNotFoundError("x"), 2), (KeyboardInterrupt, 130)
-    for error, code in errors:
-        @one_line
-        def main(argv):
-            raise error
-        with pytest.raises(SystemExit) as stopped:
-            main([])
-        assert stopped.value.code == code and len(capsys.readouterr().err.splitlines()) == 1
-    with pytest.raises(TypeError):                          # a fault of the program is not hidden
-        one_line(lambda argv: argv + 1)([])
+@pytest.mark.parametrize("argv,words", [
+    (["--count=1000000000000000000000"], "--count 10000000000000000000: give a number in [1, 5)"),
+    (["--count=1" + 400 * "0"], "--count 1000"), (["--count="], "invalid int value: ''"),
+    (["--count", "1e3"], "invalid int value: '1e3'"), (["--steps", "1" + 15 * "0"], "--steps 1000"),
+    (["--steps", "9" * 5000], "invalid int"), (["--out="], "--out is empty"),
+    (["--out", ""], "leave it out"), (["--words", "x"], "--words needs --out"),
+    (["--words=", "--out", "x", "--share", "1"], "--words is not read beside --share"),
+    (["--num-inference-steps", "3"], "unknown argument '--num-inference-steps': here it is --steps"),
+    (["--output_dir=x"], "unknown argument '--output-dir': here it is --out"),
+    (["--guidance-scale", "3"], "see --help"),                  # this command has no --cfg-scale
+    (["--dtype", "bf16"], "cuda computes in bfloat16"), (["--num-workers", "4"], "in memory"),
+    (["--" + "x" * 50_000], "unknown argument '--xxx")])
+def test_values_and_flags_that_are_refused(argv, words):
+    with pytest.raises(ValueError) as error:
+        parse(argv, "words", Options)
+    assert words in str(error.value)
+
+
+def test_values_that_are_right():
+    read = lambda *argv: parse(argv, "words", Options)[0]
+    assert read("--steps", "1_000").steps == 1000 and read("--count=٣").count == 3
+    assert read("--count", "1", "--count", "2").count == 2              # the last one counts
+    assert read("--out", "x", "--words", "").words == ""
+
+
+ALIASES = ("learning-rate train-batch-size max-train-steps gradient-accumulation-steps resolution "
+           "num-sampling-steps num-inference-steps guidance-scale cfg global-seed results-dir "
+           "output-dir mixed-precision dtype checkpointing-steps resume-from-checkpoint "
+           "num-workers report-to data-path batchsize epochs num-samples").split()
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "bench"])
+def test_flags_of_other_tools_find_ours_and_only_those_that_are_there(capsys, name):
+    main = importlib.import_module(name).main
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    flags = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    found = 0
+    for alias in ALIASES:
+        if f"--{alias}" not in flags:
+            said = refuse(capsys, f"--{alias}", "1", main=main).partition(": ")[2]
+            named = re.findall(r"(?:here it is|did you mean) (--[a-z-]+)", said)
+            assert set(named) <= flags, (alias, said)
+            found += bool(named)
+    assert found >= {"train": 10, "sample": 9, "evaluate": 6, "bench": 4}[name]
+
+
+SHORT = ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+         "you tried to allocate 12288 bytes.\nError code 12 (Cannot allocate memory)")
+
+
+@pytest.mark.parametrize("error,code,words", [
+    (ValueError("x"), 2, "x"), (ValueError("a\nb\x1b[31m\u2028c"), 2, "a b [31m c"),
+    (FileNotFoundError(2, "No such file", "a.pt"), 2, "No such file: 'a.pt'"),
+    (OSError(28, "No space left on device"), 2, "No space left"),
+    (BrokenPipeError(32, "Broken pipe"), 2, "Broken pipe"), (KeyboardInterrupt(), 130, "stopped"),
+    (MemoryError(), 2, "not enough memory: "), (RuntimeError(SHORT), 2, "for 12288 bytes: "),
+    (RuntimeError("Storage size calculation overflowed with sizes=[9]"), 2, "not enough memory: "),
+    (MemoryError("Unable to allocate 7.28 TiB for an array"), 2, "for 7.28 TiB: "),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), 2, "not enough memory")])
+def test_what_the_user_can_mend_is_one_line(capsys, error, code, words):
+    @one_line
+    def main(argv):
+        raise error
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    said = capsys.readouterr().err
+    assert stopped.value.code == code and words in said and len(said.splitlines()) == 1
+    assert "memory" not in words or re.search(r"[\d,]+ of [\d,]+ MiB are free", said)
+
+
+def test_a_long_message_keeps_its_beginning_and_its_cure(capsys):
+    @one_line
+    def main(argv):
+        raise ValueError("wrong " + 5000 * "x" + " say --right")
+    with pytest.raises(SystemExit):
+        main([])
+    said = capsys.readouterr().err
+    assert len(said) < 420 and said.startswith("error: wrong x") and said.endswith("say --right\n")
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), AttributeError("x"),
+                                   RuntimeError("shape mismatch"), NotImplementedError("x")])
+def test_faults_of_the_program_are_not_hidden(error):
+    @one_line
+    def main(argv):
+        raise error
+    with pytest.raises(type(error)):
+        main([])
+
+
+def test_a_signal_stops_in_one_line_and_a_second_one_at_once(tmp_path):
+    code = ("import sys, time, signal; from cli import one_line\n"
+            "def main(argv):\n"
+            "    try:\n        print('ready', flush=True); time.sleep(60)\n"
+            "    finally:\n        print('undone', flush=True); time.sleep(float(argv[0]))\n"
+            "one_line(main)()")
+    for name, number, linger in (("SIGINT", 130, 0), ("SIGTERM", 143, 0), ("SIGINT", -2, 60)):
+        run = subprocess.Popen([sys.executable, "-c", code, str(linger)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=ONE_THREAD, cwd=tmp_path)
+        assert run.stdout.readline() == "ready\n"
+        run.send_signal(getattr(signal, name))
+        assert run.stdout.readline() == "undone\n"
+        if linger:
+            run.send_signal(signal.SIGINT)
+        said = run.communicate(timeout=20)[1]
+        assert run.returncode == number and said == ("" if linger else "stopped\n")
+
+
+def test_signals_are_given_back(capsys):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    one_line(lambda argv: None)([])
+    with pytest.raises(SystemExit):
+        one_line(lambda argv: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9))([])
+    assert capsys.readouterr().err == "stopped\n"
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
+def test_words_that_cannot_be_written_are_one_line(tmp_path):
+    code = "from cli import one_line; one_line(lambda argv: print('done'))()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE,
+                              text=True, env=ONE_THREAD, cwd=tmp_path)
+    assert done.returncode == 2 and "No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 # --------------------------------------------------------------------------------------------------
