@@ -71,6 +71,7 @@ def written_whole(path):
     """
     part = pathlib.Path(f"{path}.part")
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             yield file
             file.flush()
