@@ -24,6 +24,7 @@ import sys
 import tarfile
 import textwrap
 import unicodedata
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 import worlds
+from checkpoint import written_whole
 from folders import choose, read_folder, read_image  # noqa: F401 (for callers of data.read_image)
 
 
@@ -260,6 +263,7 @@ def _emoji():
 # ---------------------------------------------------------------- arrays and latents
 
 LATENTS = ("latents", "labels", "captions", "class_names")  # all in a file of latents, empty = none
+LATENTS_MARK = b"latents.npy"           # so begins the file: no other command writes such an array
 FORMS = {"latents": (LATENTS, "finite floats (N, C, h, h)"),
          "npz": (("arr_0",), "square, uint8 (N, H, H, 1 or 3)")}
 
@@ -275,17 +279,22 @@ def _dataset(name, images, labels, captions, class_names):
 
 def _read_arrays(path, kind):
     """Images or latents (N, C, H, H), labels and captions or None, class names of an npz file."""
-    needed, form = FORMS[kind]
+    (needed, form), path = FORMS[kind], os.path.expanduser(path)
     try:
-        with np.load(os.path.expanduser(path), allow_pickle=False) as file:
+        if not os.path.isfile(path):                # a pipe would be waited for
+            raise ValueError("no such file")
+        with zipfile.ZipFile(path) as packed:       # a few MB of zip can become a TB
+            size = sum(entry.file_size for entry in packed.infolist())
+        if size > max(2 ** 30, 100 * os.path.getsize(path)):
+            raise ValueError(f"it would grow to {size:,} bytes, store it without compression")
+        with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
             if not arrays.keys() >= set(needed) or file.zip.testzip():  # compares all checksums
                 raise ValueError(f"damaged, or only {', '.join(arrays) or 'nothing'} in it")
         x = torch.from_numpy(arrays[needed[0]])
     except Exception as error:  # not there, no zip, cut short, Python objects, text
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
         needed = ", ".join(needed)
-        raise ValueError(f"{path} is not a whole npz file with {needed}: {reason}") from error
+        raise ValueError(f"{path} is not a whole npz file with {needed}: {error}") from error
     given = f"{x.dtype} {tuple(x.shape)}"
     if kind == "npz" and x.ndim == 4:
         x = x.permute(0, 3, 1, 2).contiguous()                                       # (N, C, H, H)
@@ -294,6 +303,8 @@ def _read_arrays(path, kind):
                           x.is_floating_point() and x.isfinite().all()):
         raise ValueError(f"{path}: {needed[0]} must be {form}, N > 0, not {given}")
     labels, captions, names = (arrays.get(name, np.array([])) for name in LATENTS[1:])
+    if names.size and names.dtype.str[1] + str(names.ndim) != "U1":
+        raise ValueError(f"{path}: class_names must be words, not {names.dtype} {names.shape}")
     for what, array, kinds in (("labels", labels, "iu"), ("captions", captions, "U")):
         if array.size and (array.shape != x.shape[:1] or array.dtype.kind not in kinds):
             raise ValueError(f"{path}: {len(x)} images need as many {what}, not {array.dtype} "
@@ -311,15 +322,30 @@ def read_npz(path):
 def save_latents(path, latents, labels=None, captions=None, class_names=()):
     """Write (N, C, h, h) float latents for `latents:PATH`, in npz format, whole or not at all.
 
-    Raises ValueError if `path` exists and is no file of latents.
+    Raises ValueError if `path` cannot be written, or is no file of latents.
     """
-    if os.path.lexists(path):
-        _read_arrays(path, "latents")
+    check_target(path, LATENTS_MARK)
     labels = np.zeros(0, int) if labels is None else labels.cpu()
     arrays = latents.cpu(), labels, np.array(captions or [], str), np.array(class_names, str)
-    with open(f"{path}.tmp", "wb") as file:
+    with written_whole(path) as file:
         np.savez(file, **dict(zip(LATENTS, arrays)))
-    os.replace(f"{path}.tmp", path)
+
+
+def check_target(path, mark):
+    """Raise ValueError unless `path` can be written, and is new or has the bytes `mark` near its
+    start, which the same command left there. Leaves nothing behind."""
+    path = Path(path)
+    known = os.path.isfile(path) and mark in np.fromfile(path, np.uint8, 2 ** 20).tobytes()
+    if os.path.lexists(path) and not known:
+        raise ValueError(f"{path} exists and was not made by this command: choose another name, or "
+                         "delete it")
+    there = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    probe = there / f"{max(path.parts, key=len)}.part"      # folders may have to be made as well
+    try:
+        with open(probe, "wb"):
+            os.unlink(probe)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): choose another") from error
 
 
 # ---------------------------------------------------------------- looking at results
@@ -331,13 +357,20 @@ def _font(letters):
     if letters.isascii():
         return ImageFont.load_default(10)
     from matplotlib import font_manager, ft2font  # slow to import and seldom needed
-    files = [f.fname for f in font_manager.fontManager.ttflist if os.path.exists(f.fname)]
-    has = {f: len({*map(ord, letters)} & {*ft2font.FT2Font(f).get_charmap()}) for f in files}
-    return ImageFont.truetype(max(has, key=has.get), 10)
+    fonts = {f.fname: ft2font.FT2Font(f.fname) for f in font_manager.fontManager.ttflist
+             if os.path.exists(f.fname) and "Last Resort" not in f.name}    # which has only boxes
+    lacks = {f: {*map(ord, letters)} - {*font.get_charmap()} for f, font in fonts.items()
+             if font.scalable}
+    best = min(lacks, key=lambda f: len(lacks[f]))
+    if lacks[best]:
+        print(f"no installed font has {''.join(map(chr, sorted(lacks[best])))[:20]!r}: boxes stand "
+              "for them; apt install fonts-noto-cjk has many letters", file=sys.stderr)
+    return ImageFont.truetype(best, 10)
 
 
 def _strips(captions, width):
     """Captions wrapped to `width` pixels, cut after four lines: (N, h, width, 3) uint8."""
+    captions = [" ".join(caption.split()) for caption in captions]  # no font measures two lines
     font, texts = _font("".join(sorted(set("".join(captions))))), []
     for caption in captions:
         letters = int(0.95 * width * len(caption) / max(1, font.getlength(caption)))
@@ -375,14 +408,17 @@ def make_grid(images, nrow=8, captions=None, pad=2, scale=None):
     return grid
 
 
-def save_grid(images, path, nrow=8, captions=None, pad=2, scale=None):
-    """make_grid, written as a PNG; makes the folder if needed."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(make_grid(images, nrow, captions, pad, scale)).save(path)
+def save_grid(images, path, nrow=8, captions=None, pad=2, scale=None, made_by=""):
+    """make_grid, written as a PNG, whole or not at all. made_by: the mark of a command in it."""
+    picture, info = Image.fromarray(make_grid(images, nrow, captions, pad, scale)), PngInfo()
+    info.add_text("Software", made_by)
+    with written_whole(path) as file:
+        picture.save(file, "PNG", pnginfo=info)
 
 
-def save_gif(frames, path, ms=80):
+def save_gif(frames, path, ms=80, made_by=""):
     """Write (H, W, 3) uint8 arrays, as make_grid returns them, as an endless GIF, ms per frame."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=ms, loop=0)
+    with written_whole(path) as file:
+        first.save(file, "GIF", save_all=True, append_images=rest, duration=ms, loop=0,
+                   comment=made_by)

@@ -4,8 +4,11 @@ import hashlib
 import io
 import math
 import os
+import pathlib
+import pickle
 import struct
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -345,7 +348,7 @@ def test_latents_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(np, "savez", fail)
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="could not write"):
         data.save_latents(path, torch.zeros(1, 4, 2, 2))
     assert data.load(f"latents:{path}").images.sum() == 16
 
@@ -384,6 +387,86 @@ def test_bad_latents(tmp_path):
     np.savez(path, latents=z)
     with pytest.raises(ValueError, match="only latents in it"):
         data.load(f"latents:{path}")
+
+
+@pytest.mark.parametrize("what,value", [("class_names", np.array([["a"], ["b"]])),
+                                        ("class_names", np.array([1, 2])),
+                                        ("labels", np.array([True, False])),
+                                        ("captions", np.array([b"a", b"b"]))])
+def test_words_and_numbers_of_latents_have_their_kind(tmp_path, what, value):
+    none, path = np.array([], str), tmp_path / "z.npz"
+    good = {"latents": np.zeros((2, 4, 8, 8), np.float32), "labels": np.array([0, 1]),
+            "captions": none, "class_names": none}
+    np.savez(path, **(good | {what: value}))
+    with pytest.raises(ValueError, match=f"z.npz.*{what}"):
+        data.load(f"latents:{path}")
+
+
+def hostile(path, declared, body=b""):
+    """An npz file whose arr_0 says that it has the shape `declared`."""
+    head = str({"descr": "|u1", "fortran_order": False, "shape": declared}).encode()
+    head += b" " * (63 - (len(head) + 10) % 64) + b"\n"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        with file.open("arr_0.npy", "w", force_zip64=True) as entry:
+            entry.write(b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + body)
+
+
+@pytest.mark.parametrize("declared", [(10 ** 6, 512, 512, 3), (10 ** 15, 8, 8, 3), ("a",),
+                                      (2, 8, 8, 10 ** 30), (-1, 8, 8, 3), (2 ** 62, 4, 1, 1),
+                                      (10 ** 9,) * 60])
+def test_shapes_that_lie_are_one_line(tmp_path, declared):
+    hostile(tmp_path / "a.npz", declared, b"xyz")
+    with pytest.raises(ValueError, match="a.npz is not a whole npz file"):
+        data.load(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    hostile(path, (2 ** 31, 1, 1, 1), bytes(10 ** 6))
+    raw = bytearray(path.read_bytes())
+    where = raw.index(b"PK\1\2") + 24                       # what the entry says of its length
+    raw[where:where + 4] = (2 ** 31).to_bytes(4, "little")
+    path.write_bytes(raw)
+    monkeypatch.setattr(np, "load", lambda *args, **how: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match="store it without compression"):
+        data.load(f"npz:{path}")
+
+
+def test_pipes_devices_and_folders_are_no_arrays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")                            # opening it would wait for ever
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero", "/dev/null"):
+        with pytest.raises(ValueError, match="no such file"):
+            data.load(f"npz:{path}")
+
+
+@pytest.mark.parametrize("kind", ["npz", "latents"])
+@pytest.mark.parametrize("seed", range(20))
+def test_files_of_which_a_tenth_is_noise_are_one_line(tmp_path, kind, seed):
+    path, random = tmp_path / "a.npz", np.random.default_rng(seed)
+    if kind == "npz":
+        save_npz(path, bytes_like(8, 8, 8, 3), labels=np.arange(8))
+    else:
+        data.save_latents(path, torch.randn(8, 4, 4, 4), torch.arange(8))
+    raw = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    wrong = random.random(len(raw)) < 0.1
+    raw[wrong] = random.integers(256, size=wrong.sum())
+    path.write_bytes(raw[:len(raw) - seed % 4 * 100].tobytes())
+    with pytest.raises(ValueError, match="a.npz"):
+        data.load(f"{kind}:{path}")
+
+
+def test_a_file_of_objects_runs_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return pathlib.Path.touch, (tmp_path / "ran",)
+    objects = np.empty(1, object)
+    objects[0] = Evil()
+    np.savez(tmp_path / "a.npz", arr_0=objects)
+    (tmp_path / "b.npz").write_bytes(pickle.dumps(Evil()))
+    for name in ("a.npz", "b.npz"):
+        with pytest.raises(ValueError, match=name):
+            data.load(f"npz:{tmp_path / name}")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_every_byte_is_compared_with_its_checksum(tmp_path):
@@ -467,6 +550,28 @@ def test_captions_in_letters_that_pillows_font_lacks():
     assert data._font("abc") is data._font("abc") and data._font("жук").getname()[0] != "Aileron"
 
 
+def test_letters_that_no_font_has_are_named(monkeypatch, capsys):
+    """Boxes stand for them; the fonts that hold boxes alone, or fixed sizes, are not chosen."""
+    from matplotlib import font_manager
+    files = [f for f in font_manager.fontManager.ttflist if f.name in ("DejaVu Sans", "STIXGeneral")
+             or "Last Resort" in f.name]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", files)
+    data._font.cache_clear()
+    image = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    grid = data.make_grid(image, captions=["고양이", "жук"], pad=0)
+    assert not np.array_equal(grid[64:, :64], grid[64:, 64:])
+    said = capsys.readouterr().err
+    assert "고양이" in "".join(sorted(said)) or all(letter in said for letter in "고양이")
+    assert "ж" not in said and len(said.splitlines()) == 1
+    data._font.cache_clear()
+
+
+@pytest.mark.parametrize("caption", ["a\ud800", "\x00\x1b", "😀", "two\nlines 고", "", " "])
+def test_any_caption_can_stand_under_a_picture(caption):
+    image = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    assert data.make_grid(image, captions=[caption, "x"]).shape[1] == 2 * 64 + 3 * 2
+
+
 def test_gif(tmp_path):
     frames = [np.full((10, 12, 3), v, np.uint8) for v in (0, 120, 240)]
     data.save_gif(frames, tmp_path / "deep" / "a.gif", ms=50)
@@ -475,3 +580,53 @@ def test_gif(tmp_path):
         assert gif.info["duration"] == 50 and gif.info["loop"] == 0
         gif.seek(2)
         assert abs(np.asarray(gif.convert("RGB")).astype(int) - 240).max() <= 3
+
+
+# ---------------------------------------------------------------- where to write
+
+
+def test_a_target_is_new_or_of_the_same_command(tmp_path):
+    image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    data.save_grid(image, tmp_path / "ours.png", made_by="made by x")
+    data.save_gif([np.zeros((8, 8, 3), np.uint8)] * 2, tmp_path / "ours.gif", made_by="made by x")
+    for name in ("ours.png", "ours.gif", "new.png", "deep/er/new.png"):
+        data.check_target(tmp_path / name, b"made by x")
+    data.save_grid(image, tmp_path / "other.png", made_by="made by y")
+    data.save_grid(image, tmp_path / "photo.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.png")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("other.png", "photo.png", "empty.png", "folder.png", "link.png", "pipe.png"):
+        with pytest.raises(ValueError, match=f"{name} exists and was not made by this command"):
+            data.check_target(tmp_path / name, b"made by x")
+    for name in ("photo.png/x.png", "x" * 252 + ".png", "x" * 300 + "/x.png"):
+        with pytest.raises(ValueError, match="cannot be written"):
+            data.check_target(tmp_path / name, b"made by x")
+    with pytest.raises(ValueError, match="/dev/full exists"):
+        data.check_target("/dev/full", b"made by x")
+    assert sorted(tmp_path.rglob("*")) == before            # nothing was made, not even a folder
+
+
+@pytest.mark.parametrize("name", ["grid.png", "film.gif", "z.npz"])
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch, name):
+    image = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    write = {"grid.png": lambda path, seed: data.save_grid(
+                 torch.from_numpy(image).permute(2, 0, 1)[None].roll(seed, -1), path),
+             "film.gif": lambda path, seed: data.save_gif([np.roll(image, seed, 0), image], path),
+             "z.npz": lambda path, seed: data.save_latents(path, torch.ones(9, 4, 8, 8) * seed)}
+    path = tmp_path / "new" / name
+    write[name](path, 1)
+    whole = path.read_bytes()
+
+    class Full(io.FileIO):                                  # a disk with room for 500 bytes
+        def write(self, some):
+            if self.tell() + len(some) > 500:
+                raise OSError(28, "No space left on device")
+            return super().write(some)
+    monkeypatch.setattr("builtins.open", lambda path, *how: Full(path, *how))
+    with pytest.raises(ValueError, match=f"could not write .*{name}.*No space left"):
+        write[name](path, 2)
+    monkeypatch.undo()
+    assert path.read_bytes() == whole and os.listdir(path.parent) == [name]
