@@ -295,8 +295,8 @@ class RectifiedFlow:
 
     def path(self, sampler, steps, strength=1.0):
         """Even steps from u = strength to 0 -> (self, [(t, u), ..., (0, 0)]). Source: Liu et al."""
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps {steps!r}: a flow takes a positive whole number of steps")
+        if not isinstance(steps, int) or not 1 <= steps <= 10_000:
+            raise ValueError(f"steps {steps!r}: a flow takes a whole number, from 1 to 10,000")
         us = [strength * (1 - k / steps) for k in range(steps + 1)]
         return self, [(1000 * u, u) for u in us]
 
@@ -312,13 +312,15 @@ def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg
                          " label dropout")
 
     def denoise(xt, t, level):
+        k = cfg_channels or xt.shape[1]
+        if k > xt.shape[1]:
+            raise ValueError(f"cfg_channels {k}: there are {xt.shape[1]} channels to guide")
         if cfg_scale == 1.0 or not cfg_interval[0] <= level <= cfg_interval[1]:
             return model(xt, t, cond)
-        if cfg_scale == 0.0:
+        if cfg_scale == 0.0 and cfg_channels is None:
             return model(xt, t, uncond)
         out = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([cond, uncond]))
         out_c, out_u = out.chunk(2)                                             # 2x (B, C', ...)
-        k = xt.shape[1] if cfg_channels is None else cfg_channels
         mixed = out_u[:, :k] + cfg_scale * (out_c[:, :k] - out_u[:, :k])
         return torch.cat([mixed, out_c[:, k:]], dim=1)
     return denoise
@@ -332,8 +334,9 @@ def check_options(process, sampler, options):
         raise ValueError(f"sampler {sampler!r} does not read {name}: leave it out"
                          + (f", or use sampler {' or '.join(readers)}" if readers else ""))
     strength, x_init = options.get("strength", 1.0), options.get("x_init")
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength {strength}: give the first noise level, above 0 and at most 1")
+    for name in ("strength", "truncation"):
+        if not 0 < options.get(name, 1.0) <= 1:
+            raise ValueError(f"{name} {options[name]}: give a number above 0, and at most 1")
     if x_init is None and (options.get("mask") is not None or strength < 1):
         raise ValueError("mask and strength need x_init, the known picture: give it as well")
     low, high = options.get("cfg_interval", (0.0, 1.0))
@@ -444,3 +447,14 @@ randn, rand = partial(random_rows, torch.randn), partial(random_rows, torch.rand
 def seeds(first, count, device="cpu"):
     """One generator for each of `count` samples, seeded first, first + 1, ..."""
     return [torch.Generator(device).manual_seed(first + i) for i in range(count)]
+
+
+def interpolated_noise(count, shape, seed, device):
+    """Rows of eight noises on the arc between two, (count, *shape). Source: DDIM §5.3."""
+    k, rows = torch.linspace(0, 1, 8, device=device).view(8, 1, 1, 1), []
+    for row in range((count + 7) // 8):
+        a, b = randn((2, *shape), seeds(seed + 2 * row, 2, device), device)             # (C, H, W)
+        angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+        arc = torch.sin((1 - k) * angle) * a + torch.sin(k * angle) * b     # (8, C, H, W)
+        rows.append(arc / torch.sin(angle))
+    return torch.cat(rows)[:count]

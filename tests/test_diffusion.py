@@ -616,6 +616,7 @@ def test_an_option_that_nobody_reads_is_refused(kind, sampler):
     ({"cfg_interval": (-0.1, 1)}, "cfg_interval -0.1"),
     ({"cfg_interval": (float("nan"), 1)}, "cfg_interval nan"),
     ({"steps": 0}, "steps 0"), ({"steps": -2}, "steps -2"), ({"steps": 2.5}, "2.5"),
+    ({"steps": 10 ** 12}, "steps 10000"), ({"cfg_channels": 99}, "cfg_channels 99"),
     ({"steps": "many"}, "many")])
 def test_values_out_of_range_are_refused_in_one_line(kind, sampler, options, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -692,6 +693,18 @@ def test_guidance_scales_one_and_zero_are_plain_runs(kind, sampler):
     assert torch.equal(run(COND, NULL, 1.0), run(COND, None, 1.0))
     assert torch.equal(run(COND, NULL, 0.0), run(NULL, None, 1.0))
     assert_close(run(COND, COND, 3.0), run(COND, None, 1.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind,sampler", SAMPLERS)
+def test_guidance_of_the_first_channels_leaves_the_others(kind, sampler):
+    """Also with scale 0: there the first channels are those of the null condition."""
+    channels = lambda x, t, c: x * torch.zeros(()) + c.view(-1, 1) * torch.tensor([1.0, 2.0])
+    cond, null, t = torch.tensor([3.0]), torch.tensor([5.0]), torch.zeros(1)
+    for scale, first in ((0.0, 5.0), (2.0, 1.0)):
+        got = guided(channels, cond, null, scale, cfg_channels=1)(torch.ones(1, 2), t, 0.5)
+        assert got.tolist() == [[first, 6.0]]
+    a, b = (sample(kind, sampler, cfg_scale=0.0, cfg_channels=k) for k in (1, None))
+    assert not torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind,sampler", SAMPLERS)
