@@ -17,31 +17,36 @@ import dataclasses
 import difflib
 import math
 import pathlib
+import re
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import data
 from adapters import load_adapters, set_scale
-from checkpoint import load_checkpoint, save_checkpoint
-from cli import flag, one_line, parse, resolve_device
+from checkpoint import load_checkpoint, save_checkpoint, written_whole
+from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
-from diffusion import randn, seeds
+from diffusion import interpolated_noise, seeds
 from models import official_task, task_from
 from pretrained import is_official
 from udit import fold
+
+MERGES = "data/bpe_simple_vocab_16e6.txt.gz"
+MADE_BY, EXPORTED = "made by sample.py", "sample.py --export"   # marks in files: data.check_target
 
 
 @dataclasses.dataclass
 class Options:
     """what to sample, and how"""
     ckpt: str = flag("out/DiT-128x4-2-shapes/ckpt.pt", "of train.py, or an official file")
-    classes: str = flag("", "--class: class names or numbers, separated by commas (default: all)")
-    prompt: str = flag(None, "what to sample, for models of captions; several are separated by |")
-    negative: str = flag(None, "a prompt to steer away from, instead of from the empty one")
-    n: int = flag(None, "how many pictures (default: one of each)", "[1, inf)")
+    classes: str = flag(None, "--class: class names or numbers, between commas (default: all)")
+    prompt: str = flag(None, "what to sample, for models of captions; several between |", "text")
+    negative: str = flag(None, "a prompt to steer away from, not from the empty one", "text")
+    n: int = flag(None, "how many pictures (default: one of each)", "[1, 1e6]", needs="!npz")
     cfg_scale: float = flag(None, "guidance, 1 = none (default: the run's)", "[0, inf)")
     cfg_interval: str = flag(None, "guide at noise levels LOW,HIGH alone; 0 = clean, 1 = noise")
     cfg_channels: int = flag(None, "guide the first so many channels; 3 = official DiT", "[1, inf)")
@@ -49,28 +54,28 @@ class Options:
     steps: str = flag(None, 'how many; for Gaussian chains also a respacing such as "ddim25"')
     truncation: float = flag(None, "tokens: keep the likeliest codes of this share", "(0, 1]")
     eta: float = flag(None, "ddim: noise added back, 0 = none, 1 = as much as ddpm", "[0, 1]")
-    seed: int = flag(0, "picture i is sampled from seed + i", "[0, inf)")
+    seed: int = flag(None, "picture i is sampled from seed + i (default: 0)", "[0, inf)")
     batch_size: int = flag(None, "pictures at once (default: at most 64)", "[1, inf)")
     base: str = flag(None, "--ckpt adapter.pt: the checkpoint that it was trained on")
     scale: float = flag(None, "--ckpt adapter.pt: its strength, 0 = off (default: as trained)")
     concept: str = flag(None, "a concept of custom_diffusion.py: its words work in --prompt")
-    weights: str = flag("ema", "averaged or raw weights", "", ["ema", "model"])
-    device: str = flag("auto", "where to run", "", ["auto", "cpu", "cuda", "mps"])
+    weights: str = flag(None, "of a run: averaged (ema, default) or raw", "", ["ema", "model"])
+    device: str = flag(None, "where to run (default: auto)", "", ["auto", "cpu", "cuda", "mps"])
     vae: str = flag(None, "official files: the autoencoder, if it is not inside")
-    bpe: str = flag("data/bpe_simple_vocab_16e6.txt.gz", "Stable Diffusion: CLIP's list of merges")
-    image_size: int = flag(512, "Stable Diffusion: side of the picture", "[64, inf)")
-    dtype: str = flag("auto", "official files; auto: float16 on cuda, else float32", "",
-                      ["auto", "float32", "float16", "bfloat16"])
+    bpe: str = flag(None, f"Stable Diffusion: CLIP's list of merges (default: {MERGES})")
+    image_size: int = flag(None, "Stable Diffusion: side in pixels (default: 512)", "[64, 1e5]")
+    dtype: str = flag(None, "official files (default: float16 on cuda, else float32)", "",
+                      ["float32", "float16", "bfloat16"])
     out: str = flag(None, "file for the grid (default: samples.png beside a run's checkpoint)")
     export: str = flag(None, "write a small checkpoint here instead of sampling")
-    note: str = flag("", "--export: a line that travels in the file")
-    strip: bool = flag(False, "also NAME-strip.png: ten moments of the denoising")
-    gif: bool = flag(False, "also NAME.gif: the denoising as a film")
-    npz: int = flag(None, "write so many pictures as uint8 NHWC arr_0 to NAME.npz", "[1, inf)")
-    interpolate: bool = flag(False, "rows of eight pictures between two noises each")
+    note: str = flag(None, "--export: a line that travels in the file", "text", needs="export")
+    strip: bool = flag(None, "also NAME-strip.png: ten moments of the denoising", needs="!npz")
+    gif: bool = flag(None, "also NAME.gif: the denoising as a film", needs="!npz")
+    npz: int = flag(None, "write so many pictures as uint8 NHWC arr_0 to NAME.npz", "[1, 1e6]")
+    interpolate: bool = flag(None, "rows of eight pictures between two noises each")
     init: str = flag(None, "picture to start from: image-to-image, or inpainting with --mask")
-    mask: str = flag(None, "picture of the same shape: white is painted anew, black is kept")
-    strength: float = flag(None, "image-to-image: noise level, default 0.6", "(0, 1]")
+    mask: str = flag(None, "for inpainting: white is painted anew, all else stays", needs="init")
+    strength: float = flag(None, "image-to-image: noise level (0.6)", "(0, 1]", needs="init !mask")
 
 
 def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=False, **options):
@@ -91,22 +96,24 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
     return torch.cat(sampled), torch.cat(pictures), [torch.cat(step) for step in zip(*states)]
 
 
-def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", batch_size=None,
-         **options):
-    """n pictures from a checkpoint, for evaluate.py: classes in turn, or held-out captions.
-    Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None). None = the run's own."""
+def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", source=(), **options):
+    """n pictures from a checkpoint, for evaluate.py: classes in turn, or held-out captions of the
+    run's data, or of `source`, {"data", "data_dir", "skip_bad"}. None = the run's own.
+    Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None). Raises ValueError."""
     device, captions, labels = resolve_device(device), None, None
     task, model = load(path, device)
     if task.tokenizer is not None:
-        run = load_checkpoint(path)["config"]
-        held_out = data.load(run["data"], run["image_size"], "test", run["data_dir"], count=n,
-                             seed=run["seed"], skip_bad=run["skip_bad"])
-        captions, y = held_out.captions, task.tokenizer(held_out.captions).to(device)   # (N, L)
+        run = {**load_checkpoint(path)["config"], **dict(source)}
+        captions = data.load(run["data"], run["image_size"], "test", run["data_dir"], count=n,
+                             seed=run["seed"], skip_bad=run["skip_bad"]).captions
+        if captions is None:
+            raise ValueError(f"{path} samples from captions, and {run['data']} has none")
+        y = task.tokenizer(captions).to(device)                                         # (N, L)
     else:
         y = torch.arange(n, device=device) % max(1, len(task.info["class_names"]))      # (N,)
         labels = y.cpu() if task.info["class_names"] else None
     options |= {"cfg_scale": cfg_scale, "steps": steps}
-    return sample_all(task, model, y, seed, batch_size, **options)[1], labels, captions
+    return sample_all(task, model, y, seed, **options)[1], labels, captions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,19 +123,25 @@ def load(path, device="cpu", options=None):
     """Checkpoint -> (task, model in eval mode on the device). options: for what files do not say.
     Official files are recognised by their tensors. Raises ValueError for files that sample nothing.
     """
-    options = options or Options()
-    if is_official(path):
-        auto = "float16" if device == "cuda" else "float32"
-        dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
-        task = official_task(path, options.vae, dtype, options.bpe, options.image_size)
-    elif "tensors" in (state := load_checkpoint(path)):
+    options, state = options or Options(), None if is_official(path) else load_checkpoint(path)
+    if state is None:
+        refuse(options, "weights base scale", f"is not for {path}, an official file")
+        dtype = options.dtype or ("float16" if device == "cuda" else "float32")
+        task = official_task(path, options.vae, getattr(torch, dtype), options.bpe or MERGES,
+                             options.image_size or 512)
+        if task.tokenizer is None:
+            refuse(options, "bpe image_size", f"is for Stable Diffusion, not for {path}")
+    elif "tensors" in state:
         raise ValueError(f"{path} is a concept: say --ckpt BASE --concept {path}")
     elif "adapter" not in state:
-        task = task_from(state, path, options.weights)
+        refuse(options, "base scale", f"is for adapters, not for {path}, a run's checkpoint")
+        refuse(options, "vae bpe image_size dtype", f"is for official files, and {path} is none")
+        task = task_from(state, path, options.weights or "ema")
     elif not options.base:
         raise ValueError(f"{path} is an adapter: give the --base that it was trained on")
     else:
-        task, model = load(options.base, device, dataclasses.replace(options, base=None))
+        base = dataclasses.replace(options, base=None, scale=None)
+        task, model = load(options.base, device, base)
         load_adapters(model, state)
         set_scale(model, state["spec"]["scale"] if options.scale is None else options.scale)
     task.model = fold(task.model)               # a U-DiT gets cheaper, the others stay as they are
@@ -156,7 +169,8 @@ def export(path, out, note):
     small = {k: v for k, v in state.items() if k not in ("model", "opt")}
     if "first_stage" in state:
         small["first_stage"] |= {"model": half(state["first_stage"]["model"])}
-    save_checkpoint(out, {**small, "ema": half(state["ema"]), "note": note})
+    small |= {"ema": half(state["ema"]), "note": note or ""}
+    save_checkpoint(out, {"made_by": EXPORTED, **small})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,7 +182,7 @@ def choose_classes(text, names, count):
     for item in map(str.strip, text.split(",") if text else ()):
         if item in names:
             chosen.append(names.index(item))
-        elif item.isdigit() and int(item) < count:
+        elif item.isdecimal() and int(item) < count:
             chosen.append(int(item))
         else:
             near = difflib.get_close_matches(item, names, 1)
@@ -198,75 +212,84 @@ def conditions(options, task):
     return torch.tensor(asked), [names[i] for i in asked] if names else None
 
 
-def read_picture(path, info, count, background="white"):
-    """A picture file as (count, C, H, W) float in [-1, 1] at the model's size."""
+def read_picture(path, info, background="white"):
+    """A picture file as (1, C, H, W) float in [-1, 1] at the model's size."""
     if info["channels"] not in (1, 3):
         raise ValueError("--init: this file holds no autoencoder to encode a picture: add --vae")
     picture = to_float(data.read_image(path, info["image_size"], background))[None]  # (1, 3, H, W)
-    picture = picture.mean(1, keepdim=True) if info["channels"] == 1 else picture
-    return picture.expand(count, -1, -1, -1)
+    return picture.mean(1, keepdim=True) if info["channels"] == 1 else picture
 
 
-def interpolated_noise(count, shape, seed, device):
-    """Rows of eight noises on the arc between two, (count, *shape). Source: DDIM §5.3."""
-    k, rows = torch.linspace(0, 1, 8, device=device).view(8, 1, 1, 1), []
-    for row in range((count + 7) // 8):
-        a, b = randn((2, *shape), seeds(seed + 2 * row, 2, device), device)             # (C, H, W)
-        angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
-        arc = torch.sin((1 - k) * angle) * a + torch.sin(k * angle) * b     # (8, C, H, W)
-        rows.append(arc / torch.sin(angle))
-    return torch.cat(rows)[:count]
+def read_mask(options, info):
+    """--mask as (1, 1, H, W), 1 where it is white. Raises ValueError if it does not fit --init."""
+    white = read_picture(options.mask, info, "black").mean(1, keepdim=True) > 0
+    (w, h), (W, H) = (ImageOps.exif_transpose(Image.open(path)).size
+                      for path in (options.mask, options.init))
+    if abs(w * H - W * h) > 0.01 * W * h or not white.any():
+        raise ValueError(f"--mask {options.mask}, {w} x {h}: give one of the shape of --init, "
+                         f"{W} x {H}, and white where the picture shall be painted anew")
+    return white.float()
 
 
-def sampling_options(options):
+def sampling_options(options, task, model):
     """The options that were given, under the names that a process knows. Raises ValueError."""
     names = ("cfg_scale", "cfg_interval", "cfg_channels", "sampler", "steps", "truncation", "eta")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if given.get("steps", "").isdigit():
+    if given.get("cfg_scale", task.settings.cfg_scale if model.can_guide else 1) == 1:
+        refuse(options, "negative cfg_interval cfg_channels", "is read with guidance alone: give a "
+               "--cfg-scale other than 1, and a model that was trained with --class-dropout")
+    if len(task.shape) == 1:
+        refuse(options, "interpolate", "mixes Gaussian noises, and this model works on tokens")
+    if given.get("steps", "").isdecimal():
         given["steps"] = int(given["steps"])
     if options.cfg_interval:
-        given["cfg_interval"] = *map(float, options.cfg_interval.split(",")),
-        if len(given["cfg_interval"]) != 2:
+        if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", options.cfg_interval):
             raise ValueError(f"--cfg-interval {options.cfg_interval}: give LOW,HIGH, such as 0,0.6")
+        given["cfg_interval"] = *map(float, options.cfg_interval.split(",")),
     return given
 
 
 # --------------------------------------------------------------------------------------------------
 # files, and the command
 
-def target(options):
-    """--out; or samples.png beside a run's checkpoint; or, for other files, out/NAME.png."""
-    ckpt, run = pathlib.Path(options.ckpt), pathlib.Path(options.ckpt).parent
-    beside = run / "samples.png" if (run / "log.csv").is_file() else f"out/{ckpt.stem}.png"
+def targets(options):
+    """{kind: file that will be written}. The grid: --out; or samples.png beside a run's checkpoint;
+    or, for other files, out/NAME.png. Raises ValueError if one cannot be written."""
+    ckpt = pathlib.Path(options.ckpt).absolute()
+    of_run = ckpt.with_name("log.csv").is_file()
+    beside = pathlib.Path(options.ckpt).parent / "samples.png" if of_run else f"out/{ckpt.stem}.png"
     out = pathlib.Path(options.out or beside)
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
+    if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: give a picture's name, such as {out}.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
+    ends = {"npz": ".npz"} if options.npz else dict(grid=".png", strip="-strip.png", gif=".gif")
+    files = {kind: out.with_name(out.stem + end) for kind, end in ends.items()
+             if kind == "grid" or getattr(options, kind)}
+    for file in files.values():
+        data.check_target(file, MADE_BY.encode())
+    return files
 
 
-def write(options, out, task, images, x, y, names, film):
-    """The files that were asked for."""
-    arrays = out.with_suffix(".npz")
-    if options.npz:
-        labels = {"labels": y.numpy()} if y.dim() == 1 and names else {}
-        np.savez(arrays, arr_0=images.permute(0, 2, 3, 1).numpy(), **labels)
-        return print(f"{len(images)} pictures in {arrays}")
+def write(files, images, x, y, names, film):
+    """Write what `targets` and main ask for."""
     scale = None if names else max(1, 64 // images.shape[-1])
-    save_grid(images, out, nrow=8, captions=names, scale=scale)
-    print(f"{len(images)} pictures in {out}")
-    if task.on_pixels and task.shape[0] not in (1, 3):
-        data.save_latents(arrays, x.cpu(), y)
-        print(f"in false colours; the latents themselves: {arrays}")
-    if options.strip:
+    if "grid" in files:
+        save_grid(images, files["grid"], nrow=8, captions=names, scale=scale, made_by=MADE_BY)
+    if "npz" in files:
+        labels = {"labels": y.numpy()} if y.dim() == 1 and names else {}
+        pixels = images.permute(0, 2, 3, 1).numpy()                         # (N, H, W, C)
+        with written_whole(files["npz"]) as file:
+            np.savez(file, made_by=MADE_BY.encode(), arr_0=pixels, **labels)
+    if "strip" in files:
         moments = [film[round(k * (len(film) - 1) / 9)] for k in range(10)]
-        strip = out.with_name(out.stem + "-strip.png")
-        save_grid(torch.stack(moments, 1)[:8].flatten(0, 1), strip, nrow=10, scale=2)
-        print(f"strip in {strip}")
-    if options.gif:
+        moments = torch.stack(moments, 1)[:8].flatten(0, 1)
+        save_grid(moments, files["strip"], nrow=10, scale=2, made_by=MADE_BY)
+    if "gif" in files:
         frames = [make_grid(x, nrow=8, scale=2) for x in [*film, *[film[-1]] * 10]]
-        save_gif(frames, out.with_suffix(".gif"))
-        print(f"film in {out.with_suffix('.gif')}")
+        save_gif(frames, files["gif"], made_by=MADE_BY)
+    if "latents" in files:
+        data.save_latents(files["latents"], x.cpu(), y)
+        print("there is no autoencoder: pictures in false colours, and the latents themselves")
+    print(f"{len(images)} pictures in {', '.join(map(str, files.values()))}")
 
 
 @one_line
@@ -274,35 +297,38 @@ def main(argv):
     """The command: options -> files."""
     argv = ["--classes" + a[7:] if a == "--class" or a.startswith("--class=") else a for a in argv]
     options, = parse(argv, __doc__, Options)
-    if options.mask and not options.init:
-        raise ValueError("--mask needs --init: the picture whose black-masked part is kept")
-    if options.strength and (options.mask or not options.init):
-        raise ValueError("--strength is for image-to-image: with --init, and without --mask")
     if options.export:
+        unread = sorted(vars(options).keys() - {"ckpt", "export", "note"})
+        refuse(options, " ".join(unread), "is not read beside --export: leave one of them out")
+        data.check_target(options.export, EXPORTED.encode())
         export(options.ckpt, options.export, options.note)
         return print(f"exported to {options.export}")
-    device, given, out = resolve_device(options.device), sampling_options(options), target(options)
-    task, model = load(options.ckpt, device, options)
+    device, files = resolve_device(options.device or "auto"), targets(options)
+    (task, model), seed = load(options.ckpt, device, options), options.seed or 0
+    given = sampling_options(options, task, model)
+    if task.on_pixels and task.shape[0] not in (1, 3) and not options.npz:
+        files["latents"] = files["grid"].with_suffix(".npz")
+        data.check_target(files["latents"], data.LATENTS_MARK)
     if options.concept:
         print(f"new words: {', '.join(add_concept(options.concept, task)) or 'none'}")
-    (y, names), per_picture, original, mask = conditions(options, task), {}, None, None
+    (y, names), per_picture, mask = conditions(options, task), {}, None
     if options.interpolate:
-        per_picture["noise"] = interpolated_noise(len(y), task.shape, options.seed, device)
+        per_picture["noise"] = interpolated_noise(len(y), task.shape, seed, device)
     if options.negative is not None:
         per_picture["null"] = task.tokenizer([options.negative] * len(y)).to(device)
     if options.init:
-        original = read_picture(options.init, task.info, len(y)).to(device)
-        per_picture["x_init"] = task.encode(original)
+        original = read_picture(options.init, task.info).to(device)
+        known = {"x_init": task.encode(original)}                           # one for all pictures
         given |= {} if options.mask else {"strength": options.strength or 0.6}
-    if options.mask:
-        white = read_picture(options.mask, task.info, len(y), "black").mean(1, keepdim=True) > 0
-        mask = white.float().to(device)                                     # (N, 1, H, W)
-        per_picture["mask"] = task.first_stage.shrink_mask(mask)
-    x, images, film = sample_all(task, model, y.to(device), options.seed, options.batch_size,
-                                 per_picture, options.strip or options.gif, **given)
+        if options.mask:
+            mask = read_mask(options, task.info).to(device)                 # (1, 1, H, W)
+            known["mask"] = task.first_stage.shrink_mask(mask)
+        per_picture |= {k: v.expand(len(y), *v.shape[1:]) for k, v in known.items()}
+    x, images, film = sample_all(task, model, y.to(device), seed, options.batch_size, per_picture,
+                                 "strip" in files or "gif" in files, **given)
     if mask is not None:        # decoding changes even what was kept: put known pixels back
         images = torch.where(mask.cpu() > 0.5, images, to_uint8(original.cpu()))
-    write(options, out, task, images, x, y, names, film)
+    write(files, images, x, y, names, film)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """sample.py: seeds, classes, known pixels, files, refusals. Official files are in
 test_official.py, prompts in test_text_to_image.py, tokens in test_tokens.py.
 """
+import dataclasses
+import os
+import pathlib
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -187,8 +191,115 @@ def test_image_to_image_begins_at_the_noise_level_asked(runs, known, name):
         assert torch.equal(drawn(runs, name, "--init", init, *flags)[0], want)
 
 
+def test_a_mask_paints_where_it_is_white_not_where_it_is_transparent(runs, known, tmp_path):
+    picture, mask, init, _ = known
+    clear = np.full((8, 8, 4), 255, np.uint8)               # white everywhere,
+    clear[..., 3] = 255 * mask[0, 0].numpy()                # but seen in the mask alone
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    images = drawn(runs, "pixel", "--init", init, "--mask", str(tmp_path / "clear.png"))[0]
+    assert torch.equal((images != picture).any(1).any(0), mask[0, 0])
+
+
+@pytest.mark.parametrize("size,color,words", [
+    ((16, 8), "white", "of the shape of --init"), ((8, 16), "white", "of the shape of --init"),
+    ((8, 8), "black", "white where"), ((8, 8), "#777777", "white where")])
+def test_masks_that_fit_no_picture_are_refused(
+        runs, known, tmp_path, capsys, monkeypatch, size, color, words):
+    Image.new("RGB", size, color).save(tmp_path / "m.png")
+    monkeypatch.setattr(sample, "sample_all", lambda *args, **how: pytest.fail("sampled"))
+    assert words in refuse(capsys, runs, "latent", "--init", known[2], "--mask",
+                           str(tmp_path / "m.png"))
+
+
+def test_masks_may_have_another_size_of_the_same_shape(runs, known, tmp_path):
+    picture, mask, init, white = known
+    Image.open(white).resize((80, 80), Image.Resampling.NEAREST).save(tmp_path / "large.png")
+    same, large = (drawn(runs, "pixel", "--init", init, "--mask", path)[0]
+                   for path in (white, str(tmp_path / "large.png")))
+    assert torch.equal(same, large)
+
+
+def test_a_known_picture_is_encoded_once_for_all_samples(runs, known, monkeypatch):
+    seen, encode = [], DiffusionTask.encode
+    monkeypatch.setattr(DiffusionTask, "encode", lambda self, x: seen.append(len(x)) or encode(
+        self, x))
+    drawn(runs, "latent", "--init", known[2], "--mask", known[3], "--n", "5")
+    assert seen == [1]
+
+
 # --------------------------------------------------------------------------------------------------
 # files
+
+def tree(folder):
+    """{path: bytes} of all files below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_files_replace_only_those_of_the_same_command(runs, tmp_path, capsys, monkeypatch):
+    ckpt, out = str(runs / "latent" / "ckpt.pt"), str(tmp_path / "x.png")
+    go = lambda *flags: sample.main(["--ckpt", ckpt, "--steps", "1", "--n", "1", *flags])
+    for _ in range(2):                                      # a second time: it made them itself
+        go("--out", out, "--strip", "--gif")
+    before = tree(tmp_path)
+    go("--out", out, "--strip", "--gif", "--seed", "3")
+    assert before.keys() == tree(tmp_path).keys() == {"x.png", "x-strip.png", "x.gif"}
+    assert all(before[name] != now for name, now in tree(tmp_path).items())
+    for _ in range(2):
+        sample.main(["--ckpt", ckpt, "--steps", "1", "--npz", "2", "--out", out])
+        sample.main(["--ckpt", ckpt, "--export", str(tmp_path / "small.pt")])
+    picture = np.zeros((8, 8, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    Image.fromarray(picture).save(tmp_path / "b.gif")
+    Image.fromarray(picture).save(tmp_path / "c-strip.png")
+    np.savez(tmp_path / "d.npz", arr_0=picture[None])
+    save_checkpoint(tmp_path / "e.pt", {"tensors": {}, "base": "", "concepts": []})
+    (tmp_path / "run.pt").write_bytes((runs / "latent" / "ckpt.pt").read_bytes())
+    (tmp_path / "folder.png").mkdir()
+    before = tree(tmp_path)
+    monkeypatch.setattr(sample, "load", lambda *args: pytest.fail("the checkpoint was read"))
+    monkeypatch.setattr(sample, "export", lambda *args: pytest.fail("the checkpoint was read"))
+    for name, *flags in (["photo.png"], ["b.png", "--gif"], ["c.png", "--strip"], ["folder.png"],
+                         ["d.png", "--npz", "3"], ["small.pt/x.png"], ["x" * 250 + ".png"]):
+        assert "error: " in refuse(capsys, runs, "latent", *flags, "--out", str(tmp_path / name))
+    for name in ("e.pt", "run.pt", "photo.png", "x.png", "/dev/full", str(tmp_path)):
+        with pytest.raises(SystemExit) as stopped:
+            sample.main(["--ckpt", ckpt, "--export", str(tmp_path / name)])
+        assert stopped.value.code == 2 and "not made by this command" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_refused_commands_leave_no_folder(runs, tmp_path, capsys):
+    refuse(capsys, runs, "latent", "--class", "nobody", "--out", str(tmp_path / "a" / "b" / "x.png"))
+    assert not list(tmp_path.iterdir())
+    sample.main(["--ckpt", str(runs / "latent" / "ckpt.pt"), "--steps", "1", "--out",
+                 str(tmp_path / "a" / "b" / "x.png")])
+    assert [*tree(tmp_path)] == ["a/b/x.png"]
+
+
+@pytest.mark.parametrize("stop,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_while_sampling_is_one_line_and_leaves_nothing(
+        runs, tmp_path, capsys, monkeypatch, stop, code):
+    batches, run = [], DiffusionTask.sample
+
+    def sample_and_stop(self, model, y, **options):
+        batches.append(len(y))
+        if len(batches) == 2:
+            os.kill(os.getpid(), stop)
+        return run(self, model, y, **options)
+    monkeypatch.setattr(DiffusionTask, "sample", sample_and_stop)
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--ckpt", str(runs / "latent" / "ckpt.pt"), "--steps", "2", "--n", "300",
+                     "--batch-size", "32", "--out", str(tmp_path / "x.png")])
+    assert stopped.value.code == code and batches == [32, 32]
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped" and not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_one_line(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(DiffusionTask, "sample", lambda *args, **how: torch.empty(10 ** 15))
+    words = refuse(capsys, runs, "latent", "--out", str(tmp_path / "x.png"))
+    assert "not enough memory for 4000000000000000 bytes: " in words
+    assert not list(tmp_path.iterdir())
+
 
 def test_grid_strip_and_film(runs):
     out = runs / "pixel" / "x.png"
@@ -236,10 +347,13 @@ def test_draw_gives_classes_in_turn(runs):
 
 def test_files_go_beside_a_run_and_else_to_out(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    where = lambda **options: str(sample.target(sample.Options(**options)))
-    assert where(ckpt=str(runs / "ae" / "ckpt.pt")) == str(runs / "ae" / "samples.png")
-    assert where(ckpt=BASE) == "out/unet-scenes.png" and (tmp_path / "out").is_dir()
-    assert where(ckpt=BASE, out="a/b.webp") == "a/b.webp" and (tmp_path / "a").is_dir()
+    where = lambda **options: [*map(str, sample.targets(sample.Options(**options)).values())]
+    assert where(ckpt=str(runs / "ae" / "ckpt.pt")) == [str(runs / "ae" / "samples.png")]
+    assert where(ckpt=BASE) == ["out/unet-scenes.png"]
+    assert where(ckpt=BASE, out="a/b.png", strip=True, gif=True) == [
+        "a/b.png", "a/b-strip.png", "a/b.gif"]
+    assert where(ckpt=BASE, out="a/b.png", npz=5) == ["a/b.npz"]
+    assert not list(tmp_path.iterdir())                 # nothing is made before all is checked
 
 
 def test_exported_checkpoints_are_small_and_sample_nearly_the_same(
@@ -262,9 +376,9 @@ def test_exported_checkpoints_are_small_and_sample_nearly_the_same(
     more = load_checkpoint(tmp_path / "more" / "ckpt.pt")["ema"]
     assert_close({k: w for k, w in more.items()}, {k: w.float() for k, w in state["ema"].items()})
     for flags, words in ((["--weights", "model"], "leave out --weights"),
-                         (["--export", "x.pt"], "not the checkpoint of a run")):
+                         (["--export", str(tmp_path / "x.pt")], "not the checkpoint of a run")):
         with pytest.raises(SystemExit):
-            sample.main(["--ckpt", str(small), *flags, "--out", str(tmp_path / "x.png")])
+            sample.main(["--ckpt", str(small), *flags])
         assert words in capsys.readouterr().err
 
 
@@ -295,6 +409,88 @@ def test_a_concept_brings_its_word_and_its_matrices(tmp_path, capsys, monkeypatc
 # --------------------------------------------------------------------------------------------------
 # what is refused
 
+def refuse(capsys, runs, name, *flags):
+    """The one line that a refused command prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        drawn(runs, name, *flags)
+    said = [line for line in capsys.readouterr().err.splitlines() if "batch" not in line]
+    assert stopped.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
+    return said[0]
+
+
+# a value for each option, and another option that it needs
+GIVEN = {"ckpt": None, "classes": "1", "prompt": "a large red circle", "n": "3", "cfg_scale": "4",
+         "negative": "a small red circle", "cfg_interval": "0,0.5", "cfg_channels": "1",
+         "sampler": None, "steps": "3", "truncation": "0.2", "eta": "0.9", "seed": "7",
+         "base": BASE, "scale": "0.5", "concept": BASE, "weights": "model", "vae": BASE, "bpe": "x",
+         "image_size": "64", "dtype": "float16", "out": None, "export": "e.pt", "note": "x",
+         "strip": True, "gif": True, "npz": "2", "interpolate": True, "init": "init.png",
+         "mask": "mask.png", "strength": "0.4"}
+SAME = {"batch_size": "1", "device": "cpu"}                 # these change nothing but the speed
+ALSO = {"mask": ["--init", "init.png"], "strength": ["--init", "init.png"]}
+
+
+@pytest.mark.parametrize("kind", ["flow", "gaussian", "unguided", "text", "tokens"])
+def test_every_option_changes_the_files_or_is_refused(runs, known, tmp_path, monkeypatch, kind):
+    assert {f.name for f in dataclasses.fields(sample.Options)} == {*GIVEN, *SAME}
+    ckpt = {"flow": str(runs / "latent" / "ckpt.pt"), "gaussian": str(runs / "pixel" / "ckpt.pt"),
+            "unguided": str(runs / "unconditional" / "ckpt.pt"), "text": BASE,
+            "tokens": str(ROOT / "assets" / "vq-scenes.pt")}[kind]
+    task, model = sample.load(ckpt)                         # read once: a load is most of the time
+    load = sample.load
+    monkeypatch.setattr(sample, "load", lambda path, device, options: (
+        load(path, device, options) if any(getattr(options, name) is not None for name in (
+            "base", "scale", "weights", "vae", "bpe", "image_size", "dtype")) else (task, model)))
+    other = "ddpm" if kind == "gaussian" else task.process.samplers[1]
+    first = ["--sampler", "ddim"] if kind == "gaussian" else []
+
+    def files(*flags):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        for name, path in zip(("init.png", "mask.png"), known[2:]):
+            (folder / name).write_bytes(pathlib.Path(path).read_bytes())
+        try:
+            sample.main(["--ckpt", ckpt, "--out", "x.png", "--steps", "2", *first, "--n", "2",
+                         *flags] if "--export" not in flags else ["--ckpt", ckpt, *flags])
+        except SystemExit as stopped:
+            return stopped.code
+        return tree(folder)
+    plain, refused = files(), set()
+    for name, value in {**GIVEN, "sampler": other}.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "npz":
+            assert files(flag, value) == 2                  # beside --n
+        elif value is not None and name not in ("note", "export"):
+            got = files(*ALSO.get(name, ()), flag, *[value] * (value is not True))
+            before = files(*ALSO[name]) if name in ALSO else plain
+            refused |= {name} if got == 2 else set()
+            assert got == 2 or isinstance(got, dict) and got != before, name
+    always = {"base", "scale", "vae", "bpe", "image_size", "dtype", "concept"}
+    none, words = {"cfg_scale", "cfg_interval", "cfg_channels"}, {"prompt", "negative"}
+    assert refused == always | {
+        "flow": {"truncation", "eta", *words}, "gaussian": {"truncation", *words},
+        "unguided": {"truncation", "eta", "classes", *words, *none},
+        "text": {"truncation", "eta", "classes", "weights"},
+        "tokens": {"eta", "classes", "weights", "cfg_interval", "cfg_channels", "interpolate"}}[kind]
+    for name, value in SAME.items():
+        assert files(f"--{name.replace('_', '-')}", value) == plain
+
+
+@pytest.mark.parametrize("flags", [[f"--{name.replace('_', '-')}", *[value] * (value is not True)]
+                                   for name, value in {**GIVEN, **SAME, "sampler": "ddim",
+                                                       "out": "x.png"}.items()
+                                   if value and name not in ("export", "note")], ids=lambda x: x[0])
+def test_an_export_reads_nothing_else(runs, tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--ckpt", str(runs / "latent" / "ckpt.pt"), "--export", str(tmp_path / "e.pt"),
+                     *flags])
+    assert stopped.value.code == 2 and not list(tmp_path.iterdir())
+    words = capsys.readouterr().err
+    assert flags[0] in words and ("beside --export" in words or "needs --init" in words)
+
+
 @pytest.mark.parametrize("name,flags,words", [
     ("latent", ["--class", "2"], "there are 2, numbered"), ("latent", ["--class", "-1"], "are 2"),
     ("latent", ["--class", "aple"], "did you mean 'apple'"),
@@ -305,12 +501,24 @@ def test_a_concept_brings_its_word_and_its_matrices(tmp_path, capsys, monkeypatc
     ("latent", ["--eta", "0.5"], "does not read eta"),
     ("latent", ["--truncation", "0.9"], "does not read truncation"),
     ("pixel", ["--sampler", "ddpm", "--eta", "0.5"], "leave it out, or use sampler ddim"),
-    ("latent", ["--steps", "ddim25"], "positive whole number"),
+    ("latent", ["--steps", "ddim25"], "a whole number, from 1"),
     ("unconditional", ["--cfg-scale", "3"], "nothing to guide by"),
     ("latent", ["--cfg-interval", "0.3"], "LOW,HIGH"),
+    ("latent", ["--cfg-interval", "..,1"], "LOW,HIGH"), ("latent", ["--note", "x"], "--export"),
+    ("latent", ["--cfg-interval", "0.6,0.2"], "low <= high"),
+    ("latent", ["--cfg-scale", "1", "--cfg-interval", "0,0.2"], "is read with guidance alone"),
+    ("latent", ["--cfg-channels", "5"], "there are 4 channels"),
+    ("latent", ["--steps", "0"], "steps 0"), ("latent", ["--steps", "²"], "steps '²'"),
+    ("latent", ["--steps", "99999999999"], "from 1 to 10,000"), ("latent", ["--class", "²"], "are 2"),
+    ("latent", ["--n", "10000000"], "--n 10000000: give"), ("latent", ["--out="], "--out is empty"),
+    ("latent", ["--strength", "0", "--init", "x"], "--strength 0.0: give"),
+    ("latent", ["--strength", "1.5", "--init", "x"], "--strength 1.5: give"),
+    ("latent", ["--strength", "nan", "--init", "x"], "--strength nan: give"),
+    ("latent", ["--npz", "3", "--n", "3"], "--n is not read beside --npz"),
+    ("latent", ["--npz", "3", "--gif"], "--gif is not read beside --npz"),
     ("latent", ["--mask", "m.png"], "--mask needs --init"),
-    ("latent", ["--strength", "0.5"], "with --init, and without --mask"),
-    ("latent", ["--init", "a", "--mask", "b", "--strength", "0.5"], "without --mask"),
+    ("latent", ["--strength", "0.5"], "--strength needs --init"),
+    ("latent", ["--init", "a", "--mask", "b", "--strength", "0.5"], "not read beside --mask"),
     ("latent", ["--init", "nowhere.png"], "cannot read image nowhere.png"),
     ("latent", ["--concept", "c.pt"], "needs a text-to-image --ckpt"),
     ("latent", ["--ckpt", "nowhere.pt"], "no checkpoint at nowhere.pt"),
