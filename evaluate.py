@@ -23,7 +23,6 @@ only under one classifier file and number of samples, beside what real pictures 
 """
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import zlib
@@ -35,7 +34,7 @@ from torch import nn
 import cli
 import data
 import worlds
-from checkpoint import load_checkpoint, load_weights, save_checkpoint
+from checkpoint import load_checkpoint, load_weights, save_checkpoint, written_whole
 
 # Lengths are in pixels of a 32-pixel picture, whatever its size; colours are on the 0..1 scale.
 FOREGROUND = 0.2     # object pixels are this far from the background; palette colours are >= 0.35
@@ -44,6 +43,7 @@ MAX_RESIDUAL = 0.03  # legible: squared error per object area; 3 x 3 blurs: 99 %
 MAX_TINT = 0.25      # legible: distance of the measured colour from the palette's
 SIZE_SPLIT = 7.25    # small objects have a radius up to 6, large ones from 8
 PLACE_SPLIT = 2.75   # "in the middle" is within 1.5 of the centre, other places are >= 4 away
+MADE_BY = "made by evaluate.py"
 
 
 def read_shapes(images, num_shapes=6):
@@ -342,9 +342,7 @@ def kept_classifier(real, folder="out", steps=1000, device="cpu"):
     words = re.sub(r"\W", "-", real.name)[-40:]             # letters of any alphabet stay
     path = pathlib.Path(folder) / f"classifier-{words}-{zlib.crc32(trained_on.encode()):08x}.pt"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise ValueError(f"{path} cannot be written: make its folder writable")
+        data.check_target(path, b"")
         print(f"training the classifier: {steps} steps")
         model, accuracy = train_classifier(real, steps, device)
         save_checkpoint(path, {"model": model.state_dict(), "accuracy": accuracy})
@@ -356,30 +354,29 @@ def kept_classifier(real, folder="out", steps=1000, device="cpu"):
 @dataclasses.dataclass
 class Options:
     """what is scored, and against what"""
-    ckpt: str = cli.flag("", "checkpoint of train.py to sample from; or give --images")
-    images: str = cli.flag("", "npz: uint8 arr_0 (N, H, W, C), perhaps labels (N,), captions (N,)")
+    ckpt: str = cli.flag(None, "checkpoint of train.py to sample from; or give --images")
+    images: str = cli.flag(None, "npz: uint8 arr_0 (N, H, W, C), perhaps labels, captions (N,)",
+                           needs="!ckpt")
     data: str = cli.flag(None, "what they imitate: shapes, scenes, cifar10, ...; default: --ckpt's")
-    data_dir: str = cli.flag(None, "folder of the data sets; default: --ckpt's, else data")
+    data_dir: str = cli.flag(None, "folder of official data; default: --ckpt's, else data")
     skip_bad: bool = cli.flag(None, "folder: leave out unreadable images; default: --ckpt's")
-    n: int = cli.flag(480, "samples to take from --ckpt", within="[1, inf)")
-    cfg_scale: float = cli.flag(None, "guidance scale, 1 = none; default: that of sample.py")
-    steps: int = cli.flag(None, "sampling steps; default: that of sample.py", within="[1, inf)")
-    seed: int = cli.flag(0, "seed of the samples")
-    device: str = cli.flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
-    classifier_steps: int = cli.flag(1000, "training steps of the classifier", within="[1, inf)")
-    json: str = cli.flag("", "also write the numbers to this .json file")
+    n: int = cli.flag(None, "samples to take; default: 480", "[1, 1e6]", needs="ckpt")
+    cfg_scale: float = cli.flag(None, "guidance; default: the run's", "[0, inf)", needs="ckpt")
+    steps: int = cli.flag(None, "as in sample.py", "[1, inf)", needs="ckpt")
+    seed: int = cli.flag(None, "of the samples; default: 0", "[0, inf)", needs="ckpt")
+    device: str = cli.flag(None, "where to compute", "", ["auto", "cpu", "cuda", "mps"])
+    classifier_steps: int = cli.flag(None, "its training steps; default: 1000", "[1, inf)")
+    json: str = cli.flag(None, "also write the numbers to this file (default: not)")
 
 
 @cli.one_line
 def main(argv):
     """Score samples, print rates with their standard errors, or distances beside their floor."""
     options, = cli.parse(argv, __doc__, Options)
-    if bool(options.ckpt) == bool(options.images):
-        raise ValueError("give one of --ckpt FILE, to sample from, and --images FILE, an npz")
-    out = pathlib.Path(options.json)
-    writable = os.access(out if out.exists() else out.parent, os.W_OK) and not out.is_dir()
-    if options.json and not (writable and out.suffix == ".json"):
-        raise ValueError(f"{out} cannot be written: name a .json file in a folder that can")
+    if not options.ckpt and not options.images:
+        raise ValueError("give --ckpt FILE, to sample from, or --images FILE, an npz")
+    if options.json:
+        data.check_target(options.json, MADE_BY.encode())
     scores = _score(options)
     print(f"{scores['source']}: {scores['n']} images of {scores['data']}")
     for axis, (rate, n) in scores.get("rates", {}).items():
@@ -389,43 +386,70 @@ def main(argv):
               "  classifier-KID  {kid:9.5f}   floor {kid_floor:9.5f}\n  against {n_real} real "
               "images, with {classifier}, test accuracy {classifier_accuracy:.3f}".format(**scores))
     if options.json:
-        out.write_text(json.dumps(scores, indent=1))
+        with written_whole(options.json) as file:
+            file.write(json.dumps({"made_by": MADE_BY, **scores}, indent=1).encode())
+
+
+def _imitated(options, saved):
+    """What is imitated -> its name, and {"data_dir", "skip_bad"}. Raises ValueError."""
+    config = {"data": "", "data_dir": "data", "skip_bad": False} | saved.get("config", {})
+    config |= {key: flag for key, flag in vars(options).items() if flag is not None}
+    name, drawn = config["data"], config["data"] in ("shapes", "scenes")
+    if not name:
+        raise ValueError("say with --data what the samples imitate, for example --data shapes")
+    unread = {"classifier_steps": drawn, "device": drawn and options.images,
+              "skip_bad": name[:7] != "folder:", "data_dir": name not in data.OFFICIAL}
+    cli.refuse(options, " ".join(flag for flag in unread if unread[flag]),
+               f"is not read for --data {name}: leave it out")
+    return name, {key: config[key] for key in ("data_dir", "skip_bad")}
 
 
 def _score(options):
     """Score what the command line names. Returns the dict that --json writes."""
-    path, device = options.ckpt or options.images, cli.resolve_device(options.device)
+    path, device = options.ckpt or options.images, cli.resolve_device(options.device or "auto")
     saved, asked = load_checkpoint(path) if options.ckpt else {}, {}
-    if options.images:
-        images, labels, captions = data.read_npz(path)
-    elif "info" not in saved:
+    if options.ckpt and "info" not in saved:
         raise ValueError(f"{path} is no run of train.py: use sample.py --npz, then --images FILE")
-    config = {"data": "", "data_dir": "data", "skip_bad": False} | saved.get("config", {})
-    config |= {key: flag for key, flag in vars(options).items() if flag is not None}
-    shape = images.shape if options.images else (
-        options.n, saved["info"]["channels"], *2 * [saved["info"]["image_size"]])
-    name = config["data"]
-    if not name:
-        raise ValueError("say with --data what the samples imitate, for example --data shapes")
-    if name not in ("shapes", "scenes"):    # before sampling, to refuse early what must be refused
-        real = data.load(name, shape[-1], data_dir=config["data_dir"], skip_bad=config["skip_bad"])
-        check_comparable(shape, real)
-        model, accuracy, file = kept_classifier(real, steps=options.classifier_steps, device=device)
-    if options.ckpt:
+    name, where = _imitated(options, saved)
+    drawn = name in ("shapes", "scenes")
+    if options.images:
+        samples = data.read_npz(path)
+        n, side, draw = len(samples[0]), samples[0].shape[-1], lambda n: samples
+    else:
         import sample       # here, because reading pictures needs no model
-        asked = {key: vars(options)[key] for key in ("n", "cfg_scale", "steps", "seed")}
-        images, labels, captions = sample.draw(path, device=device, **asked)
-    if name not in ("shapes", "scenes"):
+        asked = {"cfg_scale": options.cfg_scale, "steps": options.steps, "seed": options.seed or 0}
+        n, side, draw = options.n or 480, saved["info"]["image_size"], lambda n: sample.draw(
+            path, n, device=device, source={"data": name, **where}, **asked)
+    real = None if drawn else data.load(name, side, **where)
+    images, labels, captions = draw(1)          # what is wrong is said before all are sampled
+    if drawn:
+        rates(name, images, labels, captions)
+    else:
+        check_comparable((n, *images.shape[1:]), real)
+    known, names = saved.get("info", {}).get("class_names"), [*worlds.CLASS_NAMES] if drawn else (
+        real.class_names)
+    if name != "scenes" and labels is not None and (
+            known not in (None, names) or labels.max() >= len(names)):
+        raise ValueError(f"{path}: its classes must be those of {name}, in the same order")
+    if real:
+        model, accuracy, file = kept_classifier(real, steps=options.classifier_steps or 1000,
+                                                device=device)
+    images, labels, captions = draw(n)
+    if real:
         scores = score_pictures(model, images, real, labels)
         scores |= {"classifier": str(file), "classifier_accuracy": accuracy}
-    elif name == "shapes" and labels is not None:
-        scores = {"rates": class_accuracy(images, labels)}
-    elif captions is not None:
-        scores = {"rates": prompt_accuracy(images, captions)}
-    else:                                   # nothing was asked for
-        legible = read_shapes(images)["legible"].double().mean().item()
-        scores = {"rates": {"legible": (legible, len(images))}}
-    return {"source": path, "data": name, "n": shape[0], **asked, **scores}
+    else:
+        scores = {"rates": rates(name, images, labels, captions)}
+    return {"source": path, "data": name, "n": len(images), **asked, **scores}
+
+
+def rates(name, images, labels, captions):
+    """{axis: (rate, number)} of what was asked of a drawn world; legible alone if nothing was."""
+    if name == "shapes" and labels is not None:
+        return class_accuracy(images, labels)
+    if captions is not None:
+        return prompt_accuracy(images, captions)
+    return {"legible": (read_shapes(images)["legible"].double().mean().item(), len(images))}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ import dataclasses
 import inspect
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import evaluate
 import sample
 import worlds
 from checkpoint import load_checkpoint, save_checkpoint
+from conftest import ROOT
 
 DRAW = inspect.signature(sample.draw)
 
@@ -435,7 +438,17 @@ def sampled(monkeypatch, images, labels=None, captions=None, **expected):
     def draw(*args, **options):
         given = DRAW.bind(*args, **options).arguments
         assert {key: given[key] for key in expected} == expected
-        return images, labels, captions
+        n = given["n"]
+        assert n in (1, len(images))                        # one picture to try, then all
+        return images[:n], labels if labels is None else labels[:n], captions
+    monkeypatch.setattr(sample, "draw", draw)
+
+
+def one_alone(monkeypatch, image):
+    """Let sample.draw return one picture, and fail if more are asked for."""
+    def draw(path, n, **options):
+        assert n == 1, "sampled"
+        return image[None], None, None
     monkeypatch.setattr(sample, "draw", draw)
 
 
@@ -460,7 +473,7 @@ def test_command_line_on_drawn_worlds(tmp_path, capsys, monkeypatch):
     assert json.load(open(out))["rates"] == {"legible": [1.0, 60]}      # nothing was asked for
 
     ckpt = run_of(tmp_path / "ckpt.pt", drawn.images, data="shapes")
-    sampled(monkeypatch, drawn.images, drawn.labels, path=ckpt, n=96, cfg_scale=2.0, steps=None,
+    sampled(monkeypatch, drawn.images, drawn.labels, path=ckpt, cfg_scale=2.0, steps=None,
             seed=5, device="cpu")
     evaluate.main(["--ckpt", ckpt, "--n", "96", "--cfg-scale", "2", "--seed", "5",
                    "--device", "cpu", "--json", out])
@@ -496,11 +509,11 @@ def test_command_line_on_pictures(tmp_path, capsys, monkeypatch, stripes):
 
     # A run of the same folder: what cannot be compared is refused before anything is sampled.
     ckpt = run_of("ckpt.pt", fake, data=name)
-    monkeypatch.setattr(sample, "draw", lambda *args, **options: pytest.fail("sampled"))
+    one_alone(monkeypatch, fake[0])
     many = refuse(capsys, "--ckpt", ckpt, "--n", "290", *call[4:])
     assert name in many and "290" in many
     assert "nothing" in refuse(capsys, "--ckpt", ckpt, "--n", "60", "--data", "folder:nothing")
-    sampled(monkeypatch, fake, stripes.labels[300:360], n=60)
+    sampled(monkeypatch, fake, stripes.labels[300:360])
     evaluate.main(["--ckpt", ckpt, "--n", "60", *call[4:]])
     second = json.load(open("s.json"))
     assert {key: second[key] for key in ("fid", "kid", "rates", "classifier")} == {
@@ -527,10 +540,10 @@ def test_skip_bad_and_data_dir_are_handed_on(tmp_path, capsys, monkeypatch, stri
         return dataclasses.replace(stripes, images=stripes.images.expand(-1, 3, -1, -1))
     monkeypatch.setattr(data, "load", load)
     ckpt = run_of("ckpt.pt", fake, data="cifar10", data_dir="there", seed=3)
-    for flags in ([], ["--data", "mnist", "--data-dir", "here", "--skip-bad"]):
+    for flags in ([], ["--data", "mnist", "--data-dir", "here"]):
         evaluate.main(["--ckpt", ckpt, "--n", "10", *flags, *few])
     evaluate.main(["--images", file, "--data", "emoji", *few])
-    assert asked == [("cifar10", 16, "there", False), ("mnist", 16, "here", True),
+    assert asked == [("cifar10", 16, "there", False), ("mnist", 16, "here", False),
                      ("emoji", 16, "data", False)]
 
 
@@ -540,8 +553,8 @@ def test_outputs_are_checked_before_anything_is_sampled(tmp_path, capsys, monkey
     before = (tmp_path / "ckpt.pt").read_bytes()
     (tmp_path / "folder.json").mkdir()
     monkeypatch.setattr(sample, "draw", lambda *args, **options: pytest.fail("sampled"))
-    for bad in ("no/x.json", "folder.json", "ckpt.pt", "x" * 300 + ".json"):
-        assert bad in refuse(capsys, "--ckpt", ckpt, "--json", str(tmp_path / bad))
+    for bad in ("ckpt.pt/x.json", "folder.json", "ckpt.pt", "x" * 300 + ".json"):
+        assert bad[:100] in refuse(capsys, "--ckpt", ckpt, "--json", str(tmp_path / bad))
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "folder.json"}
 
@@ -569,3 +582,90 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
     assert "--n" in refuse(capsys, "--images", fine, "--n", "0")
     assert "--images" in refuse(capsys) and "--images" in refuse(capsys, "--images", fine,
                                                                  "--ckpt", fine)
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--n", "0"], "--n 0: give"), (["--n", "4"], "--n needs --ckpt"), (["--seed", "0"], "--ckpt"),
+    (["--cfg-scale", "2"], "--cfg-scale needs --ckpt"), (["--steps", "5"], "--steps needs --ckpt"),
+    (["--classifier-steps", "9"], "--classifier-steps is not read for --data shapes"),
+    (["--skip-bad"], "--skip-bad is not read"), (["--no-skip-bad"], "--skip-bad is not read"),
+    (["--data-dir", "data"], "--data-dir is not read"), (["--device", "cpu"], "--device is not"),
+    (["--data", "folder:x", "--data-dir", "data"], "--data-dir is not read for --data folder:x"),
+    (["--data", "mnist", "--skip-bad"], "--skip-bad is not read for --data mnist"),
+    (["--json="], "--json is empty"), (["--ckpt", "x.pt"], "--images is not read beside --ckpt")])
+def test_what_nobody_reads_is_refused(tmp_path, capsys, flags, words):
+    fine = save(tmp_path / "fine.npz", torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+    assert words in refuse(capsys, "--images", fine, "--data", "shapes", *flags)
+
+
+def test_what_nobody_reads_beside_a_checkpoint_is_refused(tmp_path, capsys, monkeypatch):
+    ckpt = run_of(tmp_path / "ckpt.pt", torch.zeros(1, 3, 32, 32), data="shapes")
+    monkeypatch.setattr(sample, "draw", lambda *args, **options: pytest.fail("sampled"))
+    for flags in (["--classifier-steps", "9"], ["--skip-bad"], ["--data-dir", "data"]):
+        assert f"{flags[0]} is not read for" in refuse(capsys, "--ckpt", ckpt, *flags)
+
+
+def test_classes_must_be_those_of_the_data(tmp_path, capsys, monkeypatch, stripes):
+    """Else label 3 of the samples is another class than label 3 of the data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "kept_classifier", lambda *args, **how: pytest.fail("trained"))
+    name, fake = folder_of(tmp_path / "real", stripes, 100), stripes.images[:10]
+    fake = fake.expand(-1, 3, -1, -1)
+    many = torch.arange(10) * 9
+    file = save("s.npz", fake, labels=many.numpy())
+    assert "classes" in refuse(capsys, "--images", file, "--data", name)
+    for classes, data_name in ((["b", "a"], name), (["circle", "square"], "shapes")):
+        info = {"channels": 3, "image_size": 16, "class_names": classes}
+        save_checkpoint("run.pt", {"format": 2, "config": {"data": data_name}, "info": info})
+        sampled(monkeypatch, fake, torch.zeros(10, dtype=torch.int64))
+        assert "classes" in refuse(capsys, "--ckpt", "run.pt", "--n", "10")
+
+
+def test_scores_replace_only_scores(tmp_path, capsys):
+    file = save(tmp_path / "a.npz", data.load("scenes", 32, "test", count=4).images)
+    call = ["--images", file, "--data", "scenes", "--json"]
+    for _ in range(2):
+        evaluate.main([*call, str(tmp_path / "new" / "a.json")])
+    assert json.load(open(tmp_path / "new" / "a.json"))["n"] == 4
+    (tmp_path / "mine.json").write_text('{"n": 4}')
+    for name in ("mine.json", "a.npz", "new"):
+        before = (tmp_path / "mine.json").read_bytes()
+        assert "not made by this command" in refuse(capsys, *call, str(tmp_path / name))
+        assert (tmp_path / "mine.json").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "mine.json", "new"]
+
+
+@pytest.mark.parametrize("stop,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_while_a_classifier_trains_leaves_nothing(
+        tmp_path, capsys, monkeypatch, stripes, stop, code):
+    monkeypatch.chdir(tmp_path)
+    name = folder_of(tmp_path / "real", stripes, 100)
+    file = save("s.npz", stripes.images[:10].expand(-1, 3, -1, -1))
+    train, before = evaluate.train_classifier, sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(evaluate, "train_classifier", lambda *args: (
+        os.kill(os.getpid(), stop), train(*args)))
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--images", file, "--data", name, "--json", "s.json"])
+    assert stopped.value.code == code and capsys.readouterr().err.endswith("stopped\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_captions_are_those_of_the_data_that_are_named(tmp_path, monkeypatch):
+    """A text-to-image run is asked for held-out captions of --data, read as --data-dir says."""
+    task, asked = sample.load(str(ROOT / "assets" / "unet-scenes.pt"))[0], []
+    monkeypatch.setattr(sample, "load", lambda path, device: (task, task.model))
+    monkeypatch.setattr(sample, "load_checkpoint", lambda path: {"config": {
+        "data": "scenes", "data_dir": "data", "skip_bad": False, "image_size": 32, "seed": 0}})
+    monkeypatch.setattr(sample, "sample_all", lambda task, model, y, *args, **how: [y, y])
+    world = data.load("scenes", 32, "test", count=3)
+
+    def load(name, *args, **how):
+        asked.append((name, args[2], how["skip_bad"]))
+        return dataclasses.replace(world, captions=None if name == "mnist" else world.captions)
+    monkeypatch.setattr(data, "load", load)
+    sample.draw("x.pt", 3, device="cpu")
+    source = {"data": "folder:mine", "data_dir": "there", "skip_bad": True}
+    assert sample.draw("x.pt", 3, device="cpu", source=source)[2] == world.captions
+    assert asked == [("scenes", "data", False), ("folder:mine", "there", True)]
+    with pytest.raises(ValueError, match="mnist has none"):
+        sample.draw("x.pt", 3, device="cpu", source={**source, "data": "mnist"})

@@ -269,7 +269,7 @@ def test_files_replace_only_those_of_the_same_command(runs, tmp_path, capsys, mo
 
 
 def test_refused_commands_leave_no_folder(runs, tmp_path, capsys):
-    refuse(capsys, runs, "latent", "--class", "nobody", "--out", str(tmp_path / "a" / "b" / "x.png"))
+    refuse(capsys, runs, "latent", "--class", "nobody", "--out", str(tmp_path / "a/b/x.png"))
     assert not list(tmp_path.iterdir())
     sample.main(["--ckpt", str(runs / "latent" / "ckpt.pt"), "--steps", "1", "--out",
                  str(tmp_path / "a" / "b" / "x.png")])
@@ -469,11 +469,12 @@ def test_every_option_changes_the_files_or_is_refused(runs, known, tmp_path, mon
             assert got == 2 or isinstance(got, dict) and got != before, name
     always = {"base", "scale", "vae", "bpe", "image_size", "dtype", "concept"}
     none, words = {"cfg_scale", "cfg_interval", "cfg_channels"}, {"prompt", "negative"}
-    assert refused == always | {
+    expected = {
         "flow": {"truncation", "eta", *words}, "gaussian": {"truncation", *words},
         "unguided": {"truncation", "eta", "classes", *words, *none},
         "text": {"truncation", "eta", "classes", "weights"},
-        "tokens": {"eta", "classes", "weights", "cfg_interval", "cfg_channels", "interpolate"}}[kind]
+        "tokens": {"eta", "classes", "weights", "cfg_interval", "cfg_channels", "interpolate"}}
+    assert refused == always | expected[kind]
     for name, value in SAME.items():
         assert files(f"--{name.replace('_', '-')}", value) == plain
 
@@ -509,7 +510,7 @@ def test_an_export_reads_nothing_else(runs, tmp_path, capsys, flags):
     ("latent", ["--cfg-scale", "1", "--cfg-interval", "0,0.2"], "is read with guidance alone"),
     ("latent", ["--cfg-channels", "5"], "there are 4 channels"),
     ("latent", ["--steps", "0"], "steps 0"), ("latent", ["--steps", "²"], "steps '²'"),
-    ("latent", ["--steps", "99999999999"], "from 1 to 10,000"), ("latent", ["--class", "²"], "are 2"),
+    ("latent", ["--steps", "99999999999"], "1 to 10,000"), ("latent", ["--class", "²"], "are 2"),
     ("latent", ["--n", "10000000"], "--n 10000000: give"), ("latent", ["--out="], "--out is empty"),
     ("latent", ["--strength", "0", "--init", "x"], "--strength 0.0: give"),
     ("latent", ["--strength", "1.5", "--init", "x"], "--strength 1.5: give"),
