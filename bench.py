@@ -25,9 +25,9 @@ class Options:
     """what to measure"""
     models: tuple = flag(("DiT-128x4/2", "udit-tiny", "unet-tiny", "vq-tiny", "tiny-ae", "vq-vae"),
                          "names of models, see train.py")
-    steps: int = flag(10, "steps to time; --overfit: steps to train", "[1, inf)")
+    steps: int = flag(None, "steps to time (default: 10), or to --overfit (200)", "[1, inf)")
     batch_size: int = flag(None, "pictures per step (default: as in training)", "[1, inf)")
-    image_size: int = flag(32, "side of the pictures", "[1, inf)")
+    image_size: int = flag(None, "side of the pictures (default: as in training)", "[1, inf)")
     overfit: bool = flag(False, "train on one batch: its loss must fall below 5 %%")
     device: str = flag("auto", "where to run", "", ["auto", "cpu", "cuda", "mps"])
     compile: str = flag("auto", "torch.compile; auto: on cuda", "", ["auto", "on", "off"])
@@ -106,6 +106,9 @@ def memory(device):
 def main(argv):
     """The command. --overfit exits with 1 if a model did not learn its batch."""
     (options,), failed = parse(argv, __doc__, Options), 0
+    options.steps = options.steps or (200 if options.overfit else 10)
+    for model in options.models:            # what is wrong with the last is said before the first
+        run_of(model, options)
     for model in options.models:
         if options.overfit:
             first, last = overfit(model, options)

@@ -80,3 +80,35 @@ def test_unknown_models_are_one_line(capsys):
         bench.main(["--models", "udit-tny"])
     assert stopped.value.code == 2
     assert "did you mean udit-tiny" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_the_last_model_is_said_before_the_first_is_measured(
+        capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda *given: pytest.fail("measured"))
+    for flags, words in ((["--models", "DiT-64x2/4", "udit-tny"], "did you mean udit-tiny"),
+                         (["--image-size", "33"], "33"), (["--steps", "0"], "--steps 0: give"),
+                         (["--batch-size", "0"], "--batch-size 0: give"),
+                         (["--batch-size", "100000000000000"], "not enough memory"),
+                         (["--num-workers", "2"], "in memory"), (["--lr", "1"], "unknown")):
+        with pytest.raises(SystemExit) as stopped:
+            bench.main([*COMMON, *flags])
+        assert stopped.value.code == 2 and words in capsys.readouterr().err, flags
+
+
+def test_sizes_that_are_not_given_are_those_of_training(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "make_task", lambda config, settings, dataset: seen.append(config))
+    monkeypatch.setattr(bench.data, "load", lambda *args, **how: None)
+    for model, flags, size in (("DiT-64x2/4", {}, 32), ("VQ-S", {}, 256),
+                               ("VQ-S", {"image_size": 64}, 64)):
+        bench.run_of(model, bench.Options(device="cpu", **flags))
+        assert seen[-1].image_size == size
+
+
+def test_the_self_check_trains_long_enough_unless_told_otherwise(monkeypatch):
+    steps = []
+    monkeypatch.setattr(bench, "overfit", lambda model, o: steps.append(o.steps) or (1.0, 0.01))
+    monkeypatch.setattr(bench, "measure", lambda model, o: steps.append(o.steps) or {})
+    for flags in (["--overfit"], [], ["--overfit", "--steps", "7"], ["--steps", "8"]):
+        assert exit_code(*flags) == 0
+    assert steps == [200, 10, 7, 8]
