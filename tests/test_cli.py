@@ -86,7 +86,7 @@ def test_a_dataclass_becomes_flags(capsys):
     (["--steps", "9" * 5000], "invalid int"), (["--out="], "--out is empty"),
     (["--out", ""], "leave it out"), (["--words", "x"], "--words needs --out"),
     (["--words=", "--out", "x", "--share", "1"], "--words is not read beside --share"),
-    (["--num-inference-steps", "3"], "unknown argument '--num-inference-steps': here it is --steps"),
+    (["--num-inference-steps", "3"], "argument '--num-inference-steps': here it is --steps"),
     (["--output_dir=x"], "unknown argument '--output-dir': here it is --out"),
     (["--guidance-scale", "3"], "see --help"),                  # this command has no --cfg-scale
     (["--dtype", "bf16"], "cuda computes in bfloat16"), (["--num-workers", "4"], "in memory"),
@@ -126,8 +126,8 @@ def test_flags_of_other_tools_find_ours_and_only_those_that_are_there(capsys, na
     assert found >= {"train": 10, "sample": 9, "evaluate": 6, "bench": 4}[name]
 
 
-SHORT = ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
-         "you tried to allocate 12288 bytes.\nError code 12 (Cannot allocate memory)")
+SHORT = ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate "
+         "memory: you tried to allocate 12288 bytes.\nError code 12 (Cannot allocate memory)")
 
 
 @pytest.mark.parametrize("error,code,words", [
