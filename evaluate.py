@@ -369,6 +369,27 @@ class Options:
     json: str = cli.flag(None, "also write the numbers to this file (default: not)")
 
 
+def sampled(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", source=()):
+    """n pictures from a checkpoint: of its classes in turn, or of held-out captions of its data, or
+    of `source`, {"data", "data_dir", "skip_bad"}; None = as sample.py does. Raises ValueError.
+    Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None)."""
+    import sample           # here, because reading pictures needs no model
+    device, captions, labels = cli.resolve_device(device), None, None
+    task, model = sample.load(path, device)
+    if task.tokenizer is not None:
+        run = {**load_checkpoint(path)["config"], **dict(source)}
+        captions = data.load(run["data"], run["image_size"], "test", run["data_dir"], count=n,
+                             seed=run["seed"], skip_bad=run["skip_bad"]).captions
+        if captions is None:
+            raise ValueError(f"{path} samples from captions, and {run['data']} has none")
+        y = task.tokenizer(captions).to(device)                                         # (N, L)
+    else:
+        y = torch.arange(n, device=device) % max(1, len(task.info["class_names"]))      # (N,)
+        labels = y.cpu() if task.info["class_names"] else None
+    how = {"cfg_scale": cfg_scale, "steps": steps}
+    return sample.sample_all(task, model, y, seed, **how)[1], labels, captions
+
+
 @cli.one_line
 def main(argv):
     """Score samples, print rates with their standard errors, or distances beside their floor."""
@@ -391,7 +412,7 @@ def main(argv):
 
 
 def _imitated(options, saved):
-    """What is imitated -> its name, and {"data_dir", "skip_bad"}. Raises ValueError."""
+    """What is imitated -> (name, is it a drawn world, {"data_dir", "skip_bad"}). ValueError."""
     config = {"data": "", "data_dir": "data", "skip_bad": False} | saved.get("config", {})
     config |= {key: flag for key, flag in vars(options).items() if flag is not None}
     name, drawn = config["data"], config["data"] in ("shapes", "scenes")
@@ -401,7 +422,7 @@ def _imitated(options, saved):
               "skip_bad": name[:7] != "folder:", "data_dir": name not in data.OFFICIAL}
     cli.refuse(options, " ".join(flag for flag in unread if unread[flag]),
                f"is not read for --data {name}: leave it out")
-    return name, {key: config[key] for key in ("data_dir", "skip_bad")}
+    return name, drawn, {key: config[key] for key in ("data_dir", "skip_bad")}
 
 
 def _score(options):
@@ -410,15 +431,13 @@ def _score(options):
     saved, asked = load_checkpoint(path) if options.ckpt else {}, {}
     if options.ckpt and "info" not in saved:
         raise ValueError(f"{path} is no run of train.py: use sample.py --npz, then --images FILE")
-    name, where = _imitated(options, saved)
-    drawn = name in ("shapes", "scenes")
+    name, drawn, where = _imitated(options, saved)
     if options.images:
         samples = data.read_npz(path)
         n, side, draw = len(samples[0]), samples[0].shape[-1], lambda n: samples
     else:
-        import sample       # here, because reading pictures needs no model
         asked = {"cfg_scale": options.cfg_scale, "steps": options.steps, "seed": options.seed or 0}
-        n, side, draw = options.n or 480, saved["info"]["image_size"], lambda n: sample.draw(
+        n, side, draw = options.n or 480, saved["info"]["image_size"], lambda n: sampled(
             path, n, device=device, source={"data": name, **where}, **asked)
     real = None if drawn else data.load(name, side, **where)
     images, labels, captions = draw(1)          # what is wrong is said before all are sampled
@@ -426,8 +445,8 @@ def _score(options):
         rates(name, images, labels, captions)
     else:
         check_comparable((n, *images.shape[1:]), real)
-    known, names = saved.get("info", {}).get("class_names"), [*worlds.CLASS_NAMES] if drawn else (
-        real.class_names)
+    names = [*worlds.CLASS_NAMES] if drawn else real.class_names
+    known = saved["info"].get("class_names") if saved else None
     if name != "scenes" and labels is not None and (
             known not in (None, names) or labels.max() >= len(names)):
         raise ValueError(f"{path}: its classes must be those of {name}, in the same order")

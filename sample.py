@@ -96,26 +96,6 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
     return torch.cat(sampled), torch.cat(pictures), [torch.cat(step) for step in zip(*states)]
 
 
-def draw(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", source=(), **options):
-    """n pictures from a checkpoint, for evaluate.py: classes in turn, or held-out captions of the
-    run's data, or of `source`, {"data", "data_dir", "skip_bad"}. None = the run's own.
-    Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None). Raises ValueError."""
-    device, captions, labels = resolve_device(device), None, None
-    task, model = load(path, device)
-    if task.tokenizer is not None:
-        run = {**load_checkpoint(path)["config"], **dict(source)}
-        captions = data.load(run["data"], run["image_size"], "test", run["data_dir"], count=n,
-                             seed=run["seed"], skip_bad=run["skip_bad"]).captions
-        if captions is None:
-            raise ValueError(f"{path} samples from captions, and {run['data']} has none")
-        y = task.tokenizer(captions).to(device)                                         # (N, L)
-    else:
-        y = torch.arange(n, device=device) % max(1, len(task.info["class_names"]))      # (N,)
-        labels = y.cpu() if task.info["class_names"] else None
-    options |= {"cfg_scale": cfg_scale, "steps": steps}
-    return sample_all(task, model, y, seed, **options)[1], labels, captions
-
-
 # --------------------------------------------------------------------------------------------------
 # checkpoints
 
@@ -140,8 +120,8 @@ def load(path, device="cpu", options=None):
     elif not options.base:
         raise ValueError(f"{path} is an adapter: give the --base that it was trained on")
     else:
-        base = dataclasses.replace(options, base=None, scale=None)
-        task, model = load(options.base, device, base)
+        bare = dataclasses.replace(options, base=None, scale=None)
+        task, model = load(options.base, device, bare)
         load_adapters(model, state)
         set_scale(model, state["spec"]["scale"] if options.scale is None else options.scale)
     task.model = fold(task.model)               # a U-DiT gets cheaper, the others stay as they are
@@ -275,14 +255,13 @@ def write(files, images, x, y, names, film):
     if "grid" in files:
         save_grid(images, files["grid"], nrow=8, captions=names, scale=scale, made_by=MADE_BY)
     if "npz" in files:
-        labels = {"labels": y.numpy()} if y.dim() == 1 and names else {}
-        pixels = images.permute(0, 2, 3, 1).numpy()                         # (N, H, W, C)
+        arrays = {"labels": y.numpy()} if y.dim() == 1 and names else {}
+        arrays |= {"arr_0": images.permute(0, 2, 3, 1).numpy()}             # (N, H, W, C)
         with written_whole(files["npz"]) as file:
-            np.savez(file, made_by=MADE_BY.encode(), arr_0=pixels, **labels)
+            np.savez(file, made_by=MADE_BY.encode(), **arrays)
     if "strip" in files:
-        moments = [film[round(k * (len(film) - 1) / 9)] for k in range(10)]
-        moments = torch.stack(moments, 1)[:8].flatten(0, 1)
-        save_grid(moments, files["strip"], nrow=10, scale=2, made_by=MADE_BY)
+        moments = torch.stack([film[round(k * (len(film) - 1) / 9)] for k in range(10)], 1)[:8]
+        save_grid(moments.flatten(0, 1), files["strip"], nrow=10, scale=2, made_by=MADE_BY)
     if "gif" in files:
         frames = [make_grid(x, nrow=8, scale=2) for x in [*film, *[film[-1]] * 10]]
         save_gif(frames, files["gif"], made_by=MADE_BY)

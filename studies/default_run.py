@@ -13,10 +13,9 @@ import io
 import shutil
 import time
 
-import sample
 from checkpoint import load_checkpoint
 from cli import one_line
-from evaluate import class_accuracy
+from evaluate import class_accuracy, sampled
 from studies.common import Table, compared, markdown, mean_se, parser, run, shown
 from train import main as train_main
 
@@ -37,7 +36,7 @@ def run_cell(cell, out="out/studies/default_run", extra=(), samples=480):
         train_main([*argv, *extra])
     seconds = time.process_time() - begin
     path = f"{folder}/ckpt.pt"
-    pictures, labels, _ = sample.draw(path, n=samples, device="cpu")
+    pictures, labels, _ = sampled(path, n=samples, device="cpu")
     rates = class_accuracy(pictures, labels)
     return [{**cell, "steps": load_checkpoint(path)["step"], "cpu_s": seconds,
              "right": rates["all"][0], "legible": rates["legible"][0]}]

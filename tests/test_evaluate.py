@@ -19,7 +19,7 @@ import worlds
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT
 
-DRAW = inspect.signature(sample.draw)
+DRAW = inspect.signature(evaluate.sampled)
 
 # ---------------------------------------------------------------- the reader
 
@@ -434,22 +434,22 @@ def run_of(path, images, **config):
 
 
 def sampled(monkeypatch, images, labels=None, captions=None, **expected):
-    """Let sample.draw return these; its call must fit the real one, and have these arguments."""
+    """Let `sampled` return these; its call must fit the real one, and have these arguments."""
     def draw(*args, **options):
         given = DRAW.bind(*args, **options).arguments
         assert {key: given[key] for key in expected} == expected
         n = given["n"]
         assert n in (1, len(images))                        # one picture to try, then all
         return images[:n], labels if labels is None else labels[:n], captions
-    monkeypatch.setattr(sample, "draw", draw)
+    monkeypatch.setattr(evaluate, "sampled", draw)
 
 
 def one_alone(monkeypatch, image):
-    """Let sample.draw return one picture, and fail if more are asked for."""
+    """Let evaluate.sampled return one picture, and fail if more are asked for."""
     def draw(path, n, **options):
         assert n == 1, "sampled"
         return image[None], None, None
-    monkeypatch.setattr(sample, "draw", draw)
+    monkeypatch.setattr(evaluate, "sampled", draw)
 
 
 def test_command_line_on_drawn_worlds(tmp_path, capsys, monkeypatch):
@@ -552,7 +552,7 @@ def test_outputs_are_checked_before_anything_is_sampled(tmp_path, capsys, monkey
     ckpt = run_of(tmp_path / "ckpt.pt", drawn.images, data="shapes")
     before = (tmp_path / "ckpt.pt").read_bytes()
     (tmp_path / "folder.json").mkdir()
-    monkeypatch.setattr(sample, "draw", lambda *args, **options: pytest.fail("sampled"))
+    monkeypatch.setattr(evaluate, "sampled", lambda *args, **options: pytest.fail("sampled"))
     for bad in ("ckpt.pt/x.json", "folder.json", "ckpt.pt", "x" * 300 + ".json"):
         assert bad[:100] in refuse(capsys, "--ckpt", ckpt, "--json", str(tmp_path / bad))
     assert (tmp_path / "ckpt.pt").read_bytes() == before
@@ -600,7 +600,7 @@ def test_what_nobody_reads_is_refused(tmp_path, capsys, flags, words):
 
 def test_what_nobody_reads_beside_a_checkpoint_is_refused(tmp_path, capsys, monkeypatch):
     ckpt = run_of(tmp_path / "ckpt.pt", torch.zeros(1, 3, 32, 32), data="shapes")
-    monkeypatch.setattr(sample, "draw", lambda *args, **options: pytest.fail("sampled"))
+    monkeypatch.setattr(evaluate, "sampled", lambda *args, **options: pytest.fail("sampled"))
     for flags in (["--classifier-steps", "9"], ["--skip-bad"], ["--data-dir", "data"]):
         assert f"{flags[0]} is not read for" in refuse(capsys, "--ckpt", ckpt, *flags)
 
@@ -654,7 +654,7 @@ def test_captions_are_those_of_the_data_that_are_named(tmp_path, monkeypatch):
     """A text-to-image run is asked for held-out captions of --data, read as --data-dir says."""
     task, asked = sample.load(str(ROOT / "assets" / "unet-scenes.pt"))[0], []
     monkeypatch.setattr(sample, "load", lambda path, device: (task, task.model))
-    monkeypatch.setattr(sample, "load_checkpoint", lambda path: {"config": {
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: {"config": {
         "data": "scenes", "data_dir": "data", "skip_bad": False, "image_size": 32, "seed": 0}})
     monkeypatch.setattr(sample, "sample_all", lambda task, model, y, *args, **how: [y, y])
     world = data.load("scenes", 32, "test", count=3)
@@ -663,9 +663,9 @@ def test_captions_are_those_of_the_data_that_are_named(tmp_path, monkeypatch):
         asked.append((name, args[2], how["skip_bad"]))
         return dataclasses.replace(world, captions=None if name == "mnist" else world.captions)
     monkeypatch.setattr(data, "load", load)
-    sample.draw("x.pt", 3, device="cpu")
+    evaluate.sampled("x.pt", 3, device="cpu")
     source = {"data": "folder:mine", "data_dir": "there", "skip_bad": True}
-    assert sample.draw("x.pt", 3, device="cpu", source=source)[2] == world.captions
+    assert evaluate.sampled("x.pt", 3, device="cpu", source=source)[2] == world.captions
     assert asked == [("scenes", "data", False), ("folder:mine", "there", True)]
     with pytest.raises(ValueError, match="mnist has none"):
-        sample.draw("x.pt", 3, device="cpu", source={**source, "data": "mnist"})
+        evaluate.sampled("x.pt", 3, device="cpu", source={**source, "data": "mnist"})

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import data
+import evaluate
 import sample
 import train
 from checkpoint import load_checkpoint, save_checkpoint
@@ -337,12 +338,12 @@ def test_npz_is_what_the_adm_evaluator_reads(runs):
     assert not (runs / "pixel" / "many.png").exists()
 
 
-def test_draw_gives_classes_in_turn(runs):
-    task, model = opened(runs, "pixel")
-    images, labels, captions = sample.draw(runs / "pixel" / "ckpt.pt", n=3, steps=3, device="cpu")
+def test_samples_to_score_are_of_the_classes_in_turn(runs):
+    (task, model), how = opened(runs, "pixel"), dict(steps=3, device="cpu")
+    images, labels, captions = evaluate.sampled(runs / "pixel" / "ckpt.pt", n=3, **how)
     assert labels.tolist() == [0, 1, 0] and captions is None
     assert torch.equal(images, sample.sample_all(task, model, labels, steps=3)[1])
-    assert sample.draw(runs / "unconditional" / "ckpt.pt", n=1, steps=1, device="cpu")[1] is None
+    assert evaluate.sampled(runs / "unconditional" / "ckpt.pt", n=1, **how)[1] is None
 
 
 def test_files_go_beside_a_run_and_else_to_out(runs, tmp_path, monkeypatch):
