@@ -17,16 +17,15 @@ import torch
 # our flag, or what to say: its names in kohya's scripts, diffusers, DiT, nanoGPT
 ELSEWHERE = {
     "steps": "epochs num-train-epochs max-train-epochs max-train-steps max-iters num-steps "
-    "num-sampling-steps num-inference-steps ddim-steps", "ckpt": "model", "lr": "learning-rate",
-    "batch-size": "train-batch-size global-batch-size bs", "accum": "gradient-accumulation-steps",
+    "num-sampling-steps num-inference-steps", "lr": "learning-rate", "seed": "global-seed",
+    "batch-size": "train-batch-size global-batch-size", "accum": "gradient-accumulation-steps",
     "cfg-scale": "cfg guidance-scale", "image-size": "resolution height width", "ema": "ema-decay",
     "out": "output results-dir output-dir out-dir", "n": "num-samples num-images num-fid-samples",
-    "data": "data-path dataset dataset-name train-data-dir data-dir", "seed": "global-seed",
+    "data": "data-path dataset dataset-name train-data-dir data-dir", "negative": "negative-prompt",
     "save-every": "checkpointing-steps ckpt-every save-steps", "resume": "resume-from-checkpoint",
     "log-every": "log-interval logging-steps", "sample-every": "validation-steps eval-interval",
-    "warmup": "warmup-iters lr-warmup-steps", "dtype": "mixed-precision precision", "grad-clip":
-    "max-grad-norm", "lr-decay": "lr-scheduler", "sampler": "scheduler", "base": "pretrained-model-"
-    "name-or-path", "concept": "instance-data-dir", "negative": "negative-prompt",
+    "warmup": "warmup-iters lr-warmup-steps", "ckpt": "model", "dtype": "mixed-precision precision",
+    "base": "pretrained-model-name-or-path", "grad-clip": "max-grad-norm", "sampler": "scheduler",
     "cuda computes in bfloat16, all else in float32": "mixed-precision precision dtype fp16 bf16",
     "classes are counted from --data": "num-classes", "see log.csv and loss.png": "report-to wandb",
     "all data are kept in memory": "num-workers dataloader-num-workers"}

@@ -6,11 +6,7 @@ The idea
     several processes can each take their rows of the same batch.
     `load` turns a name into a data set: drawn, official, your own pictures, arrays.
 
-How to use
     python train.py --data folder:my_pictures              # any name that load knows
-    train = load("scenes", image_size=32)
-    x = to_float(Batches(train, batch_size=64).batch(step=0)["x"])     # (64, 3, 32, 32) in [-1, 1]
-    save_grid(x, "grid.png")
 """
 import difflib
 import functools
@@ -337,8 +333,7 @@ def check_target(path, mark):
     path = Path(path)
     known = os.path.isfile(path) and mark in np.fromfile(path, np.uint8, 2 ** 20).tobytes()
     if os.path.lexists(path) and not known:
-        raise ValueError(f"{path} exists and was not made by this command: choose another name, or "
-                         "delete it")
+        raise ValueError(f"{path} exists and was not made by this command: choose another name")
     there = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     probe = there / f"{max(path.parts, key=len)}.part"      # folders may have to be made as well
     try:
@@ -349,7 +344,6 @@ def check_target(path, mark):
 
 
 # ---------------------------------------------------------------- looking at results
-
 
 @functools.lru_cache
 def _font(letters):
@@ -362,9 +356,9 @@ def _font(letters):
     lacks = {f: {*map(ord, letters)} - {*font.get_charmap()} for f, font in fonts.items()
              if font.scalable}
     best = min(lacks, key=lambda f: len(lacks[f]))
-    if lacks[best]:
-        print(f"no installed font has {''.join(map(chr, sorted(lacks[best])))[:20]!r}: boxes stand "
-              "for them; apt install fonts-noto-cjk has many letters", file=sys.stderr)
+    if missing := "".join(map(chr, sorted(lacks[best])))[:20]:
+        print(f"boxes stand for {missing!r}, which no font here has: apt install fonts-noto-cjk",
+              file=sys.stderr)
     return ImageFont.truetype(best, 10)
 
 

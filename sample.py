@@ -120,8 +120,8 @@ def load(path, device="cpu", options=None):
     elif not options.base:
         raise ValueError(f"{path} is an adapter: give the --base that it was trained on")
     else:
-        bare = dataclasses.replace(options, base=None, scale=None)
-        task, model = load(options.base, device, bare)
+        task, model = load(options.base, device, dataclasses.replace(
+            options, base=None, scale=None))
         load_adapters(model, state)
         set_scale(model, state["spec"]["scale"] if options.scale is None else options.scale)
     task.model = fold(task.model)               # a U-DiT gets cheaper, the others stay as they are
@@ -193,7 +193,7 @@ def conditions(options, task):
 
 
 def read_picture(path, info, background="white"):
-    """A picture file as (1, C, H, W) float in [-1, 1] at the model's size."""
+    """A picture file as (1, C, H, W) float in [-1, 1] at the model's size. Raises ValueError."""
     if info["channels"] not in (1, 3):
         raise ValueError("--init: this file holds no autoencoder to encode a picture: add --vae")
     picture = to_float(data.read_image(path, info["image_size"], background))[None]  # (1, 3, H, W)
@@ -235,9 +235,8 @@ def sampling_options(options, task, model):
 def targets(options):
     """{kind: file that will be written}. The grid: --out; or samples.png beside a run's checkpoint;
     or, for other files, out/NAME.png. Raises ValueError if one cannot be written."""
-    ckpt = pathlib.Path(options.ckpt).absolute()
-    of_run = ckpt.with_name("log.csv").is_file()
-    beside = pathlib.Path(options.ckpt).parent / "samples.png" if of_run else f"out/{ckpt.stem}.png"
+    ckpt, run = pathlib.Path(options.ckpt).absolute(), pathlib.Path(options.ckpt).parent
+    beside = run / "samples.png" if (run / "log.csv").is_file() else f"out/{ckpt.stem}.png"
     out = pathlib.Path(options.out or beside)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: give a picture's name, such as {out}.png")

@@ -85,8 +85,9 @@ def test_a_file_stopped_half_way_keeps_the_old_one(tmp_path):
         file.write(b"new")
         assert path.read_bytes() == b"old"              # until the block ends
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["a.bin"]
-    with pytest.raises(ValueError, match="could not write .*nowhere"):
-        save_checkpoint(tmp_path / "nowhere" / "ckpt.pt", {})
+    save_checkpoint(tmp_path / "new" / "ckpt.pt", {})   # a folder is made
+    with pytest.raises(ValueError, match="could not write .*new"):
+        save_checkpoint(tmp_path / "new", {})
 
 
 # --------------------------------------------------------------------------------------------------
