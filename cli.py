@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import threading
 
 import torch
 
@@ -23,9 +22,7 @@ ELSEWHERE = {
     "out": "output results-dir output-dir out-dir", "n": "num-samples num-images num-fid-samples",
     "data": "data-path dataset dataset-name train-data-dir data-dir", "negative": "negative-prompt",
     "save-every": "checkpointing-steps ckpt-every save-steps", "resume": "resume-from-checkpoint",
-    "log-every": "log-interval logging-steps", "sample-every": "validation-steps eval-interval",
-    "warmup": "warmup-iters lr-warmup-steps", "ckpt": "model", "dtype": "mixed-precision precision",
-    "base": "pretrained-model-name-or-path", "grad-clip": "max-grad-norm", "sampler": "scheduler",
+    "log-every": "log-interval", "dtype": "mixed-precision precision", "ckpt": "model",
     "cuda computes in bfloat16, all else in float32": "mixed-precision precision dtype fp16 bf16",
     "classes are counted from --data": "num-classes", "see log.csv and loss.png": "report-to wandb",
     "all data are kept in memory": "num-workers dataloader-num-workers"}
@@ -102,8 +99,7 @@ def resolve_device(name):
     """auto -> cuda, mps or cpu, the first that is there. Raises ValueError if `name` is not."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     if name not in ("auto", "cpu", *there):
-        raise ValueError(f"--device {name}: not on this machine, or not in this build of torch; "
-                         "leave the flag out, or say --device cpu")
+        raise ValueError(f"--device {name}: not here, or not in this torch; say --device cpu")
     return [*there, "cpu"][0] if name == "auto" else name
 
 
@@ -116,8 +112,7 @@ def one_line(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        here = threading.current_thread() is threading.main_thread()
-        before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM) if here}
+        before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             main(sys.argv[1:] if argv is None else list(argv))
             return sys.stdout.flush()                           # a full disk or a closed pipe

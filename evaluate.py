@@ -355,8 +355,7 @@ def kept_classifier(real, folder="out", steps=1000, device="cpu"):
 class Options:
     """what is scored, and against what"""
     ckpt: str = cli.flag(None, "checkpoint of train.py to sample from; or give --images")
-    images: str = cli.flag(None, "npz: uint8 arr_0 (N, H, W, C), perhaps labels, captions (N,)",
-                           needs="!ckpt")
+    images: str = cli.flag(None, "npz: uint8 arr_0 (N, H, W, C), labels, captions", needs="!ckpt")
     data: str = cli.flag(None, "what they imitate: shapes, scenes, cifar10, ...; default: --ckpt's")
     data_dir: str = cli.flag(None, "folder of official data; default: --ckpt's, else data")
     skip_bad: bool = cli.flag(None, "folder: leave out unreadable images; default: --ckpt's")

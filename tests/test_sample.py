@@ -314,11 +314,10 @@ def test_grid_strip_and_film(runs):
 
 
 @pytest.mark.parametrize("steps", [10, 28, 4])
-def test_a_strip_goes_from_the_first_step_to_the_last_in_even_steps(runs, tmp_path, steps):
+def test_a_strip_goes_from_the_first_step_to_the_last_in_even_steps(tmp_path, steps):
     """Step s of the film is a picture of grey 5 s; ten of them, the nearest to even ninths."""
     film = [torch.full((1, 3, 8, 8), 5 * s, dtype=torch.uint8) for s in range(steps)]
-    sample.write(sample.Options(strip=True), tmp_path / "x.png", opened(runs, "pixel")[0], film[-1],
-                 film[-1].float(), torch.zeros(1), None, film)
+    sample.write({"strip": tmp_path / "x-strip.png"}, film[-1], None, None, None, film)
     strip = np.array(Image.open(tmp_path / "x-strip.png"))[:, :, 0]
     tiles = strip[8, 10::18]            # the middle of ten tiles of 16 pixels, 2 between them
     assert tiles.tolist() == [5 * int(k * (steps - 1) / 9 + 0.5) for k in range(10)]
