@@ -46,10 +46,9 @@ def check(options):
                 within = within.replace("inf", "1e15")
                 refuse(options, field.name, f"{value!s:.20}: give a number in {within}")
         for other in field.metadata["needs"].split():
-            beside = other[0] == "!"
-            if (getattr(options, other.strip("!")) is None) != beside:
-                refuse(options, field.name, f"is not read beside --{other[1:]}: leave one of them "
-                       "out" if beside else f"needs --{other}")
+            how, other = "is not read beside" if other[0] == "!" else "needs", other.strip("!")
+            if (getattr(options, other) is None) == (how == "needs"):
+                refuse(options, field.name, f"{how} --{other}")
     return options
 
 

@@ -317,9 +317,7 @@ def read_npz(path):
 
 def save_latents(path, latents, labels=None, captions=None, class_names=()):
     """Write (N, C, h, h) float latents for `latents:PATH`, in npz format, whole or not at all.
-
-    Raises ValueError if `path` cannot be written, or is no file of latents.
-    """
+    Raises ValueError if `path` cannot be written, or is no file of latents."""
     check_target(path, LATENTS_MARK)
     labels = np.zeros(0, int) if labels is None else labels.cpu()
     arrays = latents.cpu(), labels, np.array(captions or [], str), np.array(class_names, str)
@@ -357,8 +355,7 @@ def _font(letters):
              if font.scalable}
     best = min(lacks, key=lambda f: len(lacks[f]))
     if missing := "".join(map(chr, sorted(lacks[best])))[:20]:
-        print(f"boxes stand for {missing!r}, which no font here has: apt install fonts-noto-cjk",
-              file=sys.stderr)
+        print(f"no font here has {missing!r}: apt install fonts-noto-cjk", file=sys.stderr)
     return ImageFont.truetype(best, 10)
 
 

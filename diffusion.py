@@ -14,9 +14,6 @@ DDIM adds none, DPM-Solver++ also uses the estimate of the step before. The netw
 or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 instead: with xt, each of the three gives the
 other two. A model is any callable model(xt, t, cond) -> (B, C or 2C, ...).
 
-Contents: GaussianDiffusion, RectifiedFlow (the same on straight lines), guidance, schedules,
-respacing, likelihoods, timestep_embedding, random numbers.
-
     process = GaussianDiffusion(schedule="linear", prediction="eps")
     loss, metrics = process.loss(model, x0, cond, **process.draw(x0.shape))
     x = process.sample(model, x0.shape, cond, null, sampler="ddim", steps=50, cfg_scale=4.0)

@@ -14,7 +14,6 @@ the picture is "legible". Read every rate beside that one: a smear's shape is ri
 For photographs, a small classifier learns the data set itself, and mean and covariance of its 128
 features over samples are compared with those over real pictures (FID: Heusel et al. 2017,
 arXiv:1706.08500; kernel version, KID: Binkowski et al. 2018, arXiv:1801.01401).
-Contents: the reader; accuracies; distances; the classifier; the command.
     python evaluate.py --ckpt out/dit/ckpt.pt --n 480 --cfg-scale 2         # samples, then scores
     python evaluate.py --images samples.npz --data shapes --json scores.json    # of sample.py --npz
 
@@ -369,9 +368,8 @@ class Options:
 
 
 def sampled(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", source=()):
-    """n pictures from a checkpoint: of its classes in turn, or of held-out captions of its data, or
-    of `source`, {"data", "data_dir", "skip_bad"}; None = as sample.py does. Raises ValueError.
-    Returns (uint8 (N, C, H, W), labels (N,) or None, captions or None)."""
+    """n pictures of a checkpoint's classes in turn, or of held-out captions of its data, or of the
+    source {"data", "data_dir", "skip_bad"} -> (uint8 (N, C, H, W), labels (N,), captions)."""
     import sample           # here, because reading pictures needs no model
     device, captions, labels = cli.resolve_device(device), None, None
     task, model = sample.load(path, device)
@@ -385,8 +383,8 @@ def sampled(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", sour
     else:
         y = torch.arange(n, device=device) % max(1, len(task.info["class_names"]))      # (N,)
         labels = y.cpu() if task.info["class_names"] else None
-    how = {"cfg_scale": cfg_scale, "steps": steps}
-    return sample.sample_all(task, model, y, seed, **how)[1], labels, captions
+    images = sample.sample_all(task, model, y, seed, cfg_scale=cfg_scale, steps=steps)[1]
+    return images, labels, captions
 
 
 @cli.one_line
@@ -445,19 +443,16 @@ def _score(options):
     else:
         check_comparable((n, *images.shape[1:]), real)
     names = [*worlds.CLASS_NAMES] if drawn else real.class_names
-    known = saved["info"].get("class_names") if saved else None
-    if name != "scenes" and labels is not None and (
-            known not in (None, names) or labels.max() >= len(names)):
+    if name != "scenes" and labels is not None and (labels.max() >= len(names) or (
+            saved and saved["info"].get("class_names", names) != names)):
         raise ValueError(f"{path}: its classes must be those of {name}, in the same order")
     if real:
-        model, accuracy, file = kept_classifier(real, steps=options.classifier_steps or 1000,
-                                                device=device)
+        steps = options.classifier_steps or 1000
+        model, accuracy, file = kept_classifier(real, steps=steps, device=device)
+        said = {"classifier": str(file), "classifier_accuracy": accuracy}
     images, labels, captions = draw(n)
-    if real:
-        scores = score_pictures(model, images, real, labels)
-        scores |= {"classifier": str(file), "classifier_accuracy": accuracy}
-    else:
-        scores = {"rates": rates(name, images, labels, captions)}
+    scores = said | score_pictures(model, images, real, labels) if real else {
+        "rates": rates(name, images, labels, captions)}
     return {"source": path, "data": name, "n": len(images), **asked, **scores}
 
 

@@ -114,7 +114,7 @@ def load(path, device="cpu", options=None):
     elif "tensors" in state:
         raise ValueError(f"{path} is a concept: say --ckpt BASE --concept {path}")
     elif "adapter" not in state:
-        refuse(options, "base scale", f"is for adapters, not for {path}, a run's checkpoint")
+        refuse(options, "base scale", f"is for adapters, and {path} is none")
         refuse(options, "vae bpe image_size dtype", f"is for official files, and {path} is none")
         task = task_from(state, path, options.weights or "ema")
     elif not options.base:
@@ -149,8 +149,7 @@ def export(path, out, note):
     small = {k: v for k, v in state.items() if k not in ("model", "opt")}
     if "first_stage" in state:
         small["first_stage"] |= {"model": half(state["first_stage"]["model"])}
-    small |= {"ema": half(state["ema"]), "note": note or ""}
-    save_checkpoint(out, {"made_by": EXPORTED, **small})
+    save_checkpoint(out, {"made_by": EXPORTED, **small, "ema": half(state["ema"]), "note": note})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -279,7 +278,7 @@ def main(argv):
         unread = sorted(vars(options).keys() - {"ckpt", "export", "note"})
         refuse(options, " ".join(unread), "is not read beside --export: leave one of them out")
         data.check_target(options.export, EXPORTED.encode())
-        export(options.ckpt, options.export, options.note)
+        export(options.ckpt, options.export, options.note or "")
         return print(f"exported to {options.export}")
     device, files = resolve_device(options.device or "auto"), targets(options)
     (task, model), seed = load(options.ckpt, device, options), options.seed or 0
