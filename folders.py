@@ -3,11 +3,13 @@
 The idea
     No layout has to be named; the files tell.
     class folders     cat/a.png dog/b.png: the first folder is the class; numbers sort as numbers
-    splits            train/ alone or beside val/, valid/, validation/ or test/, in any case
+    splits            train/, val/, valid/, validation/, test/, in any case, if there is no other
+                      folder, or if train/ and another of them are there
     tables            metadata.jsonl or metadata.csv in any folder, a row per caption: file_name and
                       text (or caption), as in Hugging Face's imagefolder; no classes then
     caption files     a.txt or a.caption beside a.png: kohya's layout; "10_sks dog" is "sks dog"
-    A picture is what Pillow can read.  Hidden files and folders are skipped.  Text is UTF-8.
+    A picture is what Pillow can read.  Hidden files and folders are skipped.  Text is UTF-8.  An
+    empty caption is none.
 
     python train.py --data folder:my_pictures
 """
@@ -30,13 +32,11 @@ SPLITS = {"train": "train", "val": "test", "valid": "test", "validation": "test"
 
 def read_folder(root, image_size=32, split="train", count=None, seed=0, skip_bad=False):
     """The pictures of a split of a folder; `choose` makes the split if there is no test folder.
-
     count: keep this many, chosen by seed.  skip_bad: leave out unreadable pictures, do not stop.
     Returns images (N, 3, H, W) uint8, labels (N,) int64, captions (N strings) or None, class names,
-    what is left out (one line).  Raises ValueError that names the file or the folder.
-    """
+    what is left out (one line).  Raises ValueError that names the file or the folder."""
     root = Path(os.path.abspath(os.path.expanduser(root)))
-    rows, left_out = _list_folder(root)
+    (rows, left_out), asked = _list_folder(root), split
     classes = sorted({name for _, _, name, _ in rows}, key=_natural)  # of both splits
     if any(row[1] == "test" for row in rows):
         rows, split = [row for row in rows if row[1] == split], None
@@ -52,8 +52,7 @@ def read_folder(root, image_size=32, split="train", count=None, seed=0, skip_bad
     left_out["unreadable"] = len(rows) - len(good)
     left_out = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
     if not good:
-        problem = "no images in" if root.is_dir() else "there is no folder"
-        raise ValueError(f"{problem} {root}; left out: {left_out or 'nothing'}")
+        raise ValueError(f"no images in {root} to {asked}; left out: {left_out or 'nothing'}")
     labels = torch.tensor([number.get(rows[i][2], 0) for i in good])
     captions = None if bare else [rows[i][3] for i in good]
     return images, labels, captions, list(number), left_out
@@ -71,28 +70,39 @@ def choose(total, split, count, seed):
 
 def _list_folder(root):
     """(path, split, class or "", caption or None) per image; {kind: number} of what is left out."""
-    files = sorted((Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
-                    for name in names), key=_natural)
-    files = [path for path in files if "/." not in f"/{path.relative_to(root).as_posix()}"]
-    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    inside = {path: [*path.relative_to(root).parts[:-1], "", ""] for path in files
+    def stop(error):
+        raise ValueError(f"there is no folder {error.filename} that can be read: {error.strerror}")
+    files = []
+    for folder, inner, names in os.walk(root, onerror=stop, followlinks=True):
+        above = {os.path.realpath(path) for path in (folder, *Path(folder).parents)}
+        inner[:] = [name for name in inner if name[0] != "."    # or a link to what holds it
+                    and os.path.realpath(Path(folder, name)) not in above]
+        files += [Path(folder, name) for name in names if name[0] != "."]
+    # the last six have a name in Pillow, which cannot read them by itself
+    kinds = {*Image.OPEN, "MPO"} - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+    endings = {e for e, kind in Image.registered_extensions().items() if kind in kinds}
+    inside = {path: [*path.relative_to(root).parts[:-1], "", ""]
+              for path in sorted(files, key=_natural)
               if path.suffix.lower() in endings}  # the images and their folders
     others, captions = set(files).difference(inside), {path: {} for path in inside}
-    tables = {path: None for path in files if path.name in ("metadata.jsonl", "metadata.csv")}
-    beside = {text: image for image in inside for ending in (".caption", ".txt")
-              if (text := image.with_suffix(ending)) in others}
-    for path, image in (tables | beside).items():
+    tables = [(path, None) for path in sorted(others)
+              if path.name in ("metadata.jsonl", "metadata.csv") and path.is_file()]
+    beside = [(text, image) for image in inside for ending in (".caption", ".txt", ".TXT")
+              if (text := image.with_suffix(ending)) in others and text.is_file()]
+    for path, image in tables + beside:
         _read_captions(path, image, captions)
-    left_out = Counter(p.suffix or p.name for p in sorted(others - tables.keys() - beside.keys()))
+    others = sorted(others.difference(path for path, _ in tables + beside))
+    left_out = Counter(ascii(path.suffix or path.name)[1:-1] for path in others)
     tops = {folders[0].lower() for folders in inside.values()} - {""}
     # "train" beside car/ and bus/ is a class.
-    has_splits, rows = "train" in tops and (len(tops) == 1 or len(tops & SPLITS.keys()) > 1), []
+    has_splits, rows = bool(tops) and (tops <= SPLITS.keys() or "train" in tops and
+                                       len(tops & SPLITS.keys()) > 1), []
     for path, folders in inside.items():
         split = SPLITS.get(folders[0].lower()) if has_splits else "all"
         left_out["outside train/ and test/"] += split is None
         name = "" if tables else folders[has_splits]
-        if captions[path]:
-            name = re.sub(r"^\d+_", "", name)  # "10_sks dog" would mean: 10 times an epoch
+        if captions[path] and name:  # img/"10_sks dog" would mean: 10 times an epoch
+            name = next((n[1] for f in folders if (n := re.match(r"\d+_(.+)", f))), name)
         rows += [(path, split, name, text) for text in captions[path] or [None] if split]
     return rows, left_out
 
@@ -107,24 +117,30 @@ def _read_captions(path, image, captions):
     number, row = 1, "other bytes"
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        rows = (csv.DictReader(io.StringIO(text)) if path.suffix == ".csv" else
-                [{"file_name": image.name, "text": text}] if image else
-                filter(str.strip, text.split("\n")))
-        for number, row in enumerate(rows, 1 + (path.suffix == ".csv")):
-            row = json.loads(row) if isinstance(row, str) else row
-            image = Path(os.path.normpath(path.parent / row["file_name"]))
-            captions[image][str.strip(row["text"] if "text" in row else row["caption"])] = None
-    except (ValueError, KeyError, TypeError) as error:
+        # a cell too many, such as after a comma without quotes, takes the place of the text
+        table = csv.DictReader(io.StringIO(text), restkey="text", strict=True)
+        rows = (table if path.suffix == ".csv" else text.split("\n") if image is None else
+                [{"file_name": image.name, "text": text}])
+        for number, row in enumerate(rows, 1):
+            number = table.line_num or number
+            if str(row).strip():
+                row = json.loads(row) if isinstance(row, str) else row
+                image = Path(os.path.normpath(path.parent / row["file_name"]))
+                caption = str.strip(row["text"] if "text" in row else row["caption"])
+                captions[image] |= {caption: None} if caption.encode() else {}
+    except (ValueError, KeyError, TypeError, csv.Error, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            number = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path} line {number}: expected UTF-8 (in tables: file_name, an existing "
                          f"image, and text), found {str(row)[:80]}") from error
 
 
 def read_image(path, size, background="white"):
     """The centre square of a picture file, resized as in ADM and DiT: (3, size, size) uint8.
-
-    background: shows through where the picture is transparent.  Raises ValueError with the path.
-    """
+    background: shows through where the picture is transparent.  Raises ValueError with the path."""
     try:
+        if not os.path.isfile(path):  # Pillow would wait for a pipe
+            raise FileNotFoundError
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)  # phones store upright pictures sideways
             if image.mode.startswith("I"):  # 16-bit grey: scaled, not clipped; 65535 / 255 = 257
@@ -134,8 +150,8 @@ def read_image(path, size, background="white"):
                 image = Image.alpha_composite(canvas, image)
             image = image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"cannot read image {path} ({type(error).__name__}): damaged, cut short "
-                         "or no image; delete it, or leave it out with --skip-bad") from error
+        raise ValueError(f"cannot read image {path} ({type(error).__name__}): damaged, cut short, "
+                         "too large or no image; delete it, or add --skip-bad") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -248,7 +249,7 @@ def test_captions_beside_the_pictures(tmp_path):
     with pytest.raises(ValueError, match="1 of 4 images .*no caption.*b.png"):
         read_folder(tmp_path)
     write(tmp_path / "2_cat" / "deep" / "b.txt", "first\nзеница", "cp1251")
-    with pytest.raises(ValueError, match="b.txt line 1: expected UTF-8"):
+    with pytest.raises(ValueError, match="b.txt line 2: expected UTF-8"):
         read_folder(tmp_path)
 
 
@@ -309,5 +310,127 @@ def test_wrong_tables_are_named(tmp_path):
     with pytest.raises(ValueError, match="metadata.csv line 2: expected .*file_name"):
         read_folder(tmp_path)
     write(tmp_path / "metadata.csv", "file_name,text\na.png,고양이\n", "cp949")
-    with pytest.raises(ValueError, match="metadata.csv line 1: expected UTF-8"):
+    with pytest.raises(ValueError, match="metadata.csv line 2: expected UTF-8"):
         read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name, text, line", [
+    ("csv", "file_name,text\na.png,a red circle, large\n", 2),          # a comma without quotes
+    ("csv", 'file_name,text\na.png,"first\nsecond"\ngone.png,x\n', 4),  # the line, not the row
+    ("csv", 'file_name,text\na.png,"never closed\na.png,two\n', 1),
+    ("csv", "file_name;text\na.png;x\n", 2), ("csv", "file_name,text\na.png\n", 2),
+    ("csv", f"file_name,text\na.png,{'x' * 140_000}\n", 1),
+    ("jsonl", '\n\n{"file_name": "a.png", "text": 3}\n', 3), ("jsonl", "[" * 100_000, 1),
+    ("jsonl", '{"file_name": "a.png", "text": "a \\ud800"}', 1),        # half a letter
+    ("jsonl", '{"file_name": "../out.png", "text": "x"}', 1),
+    ("jsonl", '{"file_name": "/out.png", "text": "x"}', 1), ("jsonl", "null\n", 1),
+    ("jsonl", '{"file_name": "a.png\\u0000", "text": "x"}', 1)])
+def test_odd_tables_are_named_with_their_line(tmp_path, name, text, line):
+    put(tmp_path / "out.png"), put(tmp_path / "set" / "a.png")
+    write(tmp_path / "set" / f"metadata.{name}", text)
+    with pytest.raises(ValueError, match=f"metadata.{name} line {line}: expected") as error:
+        read_folder(tmp_path / "set")
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_caption_is_none(tmp_path):
+    """Such a picture would train as if nothing were asked for."""
+    for name in "ab":
+        put(tmp_path / f"{name}.png")
+        write(tmp_path / f"{name}.txt", f" {name}\n" if name == "a" else "\n")
+    with pytest.raises(ValueError, match="1 of 2 images .*no caption.*b.png"):
+        read_folder(tmp_path)
+    write(tmp_path / "a.txt", "")
+    assert read_folder(tmp_path)[2] is None
+
+
+def test_a_text_belongs_to_all_pictures_of_its_name(tmp_path):
+    for name in ("a.png", "a.jpg", "B.PNG"):
+        put(tmp_path / "img" / "10_sks dog" / name)
+    write(tmp_path / "img" / "10_sks dog" / "a.txt", "one")
+    write(tmp_path / "img" / "10_sks dog" / "B.TXT", "two")
+    _, labels, captions, class_names, left_out = read_folder(tmp_path)
+    assert sorted(captions) == ["one", "one", "two"] and left_out == ""
+    assert class_names == ["sks dog"] and labels.tolist() == [0, 0, 0]  # not "img"
+    put(tmp_path / "img" / "10_sks dog" / "c.png")
+    with pytest.raises(ValueError, match="1 of 4 images .*no caption.*c.png"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("folders, has_train", [
+    (("test",), False), (("val", "TEST"), False), (("train",), True), (("Train", "Valid"), True)])
+def test_split_folders_are_no_classes(tmp_path, folders, has_train):
+    for folder in folders:
+        put(tmp_path / folder / "cat" / "x.png"), put(tmp_path / folder / "dog" / "x.png")
+    assert read_folder(tmp_path, split="test")[3] == ["cat", "dog"]
+    if has_train:
+        return
+    with pytest.raises(ValueError, match="no images in .* to train"):
+        read_folder(tmp_path)
+    for name in ("bus", "car"):                             # beside others they are classes
+        put(tmp_path / name / "x.png")
+    assert read_folder(tmp_path)[3] == sorted(["bus", "car", *folders])
+
+
+def test_links_in_a_circle_end(tmp_path):
+    put(tmp_path / "a" / "x.png"), put(tmp_path / "b" / "y.png")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "b").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "a").symlink_to(tmp_path / "a")
+    (tmp_path / "b" / "itself").symlink_to(tmp_path / "b" / "itself")
+    images, labels, *_, left_out = read_folder(tmp_path, 8)
+    assert labels.tolist() == [0, 0, 1, 1] and left_out == "2 itself"   # a/b/, b/a/ once each
+
+
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl", "metadata.csv", "b.png"])
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path, name):
+    put(tmp_path / "a.png")
+    os.mkfifo(tmp_path / name)
+    if name == "b.png":
+        with pytest.raises(ValueError, match="cannot read image .*b.png.*skip-bad"):
+            read_folder(tmp_path)
+    images, _, captions, _, left_out = read_folder(tmp_path, skip_bad=True)
+    assert len(images) == 1 and captions is None
+    assert left_out == ("1 unreadable" if name == "b.png" else f"1 {name[name.index('.'):]}")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    for name in ("a", "locked", ".h"):
+        put(tmp_path / name / "x.png")
+    scandir = os.scandir
+
+    def locked(path):
+        if os.path.basename(path) in ("locked", ".h"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(ValueError, match="no folder .*locked that can be read: Permission denied"):
+        read_folder(tmp_path)
+    (tmp_path / "locked").rename(tmp_path / "open")
+    assert read_folder(tmp_path)[3] == ["a", "open"]        # a hidden folder is not looked into
+
+
+def test_huge_pictures_and_formats_without_pixels(tmp_path):
+    """A few bytes that announce 10^10 pixels; files that Pillow knows by name alone."""
+    chunk = lambda kind, body: (len(body).to_bytes(4, "big") + kind + body
+                                + zlib.crc32(kind + body).to_bytes(4, "big"))
+    size = (100_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    put(tmp_path / "a.png")
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(
+        b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="huge.png .*too large"):
+        read_folder(tmp_path)
+    (tmp_path / "huge.png").unlink()
+    for ending in ("mpg", "h5", "eps", "pdf"):
+        (tmp_path / f"x.{ending}").write_bytes(b"?")
+    assert read_folder(tmp_path)[4] == "1 .eps, 1 .h5, 1 .mpg, 1 .pdf"
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """They can be read, and what is said about them can be printed."""
+    put(tmp_path / "a.png"), put(tmp_path / "new\nline.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
+    write(tmp_path / "new\nline.txt", "x"), write(tmp_path / "\udcff.txt", "y")
+    open(os.fsencode(tmp_path) + b"/x.\xfe", "wb").close()
+    _, _, captions, _, left_out = read_folder(tmp_path)
+    assert sorted(captions) == ["x", "y"] and left_out.encode() == rb"1 .\udcfe"
