@@ -33,14 +33,13 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
 
 from checkpoint import mismatch, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
 from models import base_flags, base_task, fingerprint
 from tasks import DiffusionTask
 from train import Config, check_out, load_data, run
-from unet import Tapped, TransformerBlock
+from unet import Tapped
 
 LEGAL = {       # read -> add to; Source: Xiang et al. 2023 figure 4
     "sa_in": ("sa_in", "ca_in", "ffn_in", "trans_out"), "sa_out": ("ca_in", "ffn_in", "trans_out"),
@@ -121,12 +120,12 @@ def add_adapters(unet, read, add, rank=None, budget=None, activation="relu", sca
     or budget: its parameters over the whole U-Net, from which the rank follows; activation: one of
     ACTIVATIONS; scale: strength; init: zero or official. Raises ValueError for an illegal placement
     or value, and if there are adapters already. Source: Xiang et al. 2023 figure 4."""
-    rank = _rank(rank, budget, lambda r: sum(
+    rank = rank_of(rank, budget, lambda r: sum(
         p.numel() for *_, adapter in _make(unet, read, add, r) for p in adapter.parameters()))
     _attach(unet, _make(unet, read, add, rank, activation, scale, init))
 
 
-def _rank(rank, budget, count):
+def rank_of(rank, budget, count):
     """The rank, or the one whose parameter count(rank), a straight line, is nearest to budget."""
     if (rank is None) == (budget is None):
         raise ValueError(f"rank {rank}, budget {budget}: give exactly one of them")
@@ -237,42 +236,6 @@ def load_adapters(unet, state):
     for path, _, adapter in made:
         adapter.load_state_dict({k: state["adapter"][f"{path}.{k}"] for k in adapter.state_dict()})
     _attach(unet, made)
-
-
-# --------------------------------------------------------------------------------------------------
-# LoRA, to compare with
-
-class LowRank(nn.Module):
-    """W -> W + scale * up @ down for a weight W (d_out, d_in), rank << d. Source: LoRA §4.1."""
-
-    def __init__(self, weight, rank, scale):
-        super().__init__()
-        self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
-        self.up = nn.Parameter(weight.new_empty(weight.shape[0], rank))
-        self.scale = scale
-        self.initialize_weights()
-
-    def initialize_weights(self):
-        """down: uniform +-1/sqrt(fan_in); up: 0, so W is unchanged at first. Source: LoRA §4.1."""
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-        nn.init.zeros_(self.up)
-
-    def forward(self, W):
-        return W + self.scale * self.up @ self.down
-
-
-def add_lora(unet, rank=None, budget=None, scale=1.0):
-    """Low-rank updates of every to_k and to_v that reads text states; the rest is frozen. rank,
-    budget: as in add_adapters. Returns the parameters to train. Source: LoRA (Hu et al. 2021) §4.
-    """
-    layers = [layer for m in unet.modules() if isinstance(m, TransformerBlock)
-              for layer in (m.attn2.to_k, m.attn2.to_v)]
-    rank = _rank(rank, budget, lambda r: r * sum(sum(layer.weight.shape) for layer in layers))
-    unet.requires_grad_(False)
-    updates = [LowRank(layer.weight, rank, scale) for layer in layers]
-    for layer, update in zip(layers, updates):
-        parametrize.register_parametrization(layer, "weight", update)
-    return [p for update in updates for p in update.parameters()]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,12 +23,13 @@ import torch
 import data
 import sample
 import worlds
-from adapters import PLACEMENTS, add_adapters, add_lora, anova, incomplete_beta
+from adapters import PLACEMENTS, add_adapters, anova, incomplete_beta
 from cli import one_line
 from data import to_float
 from evaluate import prompt_accuracy
 from studies.common import (Table, figure, heldout_loss, markdown, mean_se, notice, parser, run,
                             shown, train_and_watch)
+from studies.lora import add_lora
 from studies.things import THINGS, Judge, photographs, striped
 from train import Config
 

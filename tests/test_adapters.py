@@ -17,11 +17,12 @@ import adapters
 import sample
 import train
 from adapters import (LEGAL, PLACEMENTS, Adapter, adapter_parameters, adapter_state,
-                      add_adapters, add_lora, anova, base_hash, check_placement, enable,
+                      add_adapters, anova, base_hash, check_placement, enable,
                       incomplete_beta, load_adapters, prediction_difference, remove_adapters,
                       set_scale)
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, assert_same, fill_by_recipe, golden_case
+from studies.lora import add_lora
 from tasks import DiffusionTask
 from unet import UNET_CONFIGS, ResBlock, TransformerBlock, UNet
 
