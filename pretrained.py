@@ -10,9 +10,6 @@ The idea. unet.py, vae.py and text.py keep the official names, so loading takes 
   build   sizes are read off the shapes, but heads, GroupNorm groups and the scale of the latents
           are taken as published; the module is made without memory and takes the tensors over.
 
-Contents: infer_unet, infer_vae, infer_text, infer_dit, build, load_first_stage; split_compvis;
-rename_unet, rename_vae, read_diffusers; read_weights, read_safetensors, write_safetensors.
-
     parts = read_stable_diffusion("v1-5-pruned-emaonly.safetensors")    # or a folder of diffusers
     models = build(parts, dtype=torch.float32)  # {"unet": UNet, "vae": AutoencoderKL, "text": ...}
     python -m pytest tests/test_pretrained.py
@@ -39,11 +36,11 @@ from vae import AutoencoderKL, first_stage_from
 
 def infer_unet(state):
     """Constructor arguments of the UNet whose state_dict this is. Raises ValueError for another.
-
     Heads: 8 as in SD v1, or of 64 channels when the context is 1024 wide, as in SD 2.
-    Source: LDM table 15; v2-inference.yaml of SD 2.
-    """
+    Source: LDM table 15; v2-inference.yaml of SD 2."""
     shape = _shapes(state, "a U-Net of the Stable Diffusion family")
+    if any(name.startswith(("add_embedding.", "label_emb.")) for name in state):
+        raise ValueError("a U-Net with a second embedding, as in Stable Diffusion XL: give v1's")
     model_channels, in_channels = shape("input_blocks.0.0.weight", 4)[:2]
     down = sorted(int(name.split(".")[1]) for name in state
                   if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name))
@@ -64,9 +61,7 @@ def infer_unet(state):
 
 def infer_vae(state):
     """Constructor arguments of the AutoencoderKL whose state_dict this is; the scale is SD v1's.
-
-    Raises ValueError for another state_dict. Source: LDM appendix G.
-    """
+    Raises ValueError for another state_dict. Source: LDM appendix G."""
     shape = _shapes(state, "an AutoencoderKL")
     channels, in_channels = shape("encoder.conv_in.weight", 4)[:2]
     widths = [shape(f"encoder.down.{level}.block.0.conv1.weight", 4)[0]
@@ -78,9 +73,7 @@ def infer_vae(state):
 
 def infer_text(state):
     """Constructor arguments of the TextEncoder whose state_dict this is; width / 64 heads.
-
-    Raises ValueError for another state_dict, SD 2's and XL's included. Source: CLIP §2.4.
-    """
+    Raises ValueError for another state_dict, SD 2's and XL's included. Source: CLIP §2.4."""
     shape = _shapes(state, "CLIP's text encoder")
     vocab_size, width = shape("text_model.embeddings.token_embedding.weight", 2)
     if width in (1024, 1280):
@@ -95,20 +88,24 @@ def infer_text(state):
 
 def infer_dit(state):
     """Constructor arguments of the adaln_zero DiT whose state_dict this is, as in official files.
-
     Heads: from the paper's table by width, else width / 32. Raises ValueError for another
-    state_dict. Source: DiT Table 1.
-    """
+    state_dict, SiT's included, which has these names and shapes, and predicts a velocity: there the
+    weights of the variance never got a gradient and are 0. Source: DiT Table 1; SiT's code."""
     shape = _shapes(state, "an adaln_zero DiT")
     width, in_channels, patch, _ = shape("x_embedder.proj.weight", 4)
     shape("blocks.0.adaLN_modulation.1.weight", 2)          # it is there
     out_channels = shape("final_layer.linear.weight", 2)[0] // patch ** 2
+    learn_sigma, final = out_channels == 2 * in_channels, state["final_layer.linear.weight"]
+    variance = final.view(patch ** 2, -1, width)[:, in_channels:]
+    if learn_sigma and final.any() and not variance.any():
+        raise ValueError("a SiT, or another DiT whose variance was never trained: its velocities "
+                         "would be taken for noise, so it is not read")
     heads = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DIT_CONFIGS.values()}
     return dict(input_size=round(shape("pos_embed", 3)[1] ** 0.5) * patch, patch_size=patch,
                 in_channels=in_channels, hidden_size=width, depth=_count(state, r"blocks\.(\d+)\."),
                 num_heads=heads.get(width, width // 32),
                 num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1,
-                learn_sigma=out_channels == 2 * in_channels)
+                learn_sigma=learn_sigma)
 
 
 def _shapes(state, what):
@@ -132,14 +129,17 @@ PARTS = {"unet": (infer_unet, UNet), "vae": (infer_vae, AutoencoderKL),
 
 def build(parts, dtype=None):
     """{"unet" | "vae" | "text": state} -> {the same: module}, which takes the tensors over.
-
-    dtype: None keeps the file's. Raises ValueError for tensors that do not fit exactly.
-    """
+    dtype: None keeps the file's. Raises ValueError for tensors that do not fit exactly."""
     models = {}
     for part, state in parts.items():
         infer, make = PARTS[part]
+        sizes = infer(state)
+        if part == "unet" and sizes["in_channels"] != sizes["out_channels"]:
+            raise ValueError(f"a U-Net of {sizes['in_channels']} channels in and "
+                             f"{sizes['out_channels']} out, for inpainting (9), pix2pix (8), depth "
+                             "(5) and the like: give a plain text-to-image model")
         with torch.device("meta"):
-            models[part] = make(**infer(state))
+            models[part] = make(**sizes)
         wrong = mismatch(models[part].state_dict(), state)
         wrong += [f"{name}: dtype {tensor.dtype}" for name, tensor in state.items()
                   if not tensor.is_floating_point()]
@@ -152,8 +152,7 @@ def build(parts, dtype=None):
 
 def load_first_stage(path):
     """The frozen first stage in a file: a run of tiny-ae, kl-ae or vq-vae, what a diffusion model's
-    checkpoint carries, or an official AutoencoderKL. Raises ValueError if there is none.
-    """
+    checkpoint carries, or an official AutoencoderKL. Raises ValueError if there is none."""
     state = {} if is_official(path) else load_checkpoint(path)
     if "sizes" in state:                                        # a run of an autoencoder
         state["first_stage"] = {**state, "kind": state["task"], "model": state["ema"]}
@@ -184,19 +183,19 @@ def read_stable_diffusion(path):
 def is_official(path):
     """Is this a file or folder that others published, and not one of ours? Raises ValueError."""
     path = pathlib.Path(path)
-    return path.is_dir() or path.is_file() and _is_safetensors(path) or (
+    return path.is_dir() or path.is_file() and is_safetensors(path) or (
         "format" not in load_checkpoint(path))
 
 
 def split_compvis(state):
     """Names of a CompVis file -> {"unet": state, "vae": state, "text": state}, what is there.
-
     A file of one part (such as vae-ft-mse-840000-ema-pruned) may come without prefixes. The EMA
     copy, the schedule, the first stage's training loss and position_ids are left out.
-    Raises ValueError if no part is there, or SD 2's or XL's text encoder. Source: LDM's code.
-    """
+    Raises ValueError if no part is there, or what v1 has not. Source: LDM's code."""
     if any(name.startswith(("cond_stage_model.model.", "conditioner.")) for name in state):
         raise ValueError("it has the text encoder of Stable Diffusion 2 or XL: give a file of v1")
+    if "v_pred" in state or any("lora_" in name.lower() for name in state):
+        raise ValueError("it is a LoRA, a change to a model, or predicts v: give a full file of v1")
     prefixes = PREFIXES
     if not any(name.startswith(tuple(PREFIXES.values())) for name in state):
         prefixes = {part: "" for part, mark in MARKS.items() if mark in state}
@@ -248,11 +247,9 @@ BLOCK = re.compile(r"(encoder\.|decoder\.|)(down_blocks|up_blocks|mid_block)(?:\
 
 def rename_unet(state):
     """Names of diffusers' UNet2DConditionModel (the SD-v1 family) -> those of UNet.
-
     diffusers numbers levels and the blocks in each: down_blocks.L.resnets.J. Here blocks have one
     running number; a down-sampler is a block by itself, an up-sampler the last layer of its
-    level's last block. Source: diffusers' convert_diffusers_to_original_stable_diffusion.py.
-    """
+    level's last block. Source: diffusers' convert_diffusers_to_original_stable_diffusion.py."""
     blocks = _count(state, r"down_blocks\.0\.resnets\.(\d+)\.")     # of a level; up has one more
 
     def places(level, j):
@@ -271,9 +268,7 @@ def rename_unet(state):
 
 def rename_vae(state):
     """Names of diffusers' AutoencoderKL, before and after version 0.17 -> those of ours.
-
-    diffusers numbers up_blocks as they run, ours from the highest resolution. Source: the same.
-    """
+    diffusers numbers up_blocks as they run, ours from the highest resolution. Source: the same."""
     levels = _count(state, r"decoder\.up_blocks\.(\d+)\.")
 
     def places(level, j):
@@ -299,14 +294,38 @@ def _renamed(state, places, ends, leaves):
     return _as_convolutions({rename(name): tensor for name, tensor in state.items()})
 
 
+# what a config may say, in all files of a diffusers folder: Stable Diffusion v1's values
+SD_V1 = {
+    "prediction_type": ["epsilon"], "beta_schedule": ["scaled_linear"], "beta_start": [0.00085],
+    "beta_end": [0.012], "num_train_timesteps": [1000], "trained_betas": [None], "steps_offset":
+    [0, 1], "rescale_betas_zero_snr": [False], "timestep_spacing": ["leading", "linspace"],
+    "attention_head_dim": [8, [5, 10, 20, 20]],     # heads in v1; in v2, of 64 channels each
+    "act_fn": ["silu"], "norm_eps": [1e-5], "norm_num_groups": [32], "class_embed_type": [None],
+    "scaling_factor": [0.18215], "shift_factor": [None], "hidden_act": ["quick_gelu"],
+    "layer_norm_eps": [1e-5]}
+
+
+def check_configs(folder):
+    """Raise ValueError if a config of a diffusers folder says what would be drawn wrongly."""
+    for name in ("scheduler/scheduler_", "unet/", "vae/", "text_encoder/", ""):
+        path = folder / f"{name}config.json"
+        try:
+            said = json.loads(path.read_bytes()) if path.is_file() else {}
+            wrong = [key for key in SD_V1 if said.get(key, SD_V1[key][0]) not in SD_V1[key]]
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged or no config of diffusers") from error
+        for key in wrong:
+            raise ValueError(f"{path} says {key} {str(said[key])[:40]}, and only Stable Diffusion "
+                             f"v1's can be read, {SD_V1[key][0]}")
+
+
 def read_diffusers(folder):
     """A diffusers folder -> {"unet": state, "vae": state, "text": state}, the parts it has.
-
     Parts are the sub-folders unet, vae, text_encoder; a folder that itself holds the weights of a
     U-Net or autoencoder (such as sd-vae-ft-ema) is one part. Raises ValueError if nothing is
-    there. Source: diffusers' layout of a saved pipeline.
-    """
+    there. Source: diffusers' layout of a saved pipeline."""
     folder, parts = pathlib.Path(folder), {}
+    check_configs(folder)
     if file := _find(folder):
         state = read_weights(file)
         is_vae = "encoder.conv_in.weight" in state
@@ -319,6 +338,23 @@ def read_diffusers(folder):
         raise ValueError(f"{folder} is no diffusers folder: it has no weights in sub-folders unet, "
                          "vae or text_encoder (files split into shards are not read)")
     return parts
+
+
+def read_delta(state):
+    """What a file of Custom Diffusion holds, CompVis or diffusers -> ({our name: W, or {"u", "v"}
+    of its low-rank change}, {token: row (D,)}). Source: official get_deltas.py, compress.py."""
+    given = state.get("unet", state.get("state_dict", {}))
+    rows = state.get("modifier_token") or {
+        f"<new{k}>": row for k, row in enumerate(given.get("embed", ()), 1)}
+    rows = {token: row.float().flatten() for token, row in rows.items()}                # (D,)
+    given = {name.removeprefix("model.diffusion_model."): w for name, w in given.items()
+             if ".attn2." in name}
+    if any(".attentions." in name for name in given):           # diffusers' names
+        # rename_unet counts ResBlocks, of which one is beside every attention
+        beside = [re.sub(r"attentions\.(\d+)\..*", r"resnets.\1.conv1.weight", n) for n in given]
+        names = rename_unet(dict.fromkeys([*given, *beside], torch.empty(0)))
+        given = dict(zip(names, given.values()))
+    return given, rows
 
 
 def _find(folder):
@@ -341,11 +377,11 @@ def read_weights(path):
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"no file at {path}")
-    read = read_safetensors if _is_safetensors(path) else read_torch
+    read = read_safetensors if is_safetensors(path) else read_torch
     return named_tensors(read(path), path)
 
 
-def _is_safetensors(path):
+def is_safetensors(path):
     """Does the file begin like safetensors? Raises ValueError for what downloads often bring."""
     with open(path, "rb") as file:
         head = file.read(64)
@@ -354,14 +390,12 @@ def _is_safetensors(path):
         raise ValueError(f"{path} is a web page or a Git LFS pointer in place of the weights: "
                          "download the file itself, or run git lfs pull")
     torch_file = head.startswith((b"PK", b"\x80"))          # a zip file, or a bare pickle
-    return head[8:9] == b"{" or path.suffix == ".safetensors" and not torch_file
+    return head[8:9] == b"{" or str(path).endswith(".safetensors") and not torch_file
 
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file, mapped: writing to a tensor leaves the file as it is.
-
-    Raises ValueError for any other file. Source: github.com/huggingface/safetensors, "Format".
-    """
+    Raises ValueError for any other file. Source: github.com/huggingface/safetensors, "Format"."""
     try:
         with open(path, "rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -393,9 +427,7 @@ def read_safetensors(path):
 
 def write_safetensors(path, tensors):
     """Write {name: tensor} to path, whole or not at all; any device, any layout in memory.
-
-    Raises ValueError for a dtype that the format lacks, or a failed write.
-    """
+    Raises ValueError for a dtype that the format lacks, or a failed write."""
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0     # diffusers asks for this mark
     # the widest numbers first: then every tensor begins at a multiple of its item size

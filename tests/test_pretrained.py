@@ -1,7 +1,9 @@
 """pretrained.py: shrunk files of every published form come back tensor for tensor."""
 import json
 import os
+import random
 import struct
+import tracemalloc
 
 import pytest
 import torch
@@ -431,7 +433,10 @@ def test_bad_diffusers_folders(tmp_path, states):
         with pytest.raises(ValueError, match=f"{folder} is no diffusers folder: .* text_encoder"):
             pretrained.read_diffusers(folder)
     unet, vae = unet_to_diffusers(states["unet"]), vae_to_diffusers(states["vae"])
-    for name in ("add_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv3.weight", "x",
+    with pytest.raises(ValueError, match="second embedding, as in Stable Diffusion XL"):
+        pretrained.build({"unet": pretrained.rename_unet(
+            unet | {"add_embedding.linear_1.weight": torch.ones(2, 3)})})
+    for name in ("down_blocks.0.resnets.0.conv3.weight", "x",
                  "down_blocks.0.oddities.0.x.bias", "down_blocks.0.downsamplers.0.norm.weight"):
         renamed = pretrained.rename_unet(unet | {name: torch.ones(2, 3)})
         with pytest.raises(ValueError, match=r"unet: 1 .*: file \(2, 3\), model has none"):
@@ -545,8 +550,8 @@ def test_build_is_strict_and_says_what_differs(states):
     missing = {k: v for k, v in unet.items() if k != "out.0.bias"}
     with pytest.raises(ValueError, match=r"unet: 1 .* out.0.bias: file has none, model \(32,\)"):
         build(missing)
-    with pytest.raises(ValueError, match=r"unet: 1 .* label_emb.0.weight: file \(3,\), model"):
-        build(unet | {"label_emb.0.weight": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"unet: 1 .* time_emb.0.weight: file \(3,\), model"):
+        build(unet | {"time_emb.0.weight": torch.ones(3)})
     with pytest.raises(ValueError, match=r"unet: 1 .* out.0.bias: file \(31,\), model \(32,\)"):
         build(unet | {"out.0.bias": torch.ones(31)})
     with pytest.raises(ValueError, match=r"unet: 7 .* x.0: .* x.4: file \(1,\), model has none$"):
@@ -578,3 +583,140 @@ def test_built_models_train(tmp_path, states):
     name = "text_model.final_layer_norm.bias"
     assert not torch.equal(built.state_dict()[name], states["text"][name])
     same({"text": pretrained.read_weights(path)}, {"text": states["text"]})
+
+
+# --------------------------------------------------------------------------------------------------
+# what would be drawn wrongly in silence is refused by name
+
+CONFIGS = {     # as Stable Diffusion v1.5 is published
+    "scheduler/scheduler_config.json": {
+        "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
+        "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "skip_prk_steps": True,
+        "set_alpha_to_one": False, "trained_betas": None, "clip_sample": False},
+    "unet/config.json": {
+        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 8,
+        "cross_attention_dim": 768, "norm_eps": 1e-05, "norm_num_groups": 32, "in_channels": 4},
+    "vae/config.json": {"_class_name": "AutoencoderKL", "act_fn": "silu", "norm_num_groups": 32},
+    "text_encoder/config.json": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-05}}
+
+
+def pipeline(folder, states, **changes):
+    """A diffusers folder; changes: {file: {key: value}} of its configs, or bytes."""
+    unet = unet_to_diffusers(states["unet"])
+    write(folder / "unet" / "diffusion_pytorch_model.safetensors", unet)
+    write(folder / "vae" / "diffusion_pytorch_model.safetensors", vae_to_diffusers(states["vae"]))
+    write(folder / "text_encoder" / "model.safetensors", states["text"])
+    for name, said in CONFIGS.items():
+        change = changes.get(name.split("/")[0], {})
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(change if isinstance(change, bytes) else json.dumps(
+            {**said, **change}).encode())
+    return folder
+
+
+@pytest.mark.parametrize("where, key, value", [
+    ("scheduler", "prediction_type", "v_prediction"), ("scheduler", "prediction_type", "sample"),
+    ("scheduler", "beta_schedule", "linear"), ("scheduler", "beta_end", 0.02),
+    ("scheduler", "num_train_timesteps", 4000), ("scheduler", "trained_betas", [0.1]),
+    ("scheduler", "rescale_betas_zero_snr", True), ("scheduler", "steps_offset", 2),
+    ("scheduler", "timestep_spacing", "trailing"), ("unet", "attention_head_dim", 64),
+    ("unet", "attention_head_dim", [8, 8]), ("unet", "class_embed_type", "timestep"),
+    ("unet", "norm_num_groups", 16), ("vae", "scaling_factor", 0.13025),
+    ("vae", "shift_factor", 0.1159), ("text_encoder", "hidden_act", "gelu")])
+def test_a_config_that_is_not_v1s_is_refused(where, key, value, tmp_path, states):
+    folder = pipeline(tmp_path, states, **{where: {key: value}})
+    words = f"{where}/.*config.json says {key} .*only Stable"
+    with pytest.raises(ValueError, match=words) as error:
+        pretrained.read_diffusers(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_configs_of_v1_are_read_and_damaged_ones_named(tmp_path, states):
+    same(pretrained.read_diffusers(pipeline(tmp_path / "plain", states)), states)
+    said = {"scheduler": {"prediction_type": "epsilon", "timestep_spacing": "leading"},
+            "vae": {"scaling_factor": 0.18215}}
+    same(pretrained.read_diffusers(pipeline(tmp_path / "new", states, **said)), states)
+    for number, content in enumerate((b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000, b"3")):
+        folder = pipeline(tmp_path / f"bad{number}", states, unet=content)
+        with pytest.raises(ValueError, match="unet/config.json is damaged or no config"):
+            pretrained.read_diffusers(folder)
+    write(tmp_path / "vae" / "diffusion_pytorch_model.bin", vae_to_diffusers(states["vae"]))
+    (tmp_path / "vae" / "config.json").write_text('{"scaling_factor": 0.13025}')
+    with pytest.raises(ValueError, match="config.json says scaling_factor 0.13025"):
+        pretrained.read_diffusers(tmp_path / "vae")         # a folder of one part
+
+
+@pytest.mark.parametrize("channels, kind", [(9, "inpainting"), (8, "pix2pix"), (5, "depth")])
+def test_u_nets_with_more_inputs_are_refused_by_name(channels, kind):
+    with torch.device("meta"):
+        state = UNet(**{**UNET, "in_channels": channels}).state_dict()
+    with pytest.raises(ValueError, match=f"{channels} channels in and 4 out, .*{kind}"):
+        pretrained.build({"unet": state})
+
+
+def test_files_of_other_kinds_are_refused_by_name(states):
+    lora = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(2, 2),
+            "lora_unet_mid_block_attentions_0_proj_in.alpha": torch.ones(())}
+    peft = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 2)}
+    for state in (lora, peft, compvis(states) | {"v_pred": torch.ones(())}):
+        with pytest.raises(ValueError, match="is a LoRA, .* or predicts v"):
+            pretrained.split_compvis(state)
+    for name in ("label_emb.0.0.weight", "add_embedding.linear_1.bias"):
+        with pytest.raises(ValueError, match="Stable Diffusion XL"):
+            pretrained.build({"unet": states["unet"] | {name: torch.ones(3)}})
+
+
+def test_a_sit_is_told_from_a_dit_by_the_variance_that_it_never_learned():
+    """Its code drops the second half of the channels, so their weights stay at their first 0."""
+    dit = fill_by_recipe(DiT(input_size=8, in_channels=4, hidden_size=64, depth=1, num_heads=2,
+                             num_classes=3, learn_sigma=True), ["pos_embed"])
+    state = dit.state_dict()
+    assert pretrained.infer_dit(state)["learn_sigma"]
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-2, weight_decay=0)
+    with torch.no_grad():
+        dit.final_layer.linear.weight.zero_(), dit.final_layer.linear.bias.zero_()
+    assert pretrained.infer_dit(dit.state_dict())           # nothing learned yet: a DiT as well
+    for _ in range(2):                                      # as the flow of a SiT is trained
+        out = dit(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))
+        optimizer.zero_grad(), (out.chunk(2, dim=1)[0] - 1).square().mean().backward()
+        optimizer.step()
+    with pytest.raises(ValueError, match="a SiT, or another DiT whose variance was never trained"):
+        pretrained.infer_dit(dit.state_dict())
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+def test_damaged_weights_are_refused_and_nothing_else_fails(name, tmp_path, states):
+    """A safetensors file has no checksum: a flipped bit of a number cannot be noticed there."""
+    write(tmp_path / name, states["text"])
+    good, rng, refused = (tmp_path / name).read_bytes(), random.Random(0), 0
+    for number in range(40):
+        body = bytearray(good)
+        for place in rng.sample(range(len(good)), 2 if number % 2 else len(good) // 10):
+            body[place] ^= 1 << rng.randrange(8)
+        body = body[:rng.randrange(len(good))] if number % 5 == 0 else body
+        (tmp_path / name).write_bytes(body)
+        try:
+            found = pretrained.read_weights(tmp_path / name)
+            if name == "x.bin":
+                same({"": found}, {"": states["text"]})
+        except ValueError as error:
+            assert name in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused >= 20
+
+
+@pytest.mark.parametrize("length, header", [
+    (1 << 50, b"{}"), ((1 << 64) - 1, b"{}"),
+    (None, b'{"a": {"dtype": "F32", "shape": [1125899906842624], "data_offsets": [0, 1]}}'),
+    (None, b'{"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, -16]}}'),
+    (None, b'{"a": {"dtype": "U8", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 1]}}'),
+    (None, b'{"a": ' + b"[" * 100_000)])
+def test_a_header_that_promises_too_much_takes_no_memory(length, header, tmp_path):
+    path, length = tmp_path / "x.safetensors", len(header) if length is None else length
+    path.write_bytes(length.to_bytes(8, "little") + header + bytes(16))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="x.safetensors is missing, truncated, damaged") as error:
+        pretrained.read_weights(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 ** 24 and "\n" not in str(error.value)
