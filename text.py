@@ -173,11 +173,9 @@ def _rows(captions, encode, start, end, pad, length):
 
 class WordTokenizer:
     """One word, one token. Ids: 0 padding, 1 start, 2 end, then the words, then free rows.
-
     words: list of known words; reserved: number of free rows, for add_token. A word is a run of
     letters or digits in lower case, or a new word such as <new1> or V*; all else separates words.
-    Source: Custom Diffusion §3.2 for new words.
-    """
+    Source: Custom Diffusion §3.2 for new words."""
     PAD, START, END, open = 0, 1, 2, False
     WORD = re.compile(r"<\w+>|\b[^\W\d_]\*(?!\w)|[^\W_]+")
     ROOM, RESERVED = 4, 8       # words that a prompt may have more than any caption; free rows
@@ -238,10 +236,8 @@ class WordTokenizer:
 
 class CLIPTokenizer:
     """CLIP's byte pairs: any string -> ids below 49,408; 49406 starts, 49407 ends and pads.
-
     path: the published list of merges, bpe_simple_vocab_16e6.txt.gz, or Stable Diffusion's
-    tokenizer/merges.txt. Source: CLIP §2.4; Sennrich et al. 2016, algorithm 1.
-    """
+    tokenizer/merges.txt. Source: CLIP §2.4; Sennrich et al. 2016, algorithm 1."""
     open = True
     MERGES = 48_894                     # 49,408 ids - 2 x 256 single bytes - start and end
 
@@ -261,8 +257,21 @@ class CLIPTokenizer:
         self.pattern = self._pattern()
 
     def __call__(self, captions):
-        cut = lambda caption: self.encode(caption)[:self.max_length - 2]    # the end token stays
-        return _rows(captions, cut, self.start, self.end, self.end, self.max_length)
+        """Prints what is cut of the first caption that is too long. Raises ValueError for a new
+        word that would be cut."""
+        room, lost, symbols = self.max_length - 2, [], list(self.ids)   # start and end stay
+
+        def cut(caption):
+            ids = self.encode(caption)
+            if new := [name for name in self.special[2:] if self.ids[name] in ids[room:]]:
+                raise ValueError(f"{new[0]} is beyond {room} tokens: shorten {caption[:80]!r}")
+            lost.extend(["".join(symbols[i] for i in ids[room:])] if ids[room:] else [])
+            return ids[:room]
+        rows = _rows(captions, cut, self.start, self.end, self.end, self.max_length)
+        if lost:
+            print(f"{len(lost)} of {len(captions)} captions have more than {room} tokens and are "
+                  f"cut; the first loses {lost[0].replace('</w>', ' ')[:80]!r}", file=sys.stderr)
+        return rows
 
     def encode(self, caption):
         """Source: CLIP's released tokenizer."""

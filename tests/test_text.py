@@ -155,6 +155,29 @@ def test_a_row_is_cut_before_its_end_token():
     assert ids[1].tolist() == [560] + [a] * 75 + [561]
 
 
+def test_what_is_cut_is_said_and_a_new_word_is_never_cut(capsys):
+    tokenizer = CLIPTokenizer(TINY_MERGES)
+    tokenizer.add_token("<new1>")
+    tokenizer(["a " * 75, "a <new1>"])
+    assert capsys.readouterr() == ("", "")                  # 75 fit
+    long = "a " * 74 + "a Wide tower"
+    ids = tokenizer(["a", long, "a " * 80])
+    assert ids[1].tolist() == [560, *tokenizer.encode(long)[:75], 561]
+    said = capsys.readouterr().err
+    assert said.startswith("2 of 3 captions have more than 75 tokens")
+    kept = [symbol for symbol, i in tokenizer.ids.items() if i == tokenizer.encode(long)[74]]
+    assert "wide tower ".removeprefix(kept[0].replace("</w>", " ")) in said
+    assert len(said.splitlines()) == 1
+    half = "a " * 74 + "tower"                              # cut inside of its last word
+    assert len(tokenizer.encode(half)) > 75
+    tokenizer([half])
+    assert re.search("loses '[a-z]*wer '", capsys.readouterr().err)
+    for lost in ("a " * 75 + "<new1>", "a " * 90 + "<NEW1> tower"):
+        with pytest.raises(ValueError, match="<new1> is beyond 75 tokens: shorten 'a a"):
+            tokenizer(["a", lost])
+    assert tokenizer(["a " * 74 + "<new1>"])[0, 75] == tokenizer.ids["<new1>"]
+
+
 # --------------------------------------------------------------------------------------------------
 # words
 
