@@ -333,10 +333,13 @@ def fingerprint(tensors):
     return digest.hexdigest()
 
 
-def base_task(path, bpe, image_size=512):
+def base_task(path, bpe=None, image_size=512):
     """A text-to-image checkpoint of ours, or Stable Diffusion v1 -> its task, in float32."""
-    task = official_task(path, None, torch.float32, bpe, image_size) if is_official(path) else (
-        task_from(load_checkpoint(path), path))
+    official = is_official(path)
+    if bpe and not official:
+        raise ValueError(f"--bpe is for Stable Diffusion: {path} brings its own words")
+    task = official_task(path, None, torch.float32, bpe or "data/bpe_simple_vocab_16e6.txt.gz",
+                         image_size) if official else task_from(load_checkpoint(path), path)
     if task.tokenizer is None:
         raise ValueError(f"{path} does not read captions: try assets/unet-scenes.pt")
     return task
@@ -344,7 +347,10 @@ def base_task(path, bpe, image_size=512):
 
 def base_flags(given, ours, paper):
     """Defaults of a short run on given["base"]: `ours`, or `paper` if that is an official file; to
-    resume a run, its flags. given: {flag: value}, with "base" and "out"."""
+    resume a run, its flags. given: {flag: value}, with "base" and "out". Raises ValueError."""
+    sizes = set() if is_official(given["base"]) else {"image_size"}
+    for name in sizes.union(("model", "init", "recipe", "save_latents")) & given.keys():
+        raise ValueError(f"--{name.replace('_', '-')} is not read here: it follows from --base")
     if given.get("resume"):
         state = load_checkpoint(f"{given['out']}/ckpt.pt")
         return {**state["config"], **state["options"], "out": given["out"]}
