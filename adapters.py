@@ -135,7 +135,7 @@ def rank_of(rank, budget, count):
         rank = 1 + round((budget - one) / (two - one))
         if rank < 1:
             raise ValueError(f"a budget of {budget:,} parameters is too small: rank 1 has {one:,}")
-    if not isinstance(rank, int) or rank < 1:
+    if type(rank) is not int or rank < 1:
         raise ValueError(f"rank {rank!r}: give a whole number of at least 1")
     return rank
 
@@ -226,13 +226,22 @@ def load_adapters(unet, state):
     Raises ValueError with the tensors that differ, or for a base with other weights."""
     if missing := [k for k in ("spec", "base", "adapter") if k not in state]:
         raise ValueError(f"this is not an adapter's file: it has no {' and no '.join(missing)}")
-    made = _make(unet, **state["spec"])
-    if wrong := mismatch(_tensors(made), state["adapter"]):
+    try:
+        spec = {"scale": None, **state["spec"], "rank": rank_of(state["spec"]["rank"], None, None)}
+        with torch.device("meta"):                      # so the largest rank takes no memory
+            wrong = mismatch(_tensors(_make(unet, **spec)), state["adapter"])
+        wrong += [f"{name}: not finite numbers" for name, tensor in state["adapter"].items()
+                  if not (tensor.is_floating_point() and tensor.isfinite().all())]
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError("this adapter's file is damaged, or made by hand "
+                         f"({type(error).__name__})") from error
+    if wrong:
         raise ValueError(f"the adapter does not fit, {len(wrong)} tensors differ: "
                          + "; ".join(wrong[:5]))
     if base_hash(unet) != state["base"]:
         raise ValueError("the adapter belongs to a base of the same shape with other weights: load "
                          "the checkpoint on which it was trained")
+    made = _make(unet, **spec)
     for path, _, adapter in made:
         adapter.load_state_dict({k: state["adapter"][f"{path}.{k}"] for k in adapter.state_dict()})
     _attach(unet, made)
@@ -301,7 +310,7 @@ class Options:
     base: str = flag("assets/unet-scenes.pt", "text-to-image checkpoint, or Stable Diffusion v1")
     adapter: str = flag("ca_out-ffn_in", "where it stands: READ-ADD", "", PLACEMENTS)
     rank: int = flag(16, "its width", "[1, inf)")
-    bpe: str = flag("data/bpe_simple_vocab_16e6.txt.gz", "Stable Diffusion: CLIP's list of merges")
+    bpe: str = flag(None, "Stable Diffusion: CLIP's list of merges; default: in data/")
 
 
 class AdapterTask(DiffusionTask):
@@ -316,6 +325,9 @@ class AdapterTask(DiffusionTask):
             raise ValueError(f"an adapter learns from captions, and {dataset.name} has none: give "
                              "--data a folder with metadata.jsonl")
         self.options, self.out = options, out
+        self.belongs = {"base": base_hash(self.model), "data": fingerprint(
+            {repr(dataset.captions): dataset.images})}
+        self.tokenizer(dataset.captions)                        # raises for a word it does not know
         add_adapters(self.model, *options.adapter.split("-"), rank=options.rank)
         learned = {name for name, p in self.model.named_parameters() if p.requires_grad}
         self.frozen = frozenset(self.model.state_dict()) - learned
@@ -325,7 +337,7 @@ class AdapterTask(DiffusionTask):
         save_checkpoint(f"{self.out}/adapter.pt", adapter_state(model))
 
     def state(self):
-        return {"options": vars(self.options)}
+        return {"options": vars(self.options), **self.belongs}
 
 
 def learn(argv):

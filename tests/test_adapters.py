@@ -3,9 +3,12 @@
 What every placement reads and adds to is tested in test_registry_tables.py.
 """
 import copy
+import dataclasses
 import itertools
 import math
+import random
 import re
+import shutil
 import signal
 
 import pytest
@@ -14,6 +17,7 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import adapters
+import data
 import sample
 import train
 from adapters import (LEGAL, PLACEMENTS, Adapter, adapter_parameters, adapter_state,
@@ -22,6 +26,7 @@ from adapters import (LEGAL, PLACEMENTS, Adapter, adapter_parameters, adapter_st
                       set_scale)
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, assert_same, fill_by_recipe, golden_case
+from models import base_task
 from studies.lora import add_lora
 from tasks import DiffusionTask
 from unet import UNET_CONFIGS, ResBlock, TransformerBlock, UNet
@@ -592,3 +597,107 @@ def test_wrong_input_gets_one_line(argv, words, pictures, tmp_path, capsys):
         adapters.main([*argv, *["--out", str(tmp_path / "x")][:2 * bool(argv)]])
     err = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and words in err and len(err.splitlines()) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# files made by hand, damaged files, what nobody reads
+
+ONE = "middle_block.1.transformer_blocks.0.down.weight"
+SPECS = [{"x": 1}, {"rank": KeyError}, {"scale": KeyError}, {"rank": "4"}, {"rank": 10 ** 12},
+         {"rank": 0}, {"rank": -1}, {"rank": True}, {"rank": 2.0}, {"rank": None}, {"scale": "1"},
+         {"scale": math.nan}, {"scale": None}, {"activation": [1]}, {"activation": "gelu"},
+         {"read": 3}, {"read": []}, {"add": None}]
+TENSORS = [lambda w: "x", lambda w: 3, lambda w: None, lambda w: w * math.nan, lambda w: w / 0,
+           lambda w: w.int(), lambda w: w.to(torch.complex64), lambda w: w.to("meta"),
+           lambda w: w.to_sparse(), lambda w: w[None]]
+
+
+def test_an_adapter_made_by_hand_gets_one_line_and_changes_nothing():
+    model = tiny()
+    add_adapters(model, "ca_out", "ffn_in", 3)
+    shake(model)
+    good, target, named = adapter_state(model), tiny(), set(tiny().state_dict())
+    bad = [{**good, "spec": {k: v for k, v in {**good["spec"], **spec}.items()
+                             if v is not KeyError}} for spec in SPECS]
+    bad += [{**good, "adapter": {**good["adapter"], ONE: make(good["adapter"][ONE])}}
+            for make in TENSORS]
+    bad += [{**good, "spec": spec} for spec in ([1], None, "abc", 3, {})]
+    whole = {3: good["adapter"][ONE]}
+    bad += [{**good, "adapter": tensors} for tensors in ([1], None, "abc", whole)]
+    bad += [{**good, "base": base} for base in (3, None, "0")]
+    for state in bad:
+        with pytest.raises(ValueError, match="adapter|rank|scale|activation") as error:
+            load_adapters(target, state)
+        assert "\n" not in str(error.value) and set(target.state_dict()) == named
+    load_adapters(target, good)
+    assert torch.equal(target(*inputs()), model(*inputs()))
+
+
+def test_a_damaged_adapter_is_refused_or_read_as_it_was(tmp_path):
+    model, rng, refused = tiny(), random.Random(0), 0
+    add_adapters(model, "ca_out", "ffn_in", 2)
+    save_checkpoint(tmp_path / "adapter.pt", adapter_state(model))
+    good, right = (tmp_path / "adapter.pt").read_bytes(), adapter_state(model)
+    for number in range(40):
+        body = bytearray(good)
+        for place in rng.sample(range(len(good)), 2 if number % 2 else len(good) // 10):
+            body[place] ^= 1 << rng.randrange(8)
+        body = body[:rng.randrange(len(good))] if number % 5 == 0 else body
+        (tmp_path / "x.pt").write_bytes(body)
+        target = tiny()
+        try:
+            load_adapters(target, load_checkpoint(tmp_path / "x.pt"))
+            assert_same(adapter_state(target), right)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "unet-small"], "--model is not read"), (["--init", BASE], "--init is not read"),
+    (["--recipe", "paper"], "--recipe is not read"),
+    (["--image-size", "64"], "--image-size is not read"),
+    (["--base", str(ROOT / "assets" / "vq-scenes.pt")], "has a ca_out: give a U-Net"),
+    (["--save-latents", "x"], "--save-latents is not read"),
+    (["--bpe", "list.gz"], "--bpe is for Stable Diffusion"),
+    (["--base", "RUN/ckpt.pt"], "does not sample by itself"),
+    (["--base", "RUN/adapter.pt"], "does not sample by itself"),
+    (["--data", "UNKNOWN"], "unknown word 'zebra'"), (["--word-lr", "1"], "unknown argument"),
+    (["--adapter", "ca_out"], "--adapter"), (["--rank", "1.5"], "--rank")])
+def test_what_nobody_reads_or_cannot_be_is_refused_at_the_start(flags, words, learned, scenes,
+                                                                tmp_path, capsys):
+    shutil.copytree(scenes, tmp_path / "zebra")
+    (tmp_path / "zebra" / "00.txt").write_text("a red zebra")
+    flags = [word.replace("RUN", str(learned)).replace("UNKNOWN", f"folder:{tmp_path / 'zebra'}")
+             for word in flags]
+    with pytest.raises(SystemExit) as stopped:
+        adapters.main(["learn", "--base", BASE, "--data", f"folder:{scenes}", *flags, "--steps",
+                       "1", "--out", str(tmp_path / "run")])
+    err = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and words in err and err.startswith("error: ")
+    assert len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_not_exported(learned, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--ckpt", str(learned / "adapter.pt"), "--export", str(tmp_path / "x.pt")])
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_run_says_to_which_base_and_pictures_it_belongs(learned, scenes, tmp_path):
+    """So that a run goes on with those alone; half precision of the base is the same base."""
+    state, dataset = load_checkpoint(learned / "ckpt.pt"), data.load(f"folder:{scenes}")
+    options = adapters.Options(base=BASE, rank=2)
+    said = lambda base, data: adapters.AdapterTask(base, data, options, "").state()
+    same = said(base_task(BASE), dataset)
+    assert {k: state[k] for k in ("base", "data")} == {k: same[k] for k in ("base", "data")}
+    other = base_task(BASE)
+    with torch.no_grad():
+        other.model.text.text_model.final_layer_norm.bias[0] += 1
+    assert said(other, dataset)["base"] != same["base"]
+    fewer = dataclasses.replace(dataset, captions=["a circle", *dataset.captions[1:]])
+    assert said(base_task(BASE), fewer)["data"] != same["data"]
+    dark = dataclasses.replace(dataset, images=dataset.images // 2)
+    assert said(base_task(BASE), dark)["data"] != same["data"]
