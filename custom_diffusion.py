@@ -26,6 +26,7 @@ Differences from the official code (adobe-research/custom-diffusion):
 """
 import copy
 import dataclasses
+import os
 import pathlib
 import re
 
@@ -34,10 +35,10 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import data
-from checkpoint import read_torch, save_checkpoint
+from checkpoint import load_checkpoint, read_torch, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
 from models import base_flags, base_task, fingerprint
-from pretrained import rename_unet
+from pretrained import is_safetensors, read_delta
 from tasks import DiffusionTask
 from train import Config, check_out, load_data, run
 
@@ -46,18 +47,12 @@ KV = r"\.attn2\.to_[kv]\.weight$"
 PARTS = {"kv": KV, "crossattn": r"\.attn2\.", "all": r"", "none": r"(?!)"}
 
 
-def trainable_kv(unet, part="kv"):
-    """Freeze a U-Net but for one of PARTS -> {name: parameter that learns}. Source: §3.1."""
-    if not keys_and_values(unet.state_dict()):
-        raise ValueError("this model has no cross-attention (attn2): take a U-Net with text")
-    unet.requires_grad_(False)
-    return {name: p.requires_grad_() for name, p in unet.named_parameters()
-            if re.search(PARTS[part], name)}
-
-
 def keys_and_values(unet):
-    """{name: tensor} of W_k and W_v of every cross-attention in a U-Net's state_dict."""
-    return {name: w for name, w in unet.items() if re.search(KV, name)}
+    """{name: tensor} of W_k and W_v of every cross-attention in a U-Net's state_dict. Raises
+    ValueError if there is none."""
+    if found := {name: w for name, w in unet.items() if re.search(KV, name)}:
+        return found
+    raise ValueError("this model has no cross-attention (attn2): take a U-Net with text")
 
 
 def detach_first_token(unet):
@@ -84,7 +79,8 @@ def personalise(model, tokenizer, words, part="kv"):
     """Make a text-to-image model (.denoiser, .text) ready -> {name: parameter that learns}.
     words: {new token: token whose row it starts from}; part: see PARTS. Source: §3.2."""
     model.requires_grad_(False)
-    trainable_kv(model.denoiser, part)
+    for name, p in model.denoiser.named_parameters():
+        p.requires_grad_(bool(re.search(PARTS[part], name)))
     detach_first_token(model.denoiser)
     table = model.text.text_model.embeddings.token_embedding.weight             # (vocab_size, D)
     rows = {new: table[tokenizer.ids[rare]] for new, rare in words.items()}
@@ -180,10 +176,11 @@ def weight_change(W0, W):
     -> ({name: change}, {kind of layer: mean}). Source: §3.1 and figure 3."""
     change = {name: ((W[name].double() - w.double()).norm() / w.double().norm()).item()
               for name, w in W0.items() if w.is_floating_point() and w.any()}
-    layers, kinds = {"attn1": "self-attention", "attn2": "cross-attention"}, {}
+    kinds = {}
     for name, value in change.items():
-        kind = next((layers[step] for step in name.split(".") if step in layers), "other")
-        kinds.setdefault(kind, []).append(value)
+        kind = re.search(r"\.attn([12])\.|$", name)[1]
+        kinds.setdefault({"1": "self-attention", "2": "cross-attention"}.get(kind, "other"),
+                         []).append(value)
     return change, {kind: sum(values) / len(values) for kind, values in kinds.items()}
 
 
@@ -195,11 +192,6 @@ def compress(W, W0, ratio=0.6):
         rank = int((s.cumsum(0) <= ratio * (1 + 1e-12) * s.sum()).sum())        # up to rounding
         return (U[:, :rank] * s[:rank]).to(w.dtype), Vt[:rank].to(w.dtype)
     return {name: factors(w, W0[name]) for name, w in W.items() if w.dim() == 2}
-
-
-def expand(factors, W0):
-    """{name: W0 + u v}, what compress kept. Source: official compress.py."""
-    return {name: W0[name] + u @ v for name, (u, v) in factors.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -287,11 +279,11 @@ class Options:
     base: str = flag("assets/unet-scenes.pt", "text-to-image checkpoint, or Stable Diffusion v1")
     concept: tuple = flag((), "pictures of each thing, folder:PATH ...")
     category: tuple = flag((), "what each thing is, one word each, such as dog")
-    prior: str = flag("", "its category: a data set (default: the base's), generated or none")
+    prior: str = flag(None, "its category: a data set (default: the base's), generated or none")
     part: str = flag("kv", "what learns in the U-Net", "", list(PARTS))
     augment: bool = flag(True, "shrink and enlarge the pictures of things")
     word_lr: float = flag(1e-2, "learning rate of the new words", "[0, inf)")
-    bpe: str = flag("data/bpe_simple_vocab_16e6.txt.gz", "Stable Diffusion: CLIP's list of merges")
+    bpe: str = flag(None, "Stable Diffusion: CLIP's list of merges; default: in data/")
 
 
 class ConceptTask(DiffusionTask):
@@ -312,12 +304,19 @@ class ConceptTask(DiffusionTask):
         self.words = {word: rare[k % len(rare)] for k, word in zip(range(len(self.bare)), free)}
         self.things = [f"{word} {what}" for word, what in zip(self.words, options.category)]
         self.pictures = [*map(self.photographs, options.concept, options.category, self.words)]
-        self.prior = self.select(dataset)
         self.W0 = copy.deepcopy(keys_and_values(self.model.denoiser.state_dict()))
+        if options.augment:
+            geometry(torch.zeros(1, 5), self.info["image_size"], self.first_stage.factor)
+        self.prior = self.select(dataset)
+        sources = *self.pictures, (dataset.images, dataset.captions)
+        self.belongs = {"base": fingerprint(self.model.state_dict()), "data": fingerprint(
+            {f"{k} {texts}": x for k, (x, texts) in enumerate(sources)})}
         learned = personalise(self.model, self.tokenizer, self.words, options.part)
         self.frozen = frozenset(self.model.state_dict()) - set(learned)
         asked = [*map(self.prompt.format, self.things), *self.bare]
         self.info = {**base.info, "examples": (asked * 8)[:max(len(asked), self.at_once)]}
+        longest = SIZE_WORDS[1] * self.tokenizer.open
+        self.tokenizer([longest + text for _, texts in self.pictures for text in texts])
 
     def photographs(self, name, category, word):
         """Pictures (n, C, S, S) of a thing, and captions with the new word before the category."""
@@ -387,7 +386,7 @@ class ConceptTask(DiffusionTask):
                      self.things, self.W0)
 
     def state(self):
-        return {"options": vars(self.options)}
+        return {"options": vars(self.options), **self.belongs}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,10 +394,10 @@ class ConceptTask(DiffusionTask):
 
 def save_concept(path, W, rows, concepts, unet):
     """Write W {name in the U-Net: tensor, or (u, v) of compress}, rows {token: row (D,)}, concepts
-    ["<new1> dog", ...], and to which base, of state_dict unet, they belong. Source: get_deltas.py.
-    """
+    ["<new1> dog", ...], and the base's hash, of state_dict unet. Source: get_deltas.py."""
     cpu = lambda w: (dict(zip("uv", map(cpu, w))) if isinstance(w, tuple) else
                      w.detach().cpu().contiguous().clone())
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, {"base": fingerprint(keys_and_values(unet)), "concepts": list(concepts),
                            "modifiers": {token: cpu(row) for token, row in rows.items()},
                            "tensors": {name: cpu(w) for name, w in W.items()}})
@@ -406,42 +405,37 @@ def save_concept(path, W, rows, concepts, unet):
 
 def load_concept(path, unet):
     """A file of ours or published -> ({name: W}, {token: row}, ["<new1> dog", ...]).
-    unet: the base's state_dict. Published files give bare tokens. Source: official get_deltas.py.
-    """
-    state = read_torch(path)
-    state = state if isinstance(state, dict) else {}
-    if "tensors" in state:
-        if state.get("base") != fingerprint(keys_and_values(unet)):
+    unet: the base's state_dict. Published files give bare tokens. Raises ValueError for a file of
+    another base, and for what is no concept. Source: official get_deltas.py."""
+    if is_safetensors(path):
+        raise ValueError(f"{path} is a safetensors file, such as a LoRA: a concept is .pt or .bin")
+    state, known = read_torch(path), keys_and_values(unet)
+    fits = lambda w, shape: w.is_floating_point() and w.shape == shape and w.isfinite().all()
+    try:
+        state = load_checkpoint(path) if "format" in state else state       # of ours: checked
+        if "tensors" in state and state.get("base") != fingerprint(known):
             raise ValueError(f"{path} was learned on another base: give the one it was learned on")
-        given, rows = state["tensors"], state["modifiers"]
-    else:
-        given = state.get("unet", state.get("state_dict", {}))
-        rows = state.get("modifier_token") or {
-            f"<new{k}>": row for k, row in enumerate(given.get("embed", ()), 1)}
-        rows = {token: row.float().flatten() for token, row in rows.items()}            # (D,)
-        given = {name.removeprefix("model.diffusion_model."): w for name, w in given.items()
-                 if ".attn2." in name}
-    if any(".attentions." in name for name in given):           # diffusers' names
-        # rename_unet counts ResBlocks, of which one is beside every attention
-        beside = [re.sub(r"attentions\.(\d+)\..*", r"resnets.\1.conv1.weight", n) for n in given]
-        names = rename_unet(dict.fromkeys([*given, *beside], torch.empty(0)))
-        given = dict(zip(names, given.values()))
-    W = {name: w["u"].float() @ w["v"].float() if isinstance(w, dict) else w.float()
-         for name, w in given.items()}
-    width = next((w.shape[1] for w in keys_and_values(unet).values()), 0)
-    wrong = [name for name, w in W.items() if name not in unet or w.shape != unet[name].shape]
-    wrong += [token for token, row in rows.items() if row.shape != (width,)]
-    if wrong or not (given or rows):
-        reason = f": {wrong[0]} does not fit" if wrong else ""
-        raise ValueError(f"{path} holds no concept for this U-Net{reason}")
-    W |= {name: unet[name].cpu().float() + W[name] for name in W if isinstance(given[name], dict)}
-    return W, rows, list(state.get("concepts", rows))
+        given, rows = (state["tensors"], state["modifiers"]) if "tensors" in state else (
+            read_delta(state))
+        W = {name: w["u"].float() @ w["v"].float() if isinstance(w, dict) else w
+             for name, w in given.items()}
+        wrong = [name for name, w in W.items() if name not in unet or not fits(w, unet[name].shape)]
+        wrong += [token for token, row in rows.items() if not re.fullmatch(r"\S+", token)
+                  or not fits(row, next(iter(known.values())).shape[1:])]
+        concepts = list(state.get("concepts", rows))
+        wrong += [text for text in concepts if not rows.keys() & {*text.split()}]
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        given, rows, wrong = {}, {}, [f"what was made by hand ({type(error).__name__})"]
+    if wrong := wrong or ([] if given or rows else ["a file without one"]):
+        raise ValueError(f"{path} holds no concept for this U-Net: {wrong[0]} does not fit")
+    W = {name: w.float() + (unet[name].cpu().float() if isinstance(given[name], dict) else 0)
+         for name, w in W.items()}
+    return W, rows, concepts
 
 
 def gather(paths, unet, categories=()):
     """Concept files -> ([W_n], {<newK>: row}, [[concept, ...] of each file]), new words numbered.
-    categories: what things are, in their order, for files that do not say it. Source: composenW.py.
-    """
+    categories: what things are, for files that do not say it. Source: official composenW.py."""
     Ws, words, concepts, categories = [], {}, [], list(categories)
     for path in paths:
         W, rows, named = load_concept(path, unet)
@@ -453,6 +447,8 @@ def gather(paths, unet, categories=()):
         words |= {new[token]: row for token, row in rows.items()}
         Ws.append(W)
         concepts.append([" ".join(new.get(w, w) for w in text.split()) for text in named])
+    if categories:
+        raise ValueError(f"--category {categories[0]} is not read: the files say what they show")
     return Ws, words, concepts
 
 
@@ -462,13 +458,13 @@ class FileOptions:
     files: tuple = flag((), "concept files of one base")
     base: str = flag("assets/unet-scenes.pt", "the checkpoint that was personalised")
     out: str = flag("out/concepts.pt", "new file for the result")
-    bpe: str = flag("data/bpe_simple_vocab_16e6.txt.gz", "Stable Diffusion: CLIP's list of merges")
+    bpe: str = flag(None, "Stable Diffusion: CLIP's list of merges; default: in data/")
 
 
 @dataclasses.dataclass
 class MergeOptions(FileOptions):
     """flags of custom_diffusion.py merge FILE FILE ..."""
-    captions: str = flag("", "file with a caption a line, or a data set; default: the base's")
+    captions: str = flag(None, "file with a caption a line, or a data set; default: the base's")
     category: tuple = flag((), "for published files: what each thing is")
     ridge: float = flag(1e-6, "share of the mean eigenvalue added to G", "[0, inf)")
     tolerance: float = flag(1e-3, "text states nearer than this are one", "[0, inf)")
@@ -484,8 +480,8 @@ class CompressOptions(FileOptions):
 def read_flags(argv):
     """Flags of `learn` -> (Options, Config). Raises ValueError."""
     def presets(given):
-        for name in {"data", "model", "init", "recipe", "flip", "save_latents"} & set(given):
-            raise ValueError(f"--{name}: pictures are --concept and --prior, the model is --base")
+        for name in {"data", "flip"} & set(given):
+            raise ValueError(f"--{name} is not read: pictures are --concept and --prior")
         ours = dict(lr=3e-3, batch_size=16, weight_decay=0.01)  # measured on unet-tiny
         paper = dict(lr=8e-6 if given.get("part") == "all" else 8e-5, word_lr=8e-5, batch_size=8,
                      weight_decay=0.01, lr_decay="constant", prior="generated")
@@ -494,7 +490,7 @@ def read_flags(argv):
     config.device, config.word_lr = resolve_device(config.device), options.word_lr
     if not options.concept or len(options.concept) != len(options.category):
         raise ValueError("give one --category for each --concept, and at least one of both")
-    config.data = {"": config.data, "none": options.concept[0],
+    config.data = {None: config.data, "none": options.concept[0],
                    "generated": options.concept[0]}.get(options.prior, options.prior)
     return options, config
 
@@ -510,37 +506,40 @@ def learn(argv):
           f'"{task.prompt.format(task.things[0])}"')
 
 
-def open_base(options):
-    """The base's task, if --out is a new file: nothing is overwritten. Raises ValueError."""
-    if pathlib.Path(options.out).exists():
+def opened(argv, Options):
+    """Flags -> (options, the base's task), if --out is a new file. Raises ValueError."""
+    options, = parse(argv, __doc__, Options)
+    if os.path.lexists(options.out):
         raise ValueError(f"{options.out} exists: choose another --out, or delete it")
-    pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    return base_task(options.base, options.bpe)
+    return options, base_task(options.base, options.bpe)
 
 
 def merge_files(argv):
     """`merge`: several concept files of one base into one that samples them all."""
-    o, = parse(argv, __doc__, MergeOptions)
-    base = open_base(o)
+    o, base = opened(argv, MergeOptions)
     unet, texts = base.model.denoiser.state_dict(), o.captions or base.info["name"]
     W0, (Ws, words, concepts) = keys_and_values(unet), gather(o.files, unet, o.category)
     if not Ws or any(set(W) != set(W0) for W in Ws):
         raise ValueError("merge takes files of concepts that were learned with --part kv")
-    captions = (pathlib.Path(texts).read_text(encoding="utf-8-sig").split("\n") if
-                pathlib.Path(texts).is_file() else texts and data.load(texts, count=1000).captions)
-    if not captions:
+    try:
+        captions = (pathlib.Path(texts).read_text("utf-8-sig").split("\n") if
+                    o.captions and os.path.isfile(texts) else
+                    texts and data.load(texts, count=1000).captions)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--captions {texts} is no text in UTF-8: {error}") from error
+    if not (captions := [*filter(str.strip, captions or ())]):
         raise ValueError("--captions: give a data set that has some, or a file with one a line")
     apply_concept(base.model, base.tokenizer, {}, words)
     encoder = base.model.text, base.tokenizer
-    C_reg = torch.cat(caption_rows(*encoder, list(filter(None, captions)), "photo of a", o.padding))
-    Cs = [torch.cat([prompt_rows(*encoder, concept, o.padding) for concept in named])
-          for named in concepts]
-    W, r = merge(W0, list(zip(Ws, Cs)), C_reg, o.ridge, o.tolerance)
+    C_reg = torch.cat(caption_rows(*encoder, captions, "photo of a", o.padding))
+    things = [(W, thing) for W, named in zip(Ws, concepts) for thing in named]
+    W, r = merge(W0, [(W, prompt_rows(*encoder, thing, o.padding)) for W, thing in things], C_reg,
+                 o.ridge, o.tolerance)
     save_concept(o.out, {name: w.float() for name, w in W.items()}, words, sum(concepts, []), unet)
     print(f"{r['rows']} target rows ({r['dropped']} dropped as equal), {len(C_reg):,} of captions, "
           f"cond(G) {r['cond_G']:.3g}, cond(D C^T) {r['cond_DCt']:.3g}")
-    for named, miss, change in zip(concepts, r["constraint"], r["changes"]):
-        print(f"{', '.join(named)}: constraint off by {miss:.1e}; own ||W_n - W0|| {change:.4g}")
+    for (_, thing), miss, change in zip(things, r["constraint"], r["changes"]):
+        print(f"{thing}: constraint off by {miss:.1e}; own ||W_n - W0|| {change:.4g}")
     print(f"||dW|| {r['dW']:.4g}; if it is far larger than those, other prompts are ruined: try a "
           f"larger --ridge, such as 0.1\n"
           f"python sample.py --ckpt {o.base} --concept {o.out} --prompt ...")
@@ -548,11 +547,13 @@ def merge_files(argv):
 
 def compress_file(argv):
     """`compress`: one concept file -> a smaller one."""
-    o, = parse(argv, __doc__, CompressOptions)
+    o, base = opened(argv, CompressOptions)
     if len(o.files) != 1:
         raise ValueError(f"compress: name one concept file, not {len(o.files)}")
-    unet = open_base(o).model.denoiser.state_dict()
+    unet = base.model.denoiser.state_dict()
     W, rows, concepts = load_concept(o.files[0], unet)
+    if not W:
+        raise ValueError(f"{o.files[0]} holds new words alone, which compress leaves as they are")
     save_concept(o.out, {**W, **compress(W, unet, o.ratio)}, rows, concepts, unet)
     print(f"written: {o.out} ({pathlib.Path(o.out).stat().st_size / 2 ** 20:.2f} MiB)")
 

@@ -2,8 +2,8 @@
 
 The claim (Custom Diffusion): merging takes about 2 seconds. Here 32 matrices of K and V, 768 wide,
 two concepts of eight text states each, and 12,000 rows of C_reg, as many as 1,000 captions have;
-columns on scales from 1 to 1e-2. Half a minute on one CPU core; the first argument is the number of
-threads, 2 only where nothing else runs.
+columns on scales from 1 to 1e-2. Half a minute on one CPU core; --threads 2 only where nothing else
+runs.
 
     python -m studies.merge_speed                   # -> studies/results/merge_speed.csv
 """
@@ -14,8 +14,8 @@ import time
 import torch
 
 from cli import one_line
-from custom_diffusion import merge, trainable_kv
-from studies.common import Table, markdown
+from custom_diffusion import keys_and_values, merge
+from studies.common import Table, markdown, parser
 from unet import UNET_CONFIGS, UNet
 
 
@@ -27,7 +27,8 @@ def problem(rows=12_000, own=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in trainable_kv(UNet(**UNET_CONFIGS["SD-v1"])).items()}
+        unet = UNet(**UNET_CONFIGS["SD-v1"]).state_dict()
+    shapes = {name: w.shape for name, w in keys_and_values(unet).items()}
     spread = torch.logspace(0, -2, 768)
     W0 = {name: normal(*shape) / 768 ** 0.5 for name, shape in shapes.items()}
     concepts = [({name: w + 0.02 * normal(*w.shape) for name, w in W0.items()},
@@ -67,7 +68,7 @@ def report():
 @one_line
 def main(argv):
     """Measure anew, in place of what the CSV holds."""
-    rows = measure(int(argv[0]) if argv else 1)
+    rows = measure(parser(__doc__, ["threads"]).parse_args(argv).threads)
     with open(TABLE.path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

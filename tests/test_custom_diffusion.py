@@ -1,5 +1,7 @@
 """custom_diffusion.py: official figures, brute force, promises of merge, file and word."""
 import copy
+import random
+import re
 
 import pytest
 import torch
@@ -75,13 +77,13 @@ def test_sizes_at_stable_diffusions_shape(tmp_path):
         unet = UNet(**UNET_CONFIGS["SD-v1"])
     for part, count in {"kv": 19_169_280, "crossattn": 43_962_560, "none": 0,
                         "all": 859_520_964}.items():
-        assert sum(p.numel() for p in cd.trainable_kv(unet, part).values()) == count
-        assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == count
-    base = {name: torch.zeros(p.shape) for name, p in cd.trainable_kv(unet).items()}
+        assert sum(p.numel() for name, p in unet.named_parameters()
+                   if re.search(cd.PARTS[part], name)) == count
+    base = {name: torch.zeros(w.shape) for name, w in cd.keys_and_values(unet.state_dict()).items()}
     cd.save_concept(tmp_path / "a.pt", base, {"<new1>": torch.zeros(768)}, ["<new1> dog"], base)
     assert len(base) == 32 and round((tmp_path / "a.pt").stat().st_size / 2 ** 20) == 73
     with pytest.raises(ValueError, match="no cross-attention"):
-        cd.trainable_kv(nn.Linear(2, 2))
+        cd.keys_and_values(nn.Linear(2, 2).state_dict())
 
 
 def test_training_changes_keys_values_and_the_new_word_only():
@@ -269,6 +271,11 @@ def test_weight_change_is_the_papers():
     assert means == pytest.approx(d["category_means"], rel=1e-7)
 
 
+def expand(factors, W0):
+    """{name: W0 + u v}, what compress kept. Source: official compress.py."""
+    return {name: W0[name] + u @ v for name, (u, v) in factors.items()}
+
+
 def test_compression_is_the_official_one():
     d, g = golden_case("cd_compress")
     W0 = filled(d["params"])
@@ -278,15 +285,15 @@ def test_compression_is_the_official_one():
         for name, (u, v) in factors.items():
             assert u.shape[1] == v.shape[0] == d["ranks"][str(ratio)][name]
             assert_close(u @ v, g[f"lowrank@{ratio}:{name}"], rtol=1e-5, atol=2e-6)
-            assert_close(cd.expand(factors, W0)[name], W0[name] + g[f"lowrank@{ratio}:{name}"],
+            assert_close(expand(factors, W0)[name], W0[name] + g[f"lowrank@{ratio}:{name}"],
                          rtol=1e-5, atol=2e-6)
 
 
 def test_compression_at_the_ends():
     W0, W = {"w": torch.zeros(6, 4, dtype=torch.float64)}, {"w": normal(6, 4)}
-    assert_close(cd.expand(cd.compress(W, W0, 1.0), W0), W)
+    assert_close(expand(cd.compress(W, W0, 1.0), W0), W)
     assert cd.compress(W, W0, 0.0)["w"][0].shape == (6, 0)
-    assert not cd.expand(cd.compress(W0, W0, 0.6), W0)["w"].any()       # nothing learned: no NaN
+    assert not expand(cd.compress(W0, W0, 0.6), W0)["w"].any()       # nothing learned: no NaN
 
 
 # --------------------------------------------------------------------------------------------------
@@ -513,7 +520,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert_close(cd.load_concept(tmp_path / "a.pt", half)[0], W, rtol=0, atol=0)
     bias = {next(name for name in unet if name.endswith("attn2.to_out.0.bias")): torch.ones(32)}
     save("b.pt", {**W, **bias, **cd.compress(W | bias, unet, 0.6)})     # a bias is not compressed
-    want = {**cd.expand(cd.compress(W, unet, 0.6), unet), **bias}
+    want = {**expand(cd.compress(W, unet, 0.6), unet), **bias}
     assert_close(cd.load_concept(tmp_path / "b.pt", unet)[0], want)
     save("v.pt", {})                                                    # textual inversion
     assert cd.load_concept(tmp_path / "v.pt", unet)[0] == {}
@@ -559,7 +566,7 @@ def test_published_files_of_both_repositories(tmp_path, part):
     torch.save({"unet": whole, **words}, tmp_path / "delta.bin")
     torch.save({"unet": {**whole, **low}, **words}, tmp_path / "compressed_delta.bin")
     for file, want, near in (("compvis.ckpt", W, 0), ("delta.bin", W, 1e-3),
-                             ("compressed_delta.bin", W | cd.expand(factors, unet), 1e-3)):
+                             ("compressed_delta.bin", W | expand(factors, unet), 1e-3)):
         back, rows, concepts = cd.load_concept(tmp_path / file, unet)
         assert_close(back, want, rtol=0, atol=near, msg=lambda m: f"{file}: {m}")
         assert_close(rows, {"<new1>": row})
@@ -665,3 +672,194 @@ def test_compress_from_the_command_line_and_what_is_refused(folder, base, capsys
         assert stopped.value.code == 2 and words in err and len(err.strip().splitlines()) == 1
     cd.main([*merging, *pot])
     assert cd.load_concept(folder("both.pt"), unet)[2] == ["<new1> dog", "<new2> pot"]
+
+
+# --------------------------------------------------------------------------------------------------
+# damaged, hand-made and hostile files; things that lose
+
+def changed(good, **values):
+    """The dict `good` with other values; KeyError takes a key out."""
+    return {k: v for k, v in {**good, **values}.items() if v is not KeyError}
+
+
+NAN = torch.full((24,), float("nan"))
+# what a concept's file may be made to say: one value each, as the function of a good file
+HAND_MADE = [
+    lambda f: changed(f, modifiers=KeyError), lambda f: changed(f, tensors=[1]),
+    lambda f: changed(f, tensors=None), lambda f: changed(f, tensors="abc"),
+    lambda f: changed(f, base=KeyError), lambda f: changed(f, base=3),
+    lambda f: changed(f, format=1), lambda f: changed(f, format="2.0"),
+    lambda f: changed(f, concepts=None), lambda f: changed(f, concepts="<new1> dog"),
+    lambda f: changed(f, concepts=[1]), lambda f: changed(f, concepts=["<new7> dog"]),
+    lambda f: changed(f, modifiers=["<new1>"]), lambda f: changed(f, modifiers={"<new1>": "x"}),
+    lambda f: changed(f, modifiers={"<new1>": [1.0]}), lambda f: changed(f, modifiers={3: NAN}),
+    lambda f: changed(f, modifiers={"<new1>": NAN}),
+    lambda f: changed(f, modifiers={"a b": torch.ones(24)}),
+    lambda f: changed(f, modifiers={"": torch.ones(24)}),
+    lambda f: changed(f, modifiers={"<new1>": torch.ones(24).long()}),
+    lambda f: changed(f, modifiers={"<new1>": torch.ones(1, 24)}),
+    *(lambda f, w=w: changed(f, tensors={**f["tensors"], next(iter(f["tensors"])): w(
+        next(iter(f["tensors"].values())))}) for w in (
+            lambda w: "x", lambda w: 3, lambda w: None, lambda w: {}, lambda w: {"u": w},
+            lambda w: {"u": "a", "v": "b"}, lambda w: {"u": w, "v": w}, lambda w: w * float("nan"),
+            lambda w: w / 0, lambda w: w.int(), lambda w: w.to(torch.complex64), lambda w: w[:1],
+            lambda w: w.to("meta"), lambda w: w.to_sparse())),
+    lambda f: changed(f, tensors={3: torch.ones(2)}),
+    *(lambda f, x=x: x for x in (
+        [1], 3, None, torch.ones(3), {}, {"unet": "a"}, {"unet": None}, {"unet": [1]},
+        {"unet": {"x.attn2.to_k.weight": "a"}}, {"state_dict": {3: torch.ones(2)}},
+        {"state_dict": {"embed": 3}}, {"state_dict": {"embed": torch.ones(())}},
+        {"unet": {}, "modifier_token": [1]}, {"unet": {}, "modifier_token": {1: torch.ones(24)}},
+        {"unet": {}, "modifier_token": {"<new1>": NAN}},
+        {"lora_unet_mid_block_0_attn2_to_k.lora_up.weight": torch.ones(2, 2)}))]
+
+
+@pytest.mark.parametrize("number", range(len(HAND_MADE)))
+def test_a_file_made_by_hand_gets_one_line(number, tmp_path):
+    unet, W, row = learned()
+    cd.save_concept(tmp_path / "good.pt", W, {"<new1>": row}, ["<new1> dog"], unet)
+    good = torch.load(tmp_path / "good.pt", weights_only=True)
+    torch.save(HAND_MADE[number](good), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="x.pt") as error:
+        cd.load_concept(tmp_path / "x.pt", unet)
+    assert "\n" not in str(error.value)
+
+
+def mutations(good, count, seed):
+    """`count` damaged copies of bytes: flipped bits, cut, a hole of zeros, bytes put in twice."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        body, where = bytearray(good), rng.randrange(len(good))
+        kind = rng.choice(("many", "few", "cut", "hole", "twice"))
+        if kind in ("many", "few"):
+            for place in rng.sample(range(len(good)), len(good) // 10 if kind == "many" else 2):
+                body[place] ^= 1 << rng.randrange(8)
+        elif kind == "cut":
+            del body[where:]
+        elif kind == "hole":
+            body[where:where + 64] = bytes(len(body[where:where + 64]))
+        else:
+            body[where:where] = body[where:where + rng.randrange(1, 200)]
+        yield bytes(body)
+
+
+@pytest.mark.parametrize("name", ["concept.pt", "small.pt", "delta.bin"])
+def test_a_damaged_concept_is_refused_or_read_as_it_was(name, tmp_path):
+    """The checksums of the zip are compared before a number is believed."""
+    unet, W, row = learned()
+    if name == "delta.bin":
+        torch.save({"unet": W, "modifier_token": {"<new1>": row}}, tmp_path / name)
+    else:
+        tensors = cd.compress(W, unet, 0.6) if name == "small.pt" else W
+        cd.save_concept(tmp_path / name, tensors, {"<new1>": row}, ["<new1> dog"], unet)
+    right, refused = cd.load_concept(tmp_path / name, unet), 0
+    for body in mutations((tmp_path / name).read_bytes(), 40, seed=0):
+        (tmp_path / "x.pt").write_bytes(body)
+        try:
+            found = cd.load_concept(tmp_path / "x.pt", unet)
+            assert_close(found[:2], right[:2], rtol=0, atol=0)
+            assert found[2] == right[2]
+        except ValueError as error:
+            assert "x.pt" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 30
+
+
+class Hostile:
+    """Its pickle makes a file when it is loaded by an unsafe reader."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hostile_concept_runs_nothing(zipped, tmp_path):
+    unet, W, row = learned()
+    content = {"unet": W, "modifier_token": {"<new1>": row}, "x": Hostile(str(tmp_path / "ran"))}
+    torch.save(content, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="x.bin holds more than tensors"):
+        cd.load_concept(tmp_path / "x.bin", unet)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("x.safetensors", b'\x02\0\0\0\0\0\0\0{}', "safetensors file, such as a LoRA"),
+    ("x.pt", b'\x02\0\0\0\0\0\0\0{}', "safetensors file, such as a LoRA"),     # by its bytes
+    ("x.bin", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+    ("x.pt", b"<!DOCTYPE html>", "web page"), ("x.pt", b"", "truncated")])
+def test_what_downloads_bring_is_named(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        cd.load_concept(tmp_path / name, learned()[0])
+
+
+def test_a_model_without_a_u_net_with_text_is_named_before_anything_else(tmp_path):
+    unet, W, row = learned()
+    cd.save_concept(tmp_path / "a.pt", W, {"<new1>": row}, ["<new1> dog"], unet)
+    for state in ({}, {"blocks.0.attn.qkv.weight": torch.ones(2, 2)}):
+        with pytest.raises(ValueError, match="no cross-attention"):
+            cd.load_concept(tmp_path / "a.pt", state)
+
+
+def test_every_thing_of_a_file_is_measured_and_must_keep_a_row(folder, base, capsys, tmp_path):
+    """Two things of one category: as good as one, so the second would be lost in silence."""
+    unet, W, row = learned(1)
+    other = normal(24, seed=9).float()
+    cd.save_concept(folder("two.pt"), W, {"<new1>": row, "<new2>": other},
+                    ["<new1> cat", "<new2> dog"], unet)
+    files, rest = [folder("dog.pt"), folder("two.pt")], ["--captions", folder("captions.txt"),
+                                                         "--out", folder("all.pt")]
+    with pytest.raises(SystemExit) as stopped:      # <new3> dog is near <new1> dog, <new2> cat not
+        cd.main(["merge", *files, *rest, "--tolerance", "9"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "keeps no row of its own" in err
+    assert len(err.splitlines()) == 1 and not (tmp_path / "all.pt").exists()
+    cd.main(["merge", *files, *rest])
+    said = capsys.readouterr().out
+    for thing in ("<new1> dog", "<new2> cat", "<new3> dog"):
+        assert re.search(rf"^{thing}: constraint off by .*; own", said, re.M), said
+
+
+def test_a_rare_row_of_one_thing_is_not_taken_for_that_of_its_file():
+    """merge() itself: the second concept's only row equals the first's; its file has another."""
+    W0, ((W1, C1), (W2, C2)), C_reg = problem()
+    with pytest.raises(ValueError, match="concept 2 keeps no row"):
+        cd.merge(W0, [(W1, C1), (W2, C1[:1] + 1e-9), (W2, C2)], C_reg)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--captions", "BAD"], "--captions .*bad.txt is no text in UTF-8"),
+    (["--captions", "EMPTY"], "--captions: give a data set that has some"),
+    (["--captions", "FOLDER"], "--captions: give a data set that has some"),
+    (["--captions", "CAPTIONS", "--category", "dog"], "--category dog is not read"),
+    (["--captions", "CAPTIONS", "--out", "DOG"], "exists"),
+    (["--captions", "CAPTIONS", "--out", "LINK"], "exists"),
+    (["--captions", "CAPTIONS", "--ridge", "-1"], "--ridge -1"),
+    (["--captions", "CAPTIONS", "--lr", "1"], "unknown argument '--lr'")])
+def test_merge_refuses_in_one_line_and_leaves_files_alone(flags, words, folder, base, capsys,
+                                                          tmp_path, pictures):
+    (tmp_path / "bad.txt").write_bytes("고양이".encode("cp949"))
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "nowhere.pt")
+    names = {"BAD": folder("bad.txt"), "EMPTY": folder("empty.txt"), "DOG": folder("dog.pt"),
+             "CAPTIONS": folder("captions.txt"), "LINK": folder("link.pt"),
+             "FOLDER": f"folder:{pictures}"}
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        cd.main(["merge", folder("dog.pt"), folder("cat.pt"), "--out", folder("new.pt"),
+                 *(names.get(flag, flag) for flag in flags)])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.match(f"error: .*{words}", err), err
+    assert len(err.strip().splitlines()) == 1
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_compress_of_words_alone_is_refused(folder, base, capsys):
+    unet, _, row = learned()
+    cd.save_concept(folder("v.pt"), {}, {"<new1>": row}, ["<new1> dog"], unet)
+    with pytest.raises(SystemExit):
+        cd.main(["compress", folder("v.pt"), "--out", folder("small.pt")])
+    assert "new words alone" in capsys.readouterr().err

@@ -197,3 +197,72 @@ def test_wrong_input_gets_one_line(flags, words, things, tmp_path, capsys):
     err = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and words in err and err.startswith("error:")
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "unet-small"], "--model is not read"), (["--init", BASE], "--init is not read"),
+    (["--recipe", "fast"], "--recipe is not read"), (["--flip", "on"], "--flip is not read"),
+    (["--image-size", "64"], "--image-size is not read"),
+    (["--save-latents", "x"], "--save-latents is not read"),
+    (["--bpe", "list.gz"], "--bpe is for Stable Diffusion"), (["--rank", "2"], "unknown argument"),
+    (["--base", BASE.replace("unet", "vq")], "no cross-attention"),
+    (["--prior", "nothing"], "unknown data set"), (["--part", "half"], "--part"),
+    (["--concept", "folder:UNKNOWN", "--category", "circle"], "unknown word 'zebra'"),
+    (["--concept", "folder:LONG", "--category", "circle"], "words, expected at most")])
+def test_what_nobody_reads_or_cannot_be_is_refused_at_the_start(flags, words, things, tmp_path,
+                                                                capsys, monkeypatch):
+    for name, text in (("UNKNOWN", "a zebra circle"), ("LONG", "a red circle on " + "gray " * 40)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "a.png")
+        (tmp_path / name / "a.txt").write_text(text)
+    flags = [flag.replace("folder:", f"folder:{tmp_path}/") for flag in flags]
+    monkeypatch.setattr(DiffusionTask, "sample", lambda *given, **more: pytest.fail("it samples"))
+    prior = "generated" if "vq-" in "".join(flags) else "none"
+    with pytest.raises(SystemExit) as stop:
+        cd.main([*flags_of("concept", things), *SHORT, "--prior", prior, *flags, "--steps", "2",
+                 "--out", str(tmp_path / "run")])
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and words in err and err.startswith("error: ")
+    assert len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_concept_run_says_to_which_base_and_pictures_it_belongs(things):
+    """So that it goes on with those alone."""
+    said = [concept_task(things, "--steps", "2", *flags)[0].state() for flags in (
+        [], [], ["--concept", things["captioned"], "--category", "circle"])]
+    assert said[0]["base"] == said[1]["base"] == said[2]["base"]
+    assert said[0]["data"] == said[1]["data"] != said[2]["data"]
+    task = base_task(BASE)
+    task.model.text.text_model.final_layer_norm.bias.data[0] += 1
+    options, config = cd.read_flags([*flags_of("concept", things)[1:], *SHORT, "--steps", "2"])
+    other = cd.ConceptTask(task, train.load_data(config), options, config).state()
+    assert other["base"] != said[0]["base"] and other["data"] == said[0]["data"]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "concept"])
+def test_a_run_that_ended_before_its_first_save_starts_again(kind, things, tmp_path, monkeypatch):
+    main, make_step = (adapters if kind == "adapter" else cd).main, train.make_step
+    flags = [*flags_of(kind, things), *SHORT, "--steps", "2", "--out", str(tmp_path / "run")]
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "make_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    assert stop.value.code == 130 and not (tmp_path / "run" / "ckpt.pt").exists()
+    monkeypatch.setattr(train, "make_step", make_step)
+    main(flags)
+    assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("kind", ["adapter", "concept"])
+def test_rates_of_a_resumed_run_are_those_of_the_flags(kind, things, tmp_path):
+    main, out = (adapters if kind == "adapter" else cd).main, str(tmp_path / "run")
+    main([*flags_of(kind, things), *SHORT, "--steps", "2", "--out", out])
+    before = load_checkpoint(f"{out}/ckpt.pt")
+    main(["learn", "--out", out, "--resume", "--steps", "3", "--lr", "1e-9", "--weight-decay", "0",
+          *["--word-lr", "0"] * (kind == "concept")])
+    after = load_checkpoint(f"{out}/ckpt.pt")
+    assert after["step"] == 3 and after["config"]["lr"] == 1e-9
+    for name, w in before["model"].items():             # it was 5e-3 and 3e-3 until then
+        assert (after["model"][name] - w).abs().max() < 1e-7, name
