@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import statistics
 import time
 
@@ -154,15 +155,51 @@ def _number(text):
     return text
 
 
-def parser(description):
-    """The flags that every study takes."""
-    p = argparse.ArgumentParser(description=description,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--part", default="0/1", help="i/n: this process takes cells i, i+n, ...")
-    p.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
-    p.add_argument("--summary", action="store_true", help="only table and figure, from the CSV")
-    p.add_argument("--threads", type=int, default=1, help="threads of this process (default 1)")
+FLAGS = {"part": (dict(default="0/1"), "i/n: this process takes cells i, i+n, ... (default 0/1)"),
+         "seeds": (dict(default=3), "how many seeds (default 3)"),
+         "summary": (dict(action="store_true"), "only table and figure, from the CSV"),
+         "threads": (dict(default=1), "threads of this process (default 1)")}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what is wrong is a ValueError, which cli.one_line prints as one line."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (see --help)")
+
+    def parse_args(self, argv):
+        """Raises ValueError also for flags that --summary leaves unread."""
+        args = super().parse_args(argv)
+        unread = [word for word in argv if word[:2] == "--" and word != "--summary"]
+        if getattr(args, "summary", False) and unread:
+            self.error(f"{unread[0]} is not read with --summary, which runs nothing")
+        return args
+
+
+def parser(description, flags=tuple(FLAGS)):
+    """The flags that a study takes, of FLAGS; it may add others."""
+    p = Parser(description=description, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = {"part": part, "seeds": whole, "threads": whole}
+    for name in flags:
+        how, help = FLAGS[name]
+        p.add_argument(f"--{name}", help=help, **how,
+                       **{"type": kinds[name]} if name in kinds else {})
     return p
+
+
+def whole(text):
+    """A whole number of at least 1, for a flag."""
+    if not re.fullmatch(r"0*[1-9]\d{0,6}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def part(text):
+    """i/n, for --part."""
+    if not re.fullmatch(r"\d+/\d+", text) or not int(text.split("/")[0]) < int(text.split("/")[1]):
+        raise argparse.ArgumentTypeError(f"{text!r}: give i/n with i below n, such as 0/2 and 1/2")
+    return text
 
 
 def todo(cells, table, part):

@@ -60,11 +60,15 @@ def captioned(name):
 
 def subject(folder, category):
     """A subject's photographs with captions -> folder:PATH."""
-    mine = OUT / folder.name
+    mine, text = OUT / folder.name, f"a photo of a {category}"
+    files = sorted([*folder.glob("*.png"), *folder.glob("*.jpg")])
+    if not files:
+        raise ValueError(f"--subjects: there is no .png or .jpg in {folder}")
     mine.mkdir(parents=True, exist_ok=True)
-    text, files = f"a photo of a {category}", [*folder.glob("*.png"), *folder.glob("*.jpg")]
-    lines = [json.dumps({"file_name": str(path.resolve()), "text": text}) + "\n"
-             for path in sorted(files)]
+    for path in files:
+        (mine / path.name).unlink(missing_ok=True)
+        (mine / path.name).symlink_to(path.resolve())
+    lines = [json.dumps({"file_name": path.name, "text": text}) + "\n" for path in files]
     (mine / "metadata.jsonl").write_text("".join(lines))
     return f"folder:{mine}"
 
@@ -110,15 +114,17 @@ def show(columns):
 @one_line
 def main(argv):
     """Command line of the study."""
-    p = parser(__doc__)
+    p = parser(__doc__, ["threads"])
     p.add_argument("--cifar", default="cifar10", help="cifar10, or folder:PATH of its classes")
     p.add_argument("--subjects", default="dreambooth128", help="folder with dog6 and cat2")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
+    concepts = {name: subject(pathlib.Path(args.subjects) / name, category)
+                for name, category in SUBJECTS.items()}
     out, files = run(train.main, "base", "--data", captioned(args.cifar), *BASE), {}
     base = str(out / "ckpt.pt")
     for name, category in SUBJECTS.items():
-        given = ["--base", base, "--concept", subject(pathlib.Path(args.subjects) / name, category),
+        given = ["--base", base, "--concept", concepts[name],
                  "--category", category, "--steps", "400"]
         for method, flags in METHODS.items():
             out = run(learn, f"{name}-{method.replace('/', '')}", *given, *flags)

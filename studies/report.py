@@ -59,6 +59,7 @@ def document():
 @one_line
 def main(argv):
     """Write the file."""
+    common.parser(__doc__, ()).parse_args(argv)
     (HERE / "README.md").write_text(document())
     print(f"wrote {HERE / 'README.md'}")
 

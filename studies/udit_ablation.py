@@ -144,12 +144,17 @@ def plot(panels):
 def main(argv):
     """Command line of the study."""
     p = parser(__doc__)
-    p.add_argument("--cifar", default="cifar10", help="CIFAR-10: cifar10 (downloads), folder:PATH")
+    p.add_argument("--cifar", help="CIFAR-10: cifar10 (the default; downloads) or folder:PATH")
     p.add_argument("--data", nargs="*", default=list(QUALITY), choices=list(QUALITY))
     args = p.parse_args(argv)
+    if args.cifar and "cifar10" not in args.data:
+        p.error("--cifar is not read without --data cifar10")
+    name = args.cifar or "cifar10"
+    if "cifar10" in args.data and not args.summary:
+        data.load(name, count=1)                            # raises before the first cell is run
     cells = [{"data": world, "model": model, "seed": seed} for world in args.data
              for seed in range(args.seeds) for model in MODELS]
-    run(args, TABLE, cells, lambda cell: run_cell(cell, args.cifar))
+    run(args, TABLE, cells, lambda cell: run_cell(cell, name))
     print(report())
     if all(results(world) for world in QUALITY):
         figure("udit_ablation", plot, (9, 4), 2)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cli import one_line
 from dit import DiT, dit_config
-from studies.common import Table, markdown, parser
+from studies.common import Table, markdown, parser, whole
 from udit import UDIT_CONFIGS, UDiT
 
 MODELS = {"DiT-S/2": lambda: DiT(**dit_config("DiT-S/2")),
@@ -81,8 +81,8 @@ def report():
 @one_line
 def main(argv):
     """Command line of the study."""
-    p = parser(__doc__)
-    p.add_argument("--rounds", type=int, default=9, help="steps of each model")
+    p = parser(__doc__, ("summary", "threads"))
+    p.add_argument("--rounds", type=whole, default=9, help="steps of each model")
     p.add_argument("--profile", action="store_true", help="the costliest operations")
     args = p.parse_args(argv)
     if not args.summary:

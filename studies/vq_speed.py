@@ -18,8 +18,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from cli import one_line
-from studies.common import Table, markdown, parser
+from cli import one_line, resolve_device
+from studies.common import Table, markdown, parser, whole
 from vqdiffusion import MaskReplace
 
 BATCH, CODES, TOKENS, STEPS = 4, 2886, 1024, 100
@@ -129,18 +129,18 @@ def report():
 @one_line
 def main(argv):
     """Measure both ways, one after another, and replace the table."""
-    p = parser(__doc__)
+    p = parser(__doc__, ["summary"])
     p.add_argument("--device", default="cpu", help="cpu (one thread) or cuda")
-    p.add_argument("--repeats", type=int, default=5, help="steps of which the median time counts")
+    p.add_argument("--repeats", type=whole, default=5, help="steps of which the median time counts")
     args, spawn = p.parse_args(argv), multiprocessing.get_context("spawn")
-    rows = []
+    rows, device = [], resolve_device(args.device)
     for way in () if args.summary else ("log-one-hot", "ours"):
         queue = spawn.Queue()
-        process = spawn.Process(target=measure, args=(way, args.device, args.repeats, queue))
+        process = spawn.Process(target=measure, args=(way, device, args.repeats, queue))
         process.start()
         seconds, peak = queue.get()
         process.join()
-        rows.append({"way": way, "device": args.device, "seconds per step": round(seconds, 3),
+        rows.append({"way": way, "device": device, "seconds per step": round(seconds, 3),
                      "peak MiB": round(peak / 2 ** 20)})
     if rows:
         TABLE.path.unlink(missing_ok=True)

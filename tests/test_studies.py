@@ -401,3 +401,52 @@ def test_parts_of_the_proof_measure_one_at_a_time_within_memory_and_time(tmp_pat
     tell(a)
     assert a.signals[-1] == kill and table.rows()[-1]["note"] == "its time was over"
     assert work.start_one() and started[-1].name == "c" and work.running == [started[-1]]
+
+# the command lines
+
+WRONG = [("adapter_sweep", "--seeds 0"), ("custom_concepts", "--part 2/2"),
+         ("default_run", "--part x"),
+         ("dit_scaling", "--threads -1"), ("vq_chain", "--sumary"), ("dit_conditioning", "stray"),
+         ("vq_autoregressive", "--summary --seeds 2"), ("udit_ablation", "--summary --part 0/2"),
+         ("udit_ablation", "--data shapes --cifar folder:x"), ("udit_ablation", "--data mnist"),
+         ("udit_ablation", "--cifar folder:/nowhere"), ("udit_speed", "--seeds 2"),
+         ("udit_speed", "--rounds 0"), ("vq_speed", "--threads 2"), ("vq_speed", "--device tpu"),
+         ("merge_speed", "two"), ("merge_speed", "--summary"), ("dreambooth", "--summary"),
+         ("dreambooth", "--subjects /nowhere"), ("report", "--summary")]
+
+
+@pytest.mark.parametrize("name, flags", WRONG)
+def test_wrong_flags_of_a_study_get_one_line(name, flags, tmp_path, monkeypatch, capsys):
+    """Before anything is run: not the usage, and no flag that the study does not read."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "todo", lambda *given: pytest.fail("it runs"))
+    monkeypatch.setattr(importlib.import_module("studies.dreambooth"), "OUT", tmp_path / "out")
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"studies.{name}").main(flags.split())
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.err.startswith("error: ") and not said.out
+    assert len(said.err.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["dit_conditioning", "default_run"])
+def test_ctrl_c_in_a_study_is_one_word(name, tmp_path, monkeypatch, capsys):
+    def interrupted(cell):
+        raise KeyboardInterrupt
+    module = importlib.import_module(f"studies.{name}")
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "run_cell", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        module.main([])
+    assert stopped.value.code == 130 and capsys.readouterr().err.strip().endswith("stopped")
+
+
+def test_subjects_of_dreambooth_are_read_where_they_lie(tmp_path, monkeypatch):
+    from PIL import Image
+    import data
+    from studies import dreambooth
+    (tmp_path / "dog6").mkdir()
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "dog6" / "a.png")
+    monkeypatch.setattr(dreambooth, "OUT", tmp_path / "out")
+    for _ in range(2):                                      # the second run finds the first's links
+        found = data.load(dreambooth.subject(tmp_path / "dog6", "dog"), 8)
+        assert found.captions == ["a photo of a dog"] and found.images[0, 0, 0, 0] == 9
