@@ -348,13 +348,14 @@ def base_task(path, bpe=None, image_size=512):
 def base_flags(given, ours, paper):
     """Defaults of a short run on given["base"]: `ours`, or `paper` if that is an official file; to
     resume a run, its flags. given: {flag: value}, with "base" and "out". Raises ValueError."""
-    sizes = set() if is_official(given["base"]) else {"image_size"}
-    for name in sizes.union(("model", "init", "recipe", "save_latents")) & given.keys():
-        raise ValueError(f"--{name.replace('_', '-')} is not read here: it follows from --base")
     if given.get("resume"):
         state = load_checkpoint(f"{given['out']}/ckpt.pt")
         return {**state["config"], **state["options"], "out": given["out"]}
     taken, rates = {"model": "SD-v1", "image_size": 512}, paper
+    unread = {"model", "init", "recipe", "save_latents"}
+    unread |= set() if given.get("optimizer") == "muon" else {"muon_lr"}
+    for name in (unread if is_official(given["base"]) else unread | {"image_size"}) & given.keys():
+        raise ValueError(f"--{name.replace('_', '-')} is not read here: leave it out")
     if not is_official(given["base"]):
         config, rates = load_checkpoint(given["base"]).get("config", {}), ours
         taken = {k: config[k] for k in ("model", "data", "image_size") if k in config}

@@ -24,7 +24,6 @@ spends a part of its step on changing the layout of pictures for its convolution
     python -m studies.gpu_proof --out out/proof --cifar data/cifar10
     cp out/proof/proof.csv studies/results/gpu_proof.csv        # and gpu_proof.png, for the report
 """
-import argparse
 import collections
 import contextlib
 import importlib
@@ -52,7 +51,7 @@ import train
 from cli import one_line
 from diffusion import GaussianDiffusion
 from models import make_task, settings_class
-from studies.common import Table, markdown
+from studies.common import Table, markdown, parser, whole
 from tasks import DiffusionTask, macs
 from text import TextConditional, TextEncoder
 from unet import UNET_CONFIGS, UNet
@@ -505,14 +504,13 @@ def report():
 @one_line
 def main(argv):
     """Command line of the study."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser(__doc__, ())
     p.add_argument("--out", required=True, help="folder of proof.csv, the picture and the logs")
-    p.add_argument("--minutes", type=float, default=9, help="for all parts (default 9)")
+    p.add_argument("--minutes", type=whole, default=9, help="for all parts (default 9)")
     p.add_argument("--tiny", action="store_true", help="small models on the CPU: does it run?")
     p.add_argument("--parts", default="", help="letters, such as a,c, or whole names")
     p.add_argument("--cifar", default="data/cifar10", help="folder with train/ and test/")
-    p.add_argument("--at-once", type=int, default=10, help="processes (default 10)")
+    p.add_argument("--at-once", type=whole, default=10, help="processes (default 10)")
     o = p.parse_args(argv)
     o.device, asked = "cpu" if o.tiny else "cuda", o.parts.split(",") if o.parts else []
     unknown = set(asked) - PARTS.keys() - {name[0] for name in PARTS}

@@ -660,6 +660,7 @@ def test_a_damaged_adapter_is_refused_or_read_as_it_was(tmp_path):
     (["--image-size", "64"], "--image-size is not read"),
     (["--base", str(ROOT / "assets" / "vq-scenes.pt")], "has a ca_out: give a U-Net"),
     (["--save-latents", "x"], "--save-latents is not read"),
+    (["--muon-lr", "0.1"], "--muon-lr is not read"),
     (["--bpe", "list.gz"], "--bpe is for Stable Diffusion"),
     (["--base", "RUN/ckpt.pt"], "does not sample by itself"),
     (["--base", "RUN/adapter.pt"], "does not sample by itself"),

@@ -204,6 +204,7 @@ def test_wrong_input_gets_one_line(flags, words, things, tmp_path, capsys):
     (["--recipe", "fast"], "--recipe is not read"), (["--flip", "on"], "--flip is not read"),
     (["--image-size", "64"], "--image-size is not read"),
     (["--save-latents", "x"], "--save-latents is not read"),
+    (["--muon-lr", "0.1"], "--muon-lr is not read"),
     (["--bpe", "list.gz"], "--bpe is for Stable Diffusion"), (["--rank", "2"], "unknown argument"),
     (["--base", BASE.replace("unet", "vq")], "no cross-attention"),
     (["--prior", "nothing"], "unknown data set"), (["--part", "half"], "--part"),

@@ -412,7 +412,9 @@ WRONG = [("adapter_sweep", "--seeds 0"), ("custom_concepts", "--part 2/2"),
          ("udit_ablation", "--cifar folder:/nowhere"), ("udit_speed", "--seeds 2"),
          ("udit_speed", "--rounds 0"), ("vq_speed", "--threads 2"), ("vq_speed", "--device tpu"),
          ("merge_speed", "two"), ("merge_speed", "--summary"), ("dreambooth", "--summary"),
-         ("dreambooth", "--subjects /nowhere"), ("report", "--summary")]
+         ("dreambooth", "--subjects /nowhere"), ("report", "--summary"),
+         ("gpu_proof", "--tiny"), ("gpu_proof", "--out x --minutes soon"),
+         ("gpu_proof", "--out x --at-once 0"), ("gpu_proof", "--out x --parts q")]
 
 
 @pytest.mark.parametrize("name, flags", WRONG)
