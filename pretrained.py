@@ -141,8 +141,8 @@ def build(parts, dtype=None):
         with torch.device("meta"):
             models[part] = make(**sizes)
         wrong = mismatch(models[part].state_dict(), state)
-        wrong += [f"{name}: dtype {tensor.dtype}" for name, tensor in state.items()
-                  if not tensor.is_floating_point()]
+        wrong += [f"{name}: dtype {tensor.dtype}, or not finite" for name, tensor in state.items()
+                  if not (tensor.is_floating_point() and tensor.isfinite().all())]
         if wrong:
             raise ValueError(f"{part}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
         cast = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}

@@ -558,6 +558,8 @@ def test_build_is_strict_and_says_what_differs(states):
         build(unet | {f"x.{i}": torch.ones(1) for i in range(7)})           # the first five
     with pytest.raises(ValueError, match="unet: 1 .* out.0.bias: dtype torch.int8"):
         build(unet | {"out.0.bias": torch.ones(32, dtype=torch.int8)})
+    with pytest.raises(ValueError, match="unet: 1 .* out.0.bias: .* not finite"):
+        build(unet | {"out.0.bias": torch.full((32,), float("nan"))})
     wide = states["vae"] | {"encoder.down.1.block.0.conv1.weight": torch.ones(48, 32, 3, 3)}
     with pytest.raises(ValueError, match=r"vae: .* do not fit: .*: file \(64,"):
         pretrained.build({"vae": wide})                             # 48 is no multiple of 32
