@@ -92,7 +92,11 @@ def read_torch(path):
             raise ValueError("a checksum inside it does not match")
         # torch reads any path that ends so as safetensors, but not an open file
         mapped = zipped and pathlib.Path(path).suffix != ".safetensors"
-        with open(path, "rb") as file:
+        # a trainer's own classes, of which no weight is made, are read as empty ones
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else ()
+        inert = [(type("Inert", (), {}), name) for name in unsafe
+                 if name.startswith("pytorch_lightning.")]
+        with open(path, "rb") as file, torch.serialization.safe_globals(inert):
             return torch.load(path if mapped else file, "cpu", weights_only=True, mmap=mapped)
     except Exception as error:                      # a damaged file may fail in any way
         # "operand": bytes that are no pickle; what else the unpickler refuses is code or a class
@@ -100,7 +104,8 @@ def read_torch(path):
         if refused and "Unsupported operand" not in str(error):
             raise ValueError(f"{path} holds more than tensors and plain values, may run code: take"
                              " its .safetensors edition, or if you trust it, x = torch.load(path, "
-                             "weights_only=False); torch.save(x['state_dict'], new)") from error
+                             "weights_only=False); torch.save({k: x[k] for k in x if k in "
+                             "('ema', 'model', 'state_dict')}, new)") from error
         reason = type(error).__name__ if refused else str(error).partition("\n")[0][:120]
         raise ValueError(f"{path} is damaged, truncated or no torch file ({reason}): copy or "
                          "download it again") from error

@@ -1,9 +1,12 @@
 """pretrained.py: shrunk files of every published form come back tensor for tensor."""
+import argparse
 import json
 import os
 import random
 import struct
+import sys
 import tracemalloc
+import types
 
 import pytest
 import torch
@@ -722,3 +725,41 @@ def test_a_header_that_promises_too_much_takes_no_memory(length, header, tmp_pat
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 ** 24 and "\n" not in str(error.value)
+
+
+class Hostile:
+    """Its pickle makes a file when it is loaded by an unsafe reader."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_files_of_trainers_are_read_without_them_and_nothing_is_run(tmp_path, monkeypatch):
+    """Lightning's classes beside SD v1's weights, as it was published; other classes are not."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": name})
+    weights, hostile = {"a.b": torch.randn(2, 3)}, Hostile(str(tmp_path / "ran"))
+    with monkeypatch.context() as patch:                # only while the files are written
+        for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
+            patch.setitem(sys.modules, part, types.SimpleNamespace(ModelCheckpoint=callback))
+        for file, content in {
+                "sd.ckpt": {"state_dict": weights, "callbacks": {callback: {"best": callback()}}},
+                "bad.ckpt": {"state_dict": weights, "callbacks": {callback: hostile}}}.items():
+            torch.save(content, tmp_path / file)
+    same({"": pretrained.read_weights(tmp_path / "sd.ckpt")}, {"": weights})
+    with pytest.raises(ValueError, match="bad.ckpt holds more than tensors"):
+        pretrained.read_weights(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_cure_for_a_file_with_a_namespace_works_as_printed(tmp_path):
+    """As DiT's own training saves it."""
+    weights, path, new = {"a.b": torch.randn(2, 3)}, tmp_path / "dit.pt", tmp_path / "new.pt"
+    torch.save({"ema": weights, "opt": [1], "args": argparse.Namespace(lr=1e-4)}, path)
+    with pytest.raises(ValueError, match="holds more than tensors") as error:
+        pretrained.read_weights(path)
+    exec(str(error.value).partition("if you trust it, ")[2], dict(torch=torch, path=path, new=new))
+    same({"": pretrained.read_weights(new)}, {"": weights})
