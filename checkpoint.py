@@ -5,7 +5,7 @@ The idea. A checkpoint is a dict of tensors and plain values, saved by torch.sav
          A crash, a kill or a full disk therefore leaves the old file as it was.
   read   with torch's restricted unpickler (weights_only), which runs nothing. The zip file's
          checksums are compared first: a flipped bit would otherwise load as a wrong number.
-  check  names and shapes against the model, before anything is copied into it.
+  check  keys and types against FORMS, names and shapes against the model, before any is used.
 
 Contents: save_checkpoint, load_checkpoint, load_weights, mismatch, and what they are made of.
 
@@ -24,6 +24,26 @@ import torch
 
 FORMAT = 2                              # of our own files; 1 was the first edition's
 
+# what a form in FORMS asks of a value
+of = lambda kind: lambda x: isinstance(x, kind)
+whole = lambda low, high: lambda x: type(x) is int and low <= x <= high
+items = lambda form: lambda x: isinstance(x, list) and all(map(form, x))
+table = lambda form, key=str: lambda x: isinstance(x, dict) and all(
+    isinstance(k, key) and form(v) for k, v in x.items())
+keys = lambda **forms: lambda x: isinstance(x, dict) and all(
+    form(x.get(k)) for k, form in forms.items())
+text, texts, plain, weights = of(str), items(of(str)), table(of(object)), table(of(torch.Tensor))
+words = keys(words=texts, reserved=whole(0, 2 ** 20), max_length=whole(3, 2 ** 20))
+FORMS = {                               # of what our files may hold, all kinds of them
+    **dict.fromkeys(("task", "base", "data", "note"), text), "concepts": texts,
+    **dict.fromkeys(("config", "settings", "options", "sizes", "spec", "tensors"), plain),
+    **dict.fromkeys(("model", "ema", "adapter", "modifiers"), weights), "step": whole(0, 2 ** 53),
+    "info": keys(name=text, class_names=texts, channels=whole(1, 1024), image_size=whole(1, 65_536),
+                 examples=lambda x: x is None or texts(x),
+                 vocabulary=lambda x: x is None or words(x)),
+    "opt": items(keys(state=table(weights, int), param_groups=items(keys(params=items(of(int)))))),
+    "first_stage": keys(kind=text, sizes=plain, model=weights)}
+
 
 def save_checkpoint(path, state):
     """Write the dict `state`, with "format": 2, whole or not at all. Raises ValueError."""
@@ -31,20 +51,39 @@ def save_checkpoint(path, state):
         torch.save({**state, "format": FORMAT}, file)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, *needed):
     """A file of save_checkpoint as it was saved; an official file as {"model", "ema"}, the same.
 
-    Raises ValueError for a file that is missing, damaged, unsafe, or of another format.
+    needed: keys that must be there. Raises ValueError for a file that is missing, damaged, unsafe,
+    of another format, or not as FORMS says.
     """
     if not pathlib.Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}: train first (python train.py)")
     state = read_torch(path)
     if not isinstance(state, dict) or "format" not in state:
-        return dict.fromkeys(("model", "ema"), named_tensors(state, path))
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path} has format {state['format']}, expected {FORMAT} (1 was the first "
-                         "edition's): train again, or export it anew with this code")
+        state = dict.fromkeys(("model", "ema"), named_tensors(state, path))
+    elif str(state["format"]) != str(FORMAT):
+        raise ValueError(f"{path} has format {str(state['format'])[:20]}, expected {FORMAT} (1 was "
+                         "the first edition's): train again, or export it anew with this code")
+    wrong = [key for key in needed if key not in state]
+    wrong += [key for key, form in FORMS.items() if key in state and not form(state[key])]
+    if wrong:
+        raise ValueError(f"{path} is damaged, or not of the kind that is needed here: no good "
+                         f"{', '.join(wrong)} in it")
     return state
+
+
+@contextlib.contextmanager
+def built_from(source):
+    """While something is built by the file or flag `source`: a ValueError instead of what fails."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if "memory" in str(error):                  # of this machine
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:100]
+        raise ValueError(f"nothing can be built by {source} ({reason}): it is damaged, not written "
+                         "by this code, or has a number out of range") from error
 
 
 def load_weights(model, weights, path):

@@ -11,8 +11,8 @@ import zipfile
 import pytest
 import torch
 
-from checkpoint import (load_checkpoint, load_weights, mismatch, named_tensors, read_torch,
-                        save_checkpoint, written_whole)
+from checkpoint import (built_from, load_checkpoint, load_weights, mismatch, named_tensors,
+                        read_torch, save_checkpoint, written_whole)
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # writing
 
 def test_a_file_comes_back_as_it_was_saved(tmp_path):
-    state = {"step": 3, "info": {"words": ["a", "b"], "none": None, "size": (1, 2.5)},
+    state = {"step": 3, "config": {"words": ["a", "b"], "none": None, "size": (1, 2.5)},
              "model": {"w": torch.randn(4, 3), "half": torch.ones(2).half(), "n": torch.arange(3)}}
     save_checkpoint(tmp_path / "ckpt.pt", state)
     back = load_checkpoint(tmp_path / "ckpt.pt")
@@ -200,3 +200,61 @@ def test_mismatch_compares_names_and_shapes_alone():
     assert mismatch(have, {"a": torch.ones(1, 3), "c": torch.ones(()), "d": torch.ones(4)}) == [
         "a: file (1, 3), model (3, 1)", "b: file has none, model (2,)",
         "d: file (4,), model has none"]
+
+
+# --------------------------------------------------------------------------------------------------
+# values
+
+RUN = {"task": "dit", "step": 3, "config": {}, "settings": {}, "model": {"w": torch.ones(2)},
+       "info": {"name": "x", "class_names": ["a"], "channels": 3, "image_size": 8,
+                "vocabulary": {"words": ["a"], "reserved": 8, "max_length": 9}},
+       "opt": [{"state": {0: {"step": torch.ones(())}}, "param_groups": [{"params": [0]}]}],
+       "first_stage": {"kind": "none", "sizes": {}, "model": {}}}
+WRONG_VALUES = {
+    "task": [3, None], "step": ["x", -1, True, 1.0, 2 ** 60, None], "config": [[], None],
+    "settings": [{1: 2}], "model": [[], {1: torch.ones(1)}, {"w": 1}, None],
+    "info": [{}, None, *({**RUN["info"], **change} for change in (
+        {"name": None}, {"class_names": "ab"}, {"class_names": [1]}, {"channels": 0},
+        {"image_size": 0}, {"image_size": 10 ** 9}, {"image_size": "8"}, {"examples": [3]},
+        {"vocabulary": {}}, {"vocabulary": {"words": ["a"], "reserved": -1, "max_length": 9}}))],
+    "opt": [{}, [3], [{}], [{"state": {}, "param_groups": [{}]}],
+            [{"state": {"0": {}}, "param_groups": []}], [{"state": {0: 3}, "param_groups": []}]],
+    "first_stage": [None, {}, {"kind": 3, "sizes": {}, "model": {}}, {"kind": "none"}]}
+
+
+@pytest.mark.parametrize("key", WRONG_VALUES)
+def test_a_value_of_another_form_is_refused_with_its_key(tmp_path, key):
+    path = tmp_path / "ckpt.pt"
+    save_checkpoint(path, RUN)
+    assert load_checkpoint(path, *RUN).keys() == {*RUN, "format"}
+    for value in WRONG_VALUES[key]:
+        save_checkpoint(path, {**RUN, key: value})
+        with pytest.raises(ValueError, match=f"ckpt.pt is damaged.* no good {key} in it$") as error:
+            load_checkpoint(path)
+        assert one_line(error)
+    save_checkpoint(path, {k: v for k, v in RUN.items() if k != key})
+    load_checkpoint(path)                               # not every kind of file has all keys
+    with pytest.raises(ValueError, match=f"no good {key} in it"):
+        load_checkpoint(path, "format", key)
+
+
+@pytest.mark.parametrize("found", [torch.ones(2), [2], "3", None])
+def test_a_format_of_any_type_is_refused(tmp_path, found):
+    torch.save({"format": found}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="has format .*expected 2"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_what_a_file_builds_fails_in_one_line():
+    for error in (KeyError("kind"), TypeError("a\nb"), ZeroDivisionError(), AttributeError("x"),
+                  IndexError(3), RuntimeError("Storage size calculation overflowed")):
+        with pytest.raises(ValueError, match=rf"built by x.pt \({type(error).__name__}") as found:
+            with built_from("x.pt"):
+                raise error
+        assert one_line(found)
+    for error in (ValueError("said already"), KeyboardInterrupt(), torch.OutOfMemoryError("memory"),
+                  RuntimeError("can't allocate memory")):
+        with pytest.raises(type(error)) as found:       # these are not the file's fault
+            with built_from("x.pt"):
+                raise error
+        assert found.value is error
