@@ -82,6 +82,22 @@ def make_optimizers(config, model):
     return optimizers
 
 
+def load_moments(optimizer, saved):
+    """Put back what an optimizer remembered, by its state_dict `saved`; its rates and decay stay.
+    Raises ValueError if that belongs to other weights."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, held in saved["state"].items():
+        shape, count = params[i].shape, sum(p.shape == params[i].shape for p in params)
+        wanted = ({"momentum": (count, *shape)} if "momentum" in optimizer.defaults else
+                  {"step": (), "exp_avg": shape, "exp_avg_sq": shape})
+        if {name: value.shape for name, value in held.items()} != wanted:
+            raise ValueError(f"the optimizer state of weight {i} is not {wanted}: start a new run "
+                             "with --init")
+    for group, then in zip(optimizer.param_groups, saved["param_groups"]):
+        then |= {key: value for key, value in group.items() if key != "params"}
+    optimizer.load_state_dict(saved)
+
+
 def learning_rate(step, config):
     """Factor on every learning rate at a step: linear warm-up, then constant or cosine to zero."""
     warm, angle = min(1.0, (step + 1) / max(1, config.warmup)), math.pi * step / config.steps

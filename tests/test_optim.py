@@ -9,8 +9,8 @@ from torch.testing import assert_close
 import data
 from cli import parse
 from models import PRESETS, find_model, make_task, settings_class
-from optim import (Muon, average_of, learning_rate, make_optimizers, orthogonalise, update,
-                   update_ema)
+from optim import (Muon, average_of, learning_rate, load_moments, make_optimizers, orthogonalise,
+                   update, update_ema)
 from train import Config
 
 
@@ -187,3 +187,47 @@ def test_update_is_rate_times_clipped_gradient_then_average(clip, step):
     assert_close(before.weight - model.weight, moved, rtol=1e-5, atol=1e-6)
     share = 1 - min(0.6, (1 + step) / (10 + step))                          # of the new weights
     assert_close(before.weight - ema.weight, share * moved, rtol=1e-5, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# moments of a checkpoint
+
+def remembering(rate, steps=2):
+    """[AdamW, Muon] of a small model, after so many steps."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 3), torch.nn.Linear(3, 4))
+    model.matrices = r"\d\.weight"
+    optimizers = make_optimizers(Config(lr=rate, muon_lr=rate, weight_decay=rate), model)
+    for step in range(steps):
+        for i, p in enumerate(model.parameters()):
+            p.grad = seeded(*p.shape, seed=10 * step + i)
+        for optimizer in optimizers:
+            optimizer.step()
+    return optimizers
+
+
+def test_moments_come_back_and_rates_stay():
+    for old, new in zip(remembering(0.1), remembering(0.3, steps=0)):
+        saved = copy.deepcopy(old.state_dict())
+        load_moments(new, saved)
+        assert all(g["lr"] == g["base_lr"] == g["weight_decay"] == 0.3 for g in new.param_groups)
+        state = new.state_dict()["state"]
+        assert state.keys() == old.state_dict()["state"].keys() and state
+        for i, held in old.state_dict()["state"].items():
+            assert all(torch.equal(value, state[i][name]) for name, value in held.items())
+
+
+@pytest.mark.parametrize("which,name", [(0, "exp_avg"), (0, "exp_avg_sq"), (0, "step"),
+                                        (1, "momentum")])
+def test_moments_of_other_weights_are_refused(which, name):
+    for wrong in (None, torch.zeros(7), torch.zeros(2, 4, 4), torch.zeros(1, 4, 3)):
+        optimizer = remembering(0.1)[which]
+        saved = copy.deepcopy(optimizer.state_dict())
+        if wrong is None:
+            del saved["state"][0][name]
+        else:
+            saved["state"][0][name] = wrong
+        before = copy.deepcopy(optimizer.state_dict()["state"])
+        with pytest.raises(ValueError, match="weight 0 is not .*--init"):
+            load_moments(optimizer, saved)
+        for held, kept in zip(before.values(), optimizer.state_dict()["state"].values()):
+            assert all(torch.equal(value, kept[key]) for key, value in held.items())
