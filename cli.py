@@ -39,6 +39,9 @@ def check(options):
     """`options`, if numbers are in the range that each field states, and all would be read."""
     for field in dataclasses.fields(options):
         value, within = getattr(options, field.name), field.metadata["within"]
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(field.type, field.type)
+        if not isinstance(value, kinds) and not (value is None and field.default is None):
+            raise ValueError(f"--{field.name} is {value!r:.40}, not {field.type.__name__}")
         if type(value) in (int, float):
             low, high = map(float, within[1:-1].split(","))
             ends = [low] * (within[0] == "[") + [high] * (within[-1] == "]")
