@@ -11,18 +11,19 @@ and add one row here; tests/test_registry.py then tests it without another word:
 import dataclasses
 import difflib
 import functools
-import hashlib
 import os
 
 import torch
 
-from checkpoint import load_checkpoint, load_weights
-from cli import flag
+import data
+from checkpoint import built_from, load_checkpoint, load_weights
+from cli import check, flag
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DIT_CONFIGS, DiT, dit_config
 from pretrained import (build, infer_dit, is_official, load_first_stage, read_stable_diffusion,
                         read_weights)
-from tasks import AutoencoderTask, DiffusionTask, image_shape
+from tasks import (AutoencoderTask, DiffusionTask, check_same, check_writable,  # noqa: F401
+                   fingerprint, identity, image_shape)  # fingerprint: for adapters and concepts
 from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
 from udit import UDIT_CONFIGS, UDiT, infer_config as infer_udit
 from unet import UNET_CONFIGS, UNet
@@ -35,13 +36,13 @@ FLAGS = {
     "first_stage_steps": (int, flag(500, "optimizer steps of --first-stage new", "[1, inf)")),
     "class_dropout": (float, flag(0.1, "share of labels or captions hidden, to guide", "[0, 1)")),
     "cfg_scale": (float, flag(2.0, "guidance when sampling; 1 = none", "[0, inf)")),
-    "latent_channels": (int, flag(4, "channels of the first stage's latents", "[1, inf)")),
+    "latent_channels": (int, flag(4, "channels of the first stage's latents", "[1, 1024]")),
     "latent_noise": (float, flag(0.3, "noise that its decoder learns to undo", "[0, inf)")),
-    "factor": (int, flag(4, "how much smaller its latents or tokens are, per side", "[1, inf)")),
-    "codes": (int, flag(256, "how many different tokens there are", "[2, inf)")),
+    "factor": (int, flag(4, "how much smaller its latents or tokens are, per side", "[1, 256]")),
+    "codes": (int, flag(256, "how many different tokens there are", "[2, 1e6]")),
     "schedule": (str, flag("flow", "flow (straight lines, predicts a velocity) or a Gaussian one",
                            choices=["flow", "linear", "cosine", "scaled_linear"])),
-    "flow_shift": (float, flag(None, "flow: above 1 = more at high noise; default: 1", "(0, inf)")),
+    "flow_shift": (float, flag(None, "flow: above 1 = more at high noise; default: 1", "(0, 1e4]")),
     "prediction": (str, flag(None, "Gaussian schedules: what is predicted (default: eps)",
                              choices=["eps", "v", "x0"])),
     "learn_sigma": (bool, flag(False, "Gaussian schedules: also learn the variance")),
@@ -243,36 +244,60 @@ def resolve_first_stage(config, settings):
 
 def make_task(config, settings, dataset):
     """The task of a run. Every run, study and benchmark starts here: equal flags, equal weights.
-    settings.first_stage: new (untrained), none, or a file. Raises ValueError."""
+    settings.first_stage: new (untrained), none, or a file; a run that goes on takes it from its own
+    checkpoint. Raises ValueError, also for an --init that does not belong to it."""
     torch.manual_seed(config.seed)
     row, name = FAMILIES[find_model(config.model)[0]], getattr(settings, "first_stage", "none")
-    if name == "new":
-        info = {"channels": dataset.images.shape[1], "image_size": dataset.images.shape[-1]}
-        first_stage = NEW_STAGES[row.first_stage](settings, info).eval().requires_grad_(False)
-    else:
-        first_stage = Pixels() if name == "none" else load_first_stage(name)
-    info = describe(dataset, config.model, first_stage)
-    start = load_checkpoint(config.init) if config.init else {}
-    keep_numbers(info, start.get("info", {}), config.init)
-    task = build_task(config.model, settings, info, first_stage)
-    if config.init:
-        load_weights(task.model, start["ema"], config.init)
+    path = f"{config.out}/ckpt.pt" if config.resume else config.init
+    start = load_checkpoint(path, "ema") if path else {}
+    known = start.get("info", {})
+    with built_from(path or f"--model {config.model}, --first-stage {name}"):
+        if config.resume:
+            first_stage = first_stage_from(start.get("first_stage"), path)
+        elif name == "new":
+            info = {"channels": dataset.images.shape[1], "image_size": dataset.images.shape[-1]}
+            first_stage = NEW_STAGES[row.first_stage](settings, info).eval().requires_grad_(False)
+        else:
+            first_stage = Pixels() if name == "none" else load_first_stage(name)
+        info = describe(dataset, config.model, first_stage)
+        if "vocabulary" in info and "vocabulary" in known:      # words keep their rows
+            tokenizer = WordTokenizer.from_state(known["vocabulary"])
+            for word in [w for w in info["vocabulary"]["words"] if w not in tokenizer.ids]:
+                tokenizer.add_token(word)
+            info["vocabulary"] = tokenizer.state()
+        task = build_task(config.model, settings, info, first_stage)
+    if config.init and not config.resume:
+        if known:
+            check_init(task, identity(known, start), path)
+        load_weights(task.model, start["ema"], path)
     return task
 
 
-def keep_numbers(info, known, path):
-    """Let the words of `info` keep the rows that they have in `known`, the info of --init.
-    Raises ValueError if no row is free for a new word, or a class has another number there."""
-    names = known.get("class_names", [])
-    for number, name in enumerate(info["class_names"]):
+def check_init(task, was, path):
+    """Raise ValueError if `task` cannot start from the checkpoint `path`, of identity `was`."""
+    now, names = identity(task.info, task.state()), was["class_names"]
+    check_same(was, now, path, "leave --first-stage out", ("channels", "first_stage"))
+    reads_classes = FAMILIES[task.family].first_stage and "vocabulary" not in task.info
+    for number, name in enumerate(now["class_names"] if reads_classes else []):
         if name in names and names.index(name) != number:
             raise ValueError(f"{path} knows class {name!r} as number {names.index(name)}, and here "
                              f"it is number {number}: name the class folders in the same order")
-    if "vocabulary" in info and "vocabulary" in known:
-        tokenizer = WordTokenizer.from_state(known["vocabulary"])
-        for word in [w for w in info["vocabulary"]["words"] if w not in tokenizer.ids]:
-            tokenizer.add_token(word)
-        info["vocabulary"] = tokenizer.state()
+
+
+def save_encoded(config, settings, dataset):
+    """--save-latents: the data set as latents of its first stage, in half precision."""
+    out, stage = config.save_latents, load_first_stage(settings.first_stage)
+    check_writable(out)
+    if os.path.lexists(out):
+        data.load(f"latents:{out}")                             # raises for any other file
+    task = DiffusionTask(settings, describe(dataset, config.model, stage), None, None, stage)
+    if len(task.shape) != 3 or dataset.images.dtype != torch.uint8:
+        raise ValueError("--save-latents needs pictures as --data, and as --first-stage FILE an "
+                         "autoencoder of numbers, not of tokens")
+    z = task.prepare(dataclasses.replace(dataset, flip=False), config.device).images.half().cpu()
+    data.save_latents(out, z, dataset.labels, dataset.captions, dataset.class_names)
+    print(f"{len(z):,} latents of {tuple(z.shape[1:])}; train on them with\n--data latents:{out} "
+          f"--first-stage {settings.first_stage}")
 
 
 def task_from(state, path, weights="ema"):
@@ -283,8 +308,10 @@ def task_from(state, path, weights="ema"):
                          "for an adapter or a concept, the adapter.pt or concept.pt beside it")
     if weights not in state:
         raise ValueError(f"{path} was exported with averaged weights alone: leave out --weights")
-    task = build_task(state["config"]["model"], settings_class(state["task"])(**state["settings"]),
-                      state["info"], first_stage_from(state.get("first_stage"), path))
+    with built_from(path):
+        settings = check(settings_class(state["task"])(**state["settings"]))
+        task = build_task(state["config"]["model"], settings, state["info"],
+                          first_stage_from(state.get("first_stage"), path))
     load_weights(task.model, state[weights], path)
     return task
 
@@ -322,17 +349,6 @@ def official_task(path, vae, dtype, bpe, image_size):
 # --------------------------------------------------------------------------------------------------
 # what adapters.py and custom_diffusion.py build on
 
-def fingerprint(tensors):
-    """SHA-256 of {name: tensor}: names, shapes, values rounded to half precision.
-    So a model, its half-precision export, and either of them loaded as float32 are the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        value = tensor.half() if tensor.is_floating_point() else tensor
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def base_task(path, bpe=None, image_size=512):
     """A text-to-image checkpoint of ours, or Stable Diffusion v1 -> its task, in float32."""
     official = is_official(path)
@@ -345,12 +361,55 @@ def base_task(path, bpe=None, image_size=512):
     return task
 
 
+# flags that may change when a run goes on; the others say what the run is
+MAY_CHANGE = """steps batch_size accum lr muon_lr word_lr weight_decay warmup lr_decay grad_clip ema
+    class_dropout cfg_scale flow_shift aux_weight log_every sample_every save_every device compile
+    data_dir skip_bad flip out resume bpe""".split()
+
+
+def resumed_flags(given, path, part):
+    """{flag: value} of the run in the checkpoint `path`, those in state[part] too. given: {flag:
+    value} of the command line. Raises ValueError for one that would make it another run."""
+    state = load_checkpoint(path, "config", part, "opt")
+    saved = {**state["config"], **state[part]}
+    for name, value in given.items():
+        was = list(saved[name]) if isinstance(saved.get(name), tuple) else saved.get(name)
+        stage = value == "new" and str(was).endswith("first_stage/ckpt.pt")     # that in --out
+        if name not in MAY_CHANGE and value not in (was, "auto") and not stage:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: the run in {path} has {was}; "
+                             f"leave the flag out, or start a new run with --init {path}")
+    return saved
+
+
+def check_read(given, config, settings=None):
+    """Raise ValueError for a flag that nothing reads in this run. given: {flag: value}."""
+    kind, stage = config.data.partition(":")[0], getattr(settings, "first_stage", "new")
+    read = {
+        "save_latents": (stage not in ("new", "none"), "--first-stage FILE"),
+        "muon_lr": (config.optimizer == "muon", "--optimizer muon"),
+        "data_dir": (kind in data.OFFICIAL, f"--data {', '.join(data.OFFICIAL)}"),
+        "skip_bad": (kind == "folder", "--data folder:PATH"),
+        "image_size": (kind != "latents", "pictures, not latents"),
+        "flip": (kind != "latents" or config.flip == "off", "pictures, not latents"),
+        "cfg_scale": (getattr(settings, "class_dropout", 1) > 0, "--class-dropout above 0"),
+        **dict.fromkeys(("first_stage_steps", "latent_channels", "latent_noise", "factor", "codes"),
+                        (stage == "new" or config.resume, "--first-stage new"))}
+    if config.save_latents:
+        encode = "data data_dir image_size hold_out skip_bad seed device first_stage save_latents"
+        read |= dict.fromkeys(given.keys() - set(encode.split()), (False, "training"))
+    for name in given:
+        used, by = read.get(name, (True, ""))
+        if not used and given[name] is not False:
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]} is for {by}, nothing would "
+                             "read it here: leave it out")
+
+
 def base_flags(given, ours, paper):
     """Defaults of a short run on given["base"]: `ours`, or `paper` if that is an official file; to
     resume a run, its flags. given: {flag: value}, with "base" and "out". Raises ValueError."""
-    if given.get("resume"):
-        state = load_checkpoint(f"{given['out']}/ckpt.pt")
-        return {**state["config"], **state["options"], "out": given["out"]}
+    if given.get("resume") and os.path.isfile(path := f"{given['out']}/ckpt.pt"):
+        said = {name: value for name, value in given.items() if name != "base"}
+        return {**resumed_flags(said, path, "options"), "out": given["out"]}
     taken, rates = {"model": "SD-v1", "image_size": 512}, paper
     unread = {"model", "init", "recipe", "save_latents"}
     unread |= set() if given.get("optimizer") == "muon" else {"muon_lr"}

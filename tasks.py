@@ -15,19 +15,28 @@ A new way to train is a new task; a new model is a line in models.py. Below: the
 
     python train.py --model unet-tiny --data scenes       # a DiffusionTask with a U-Net
 """
+import contextlib
 import copy
 import csv
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import pathlib
+import re
+import shutil
+import tempfile
+import zlib
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import load_checkpoint, load_weights, save_checkpoint, written_whole
+from checkpoint import (built_from, load_checkpoint, load_weights, save_checkpoint,
+                        written_whole)
 from data import save_grid, to_float, to_uint8
 from diffusion import seeds
+from optim import load_moments
 
 
 class DiffusionTask:
@@ -116,11 +125,14 @@ class DiffusionTask:
         return y, [names[i] for i in y.tolist()] if names else None
 
     def preview(self, model, dataset, device, path):
-        y, names = self.examples()
-        x = self.sample(model, y.to(device), generator=seeds(0, len(y), device), steps=25,
-                        sampler=self.process.samplers[0])
+        (y, names), made = self.examples(), []
+        for first, some in enumerate(y.to(device).split(self.at_once)):
+            generator = seeds(first * self.at_once, len(some), device)
+            x = self.sample(model, some, generator=generator, steps=25,
+                            sampler=self.process.samplers[0])
+            made.append(self.to_pictures(x).cpu())
         scale = None if names else max(1, 64 // self.info["image_size"])
-        save_grid(self.to_pictures(x).cpu(), path, nrow=8, captions=names, scale=scale)
+        save_grid(torch.cat(made), path, nrow=8, captions=names, scale=scale)
 
     def finish(self, model, dataset, device):
         pass
@@ -138,7 +150,7 @@ class DiffusionTask:
 
 class AutoencoderTask:
     """Train a first stage to give pictures back. Source: LDM §3.1; VQ-Diffusion §3.1."""
-    frozen = frozenset()
+    frozen, at_once = frozenset(), 32
 
     def __init__(self, settings, info, model):
         self.settings, self.info, self.model = settings, info, model
@@ -160,9 +172,11 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def preview(self, model, dataset, device, path):
-        x = to_float(dataset.images[:32]).to(device)
-        pairs = torch.stack([x, model.decode(model.encode(x)).clamp(-1, 1)], 1)  # (32, 2, C, H, W)
-        save_grid(pairs.flatten(0, 1).cpu(), path, nrow=16, scale=2)            # (64, C, H, W)
+        x = to_float(dataset.images[:32])
+        y = torch.cat([model.decode(model.encode(some.to(device))).clamp(-1, 1).cpu()
+                       for some in x.split(self.at_once)])
+        pairs = torch.stack([x, y], 1)                                          # (32, 2, C, H, W)
+        save_grid(pairs.flatten(0, 1), path, nrow=16, scale=2)                  # (64, C, H, W)
 
     @torch.no_grad()
     def finish(self, model, dataset, device):
@@ -207,15 +221,137 @@ def macs(task):
 
 
 # --------------------------------------------------------------------------------------------------
-# the files of a run: checkpoint, log, plot
+# what belongs together
+
+IDENTITY = ("name", "class_names", "words", "image_size", "channels", "base", "data", "first_stage")
+
+
+def fingerprint(tensors):
+    """SHA-256 of {name: tensor}: names, shapes, values rounded to half precision.
+    So a model, its half-precision export, and either of them loaded as float32 are the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        value = tensor.half() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def identity(info, state):
+    """What a run is, {key of IDENTITY: value}, by its info and a checkpoint or task.state(). A task
+    over a frozen base has in its state "base", a fingerprint, and "data", its pictures' name."""
+    stage = state["first_stage"]["model"] if "first_stage" in state else {}
+    return {**info, "words": info.get("vocabulary", {}).get("words"), "base": state.get("base"),
+            "data": state.get("data"), "first_stage": fingerprint(stage)}
+
+
+def check_same(was, now, path, cure, keys=IDENTITY):
+    """Raise ValueError, with what differs and the cure, unless a run of identity `now` belongs to
+    the file `path`, of identity `was`. keys: what must be equal."""
+    for a, b, key in [(was[key], now[key], key) for key in keys if was[key] != now[key]]:
+        if isinstance(a, list) and isinstance(b, list):         # what only one of them has
+            a, b = ([x for x in a if x not in b] or a), ([x for x in b if x not in a] or b)
+        raise ValueError(f"{path} is of something else: its {key.replace('_', ' ')} is "
+                         f"{str(a)[:80]}, and here it is {str(b)[:80]}; {cure}")
+
+
+# --------------------------------------------------------------------------------------------------
+# the files of a run: its folder, checkpoint, log, plot
+
+def default_out(model, data_name):
+    """out/MODEL-DATA; letters of all alphabets stay, and other signs add a checksum of the name."""
+    name = re.sub(r"\W+", "-", data_name).strip("-")
+    mark = "" if name == data_name.replace(":", "-") else f"-{zlib.crc32(data_name.encode()):08x}"
+    return f"out/{model.replace('/', '-')}-{name}{mark}"
+
+
+LEFT = re.compile(              # what a run leaves that ended before its first checkpoint
+    r"(first_stage(/|$))?((config\.json|log\.csv)(\.part)?|ckpt\.pt\.part|loss\.png|lock|samples"
+    r"(/\d+\.png)?)?")
+
+
+def check_out(config):
+    """Refuse an output folder that holds something else, or no run to resume; config.resume becomes
+    False where the run ended before its first checkpoint. Raises ValueError or OSError."""
+    out = pathlib.Path(config.out)
+    check_writable(out / "samples" / "000000.png")
+    begun = [(out / file).is_file() for file in ("ckpt.pt", "first_stage/ckpt.pt")]
+    if config.resume and not out.is_dir():
+        raise ValueError(f"--resume: there is no checkpoint in {out}; leave the flag out to start")
+    for path in () if config.resume and any(begun) else out.rglob("*"):
+        if not LEFT.fullmatch(path.relative_to(out).as_posix()):
+            raise ValueError(f"{out} exists and is not empty, it holds {path.name}: choose another "
+                             "--out, or add --resume if a run with a checkpoint is there")
+    config.resume = config.resume and begun[0]
+
+
+def check_writable(path):
+    """The first folder of `path` that is there. Raises OSError if no file can be made at `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(path)                      # fails for a name too long, and below a file
+    folder = next(p for p in pathlib.Path(path).absolute().parents if p.exists())
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
+
+
+def lock(folder):
+    """FOLDER/lock, open; no other run can have it until it is closed or this process has ended (not
+    on Windows). Raises ValueError if another run has it."""
+    file = open(pathlib.Path(folder, "lock"), "a+")
+    try:
+        if os.name == "posix":
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        pid = pathlib.Path(folder, "lock").read_text()
+        raise ValueError(f"another run, process {pid}, works in {folder}: wait for its end, or "
+                         "choose another --out") from error
+    file.truncate(0), file.write(str(os.getpid())), file.flush()
+    return file
+
+
+def check_fit(config, task):
+    """Multiply-accumulates per picture. Raises ValueError for a task that cannot be trained so, or
+    is not that of the checkpoint to go on with, or whose checkpoints do not fit on the disk."""
+    task.check_batch(config.batch_size)
+    path = f"{config.out}/ckpt.pt"
+    need = 12 * sum(p.numel() for p in task.model.parameters() if p.requires_grad)  # and 2 averages
+    if (free := shutil.disk_usage(check_writable(path)).free) < need:
+        raise ValueError(f"a checkpoint takes {need / 1e9:.3g} GB or more, the disk of {path} has "
+                         f"{free / 1e9:.3g} GB left: make room, or choose another --out")
+    if config.resume:
+        state = load_checkpoint(path, "step", "info", "model", "ema", "opt")
+        check_same(identity(state["info"], state), identity(task.info, task.state()), path,
+                   f"give the same --data, or start a new run with --init {path}")
+        if state["step"] > config.steps:
+            raise ValueError(f"{path} is at step {state['step']} already, beyond --steps "
+                             f"{config.steps}: give a larger one, or another --out")
+    return macs(task)
+
+
+def begin_files(config, task, s):
+    """Write config.json, and log.csv as it was at step s. A folder in their place goes aside."""
+    table, flags = pathlib.Path(config.out, "log.csv"), pathlib.Path(config.out, "config.json")
+    for path in filter(pathlib.Path.is_dir, (table, flags)):
+        path.rename(f"{path}.{os.getpid()}.old")
+    keep_rows(table, s)
+    with written_whole(flags) as file:
+        values = {**dataclasses.asdict(config), **vars(task.settings)}
+        file.write(json.dumps(values, indent=1).encode())
+
 
 def save(path, config, task, step, s):
-    """Write the run's checkpoint; tensors that do not learn stay in the file they came from."""
+    """Write the run's checkpoint; tensors that do not learn stay in the file they came from.
+    Raises ValueError if a number in it is not finite."""
     learned = lambda net: {k: v for k, v in net.state_dict().items() if k not in task.frozen}
+    nets = {"model": learned(task.model), "ema": learned(step.ema)}
+    held = [*nets.values(), *(m for o in step.optimizers for m in o.state.values())]
+    if not all(v.isfinite().all() for tensors in held for v in tensors.values()):
+        raise ValueError(f"the weights of step {s} are not finite and were not saved; the previous "
+                         "checkpoint, if any, is intact: lower --lr (and --muon-lr)")
     save_checkpoint(path, {
         "format": 2, "task": task.family, "config": dataclasses.asdict(config),
-        "settings": dict(vars(task.settings)), "info": task.info, "step": s,
-        "model": learned(task.model), "ema": learned(step.ema),
+        "settings": dict(vars(task.settings)), "info": task.info, "step": s, **nets,
         "opt": [optimizer.state_dict() for optimizer in step.optimizers], **task.state()})
 
 
@@ -223,22 +359,15 @@ def resume(path, task, step):
     """Put a run back to where its checkpoint was written -> the step. Rates are those of the flags.
     Raises ValueError if the file does not fit."""
     state = load_checkpoint(path)
-    if len(state.get("opt", ())) != len(step.optimizers):
+    if len(state["opt"]) != len(step.optimizers):
         raise ValueError(f"{path} holds no run with these optimizers: use the same --optimizer as "
                          f"then, or start a new run with --init {path}")
-    for key in ("name", "class_names", "vocabulary"):
-        was, now = state["info"].get(key), task.info.get(key)
-        if was != now:
-            raise ValueError(f"{path} was trained on other data, {key} was {str(was)[:80]} and is "
-                             f"{str(now)[:80]}: give the same --data, or start a new run with "
-                             f"--init {path}")
     for net, learned in ((task.model, state["model"]), (step.ema, state["ema"])):
         frozen = {k: v for k, v in net.state_dict().items() if k in task.frozen}
         load_weights(net, {**frozen, **learned}, path)
-    for optimizer, saved in zip(step.optimizers, state["opt"]):
-        for group, then in zip(optimizer.param_groups, saved["param_groups"]):
-            then |= {k: group[k] for k in ("lr", "base_lr", "weight_decay")}
-        optimizer.load_state_dict(saved)
+    with built_from(path):
+        for optimizer, saved in zip(step.optimizers, state["opt"]):
+            load_moments(optimizer, saved)
     return state["step"]
 
 
@@ -253,7 +382,7 @@ def keep_rows(table, step):
     lines = []
     if step and os.path.isfile(table):
         header, *lines = pathlib.Path(table).read_text(errors="replace").split("\n")
-        lines = [header, *filter(whole, lines)] if header.startswith("step,") else []
+        lines = [header, *filter(whole, lines)] if header.startswith("step,loss,") else []
     with written_whole(table) as file:
         file.write("".join(f"{line}\r\n" for line in lines).encode())
 

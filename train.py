@@ -15,28 +15,26 @@ keeps its rows. The output folder gets ckpt.pt, config.json, log.csv, loss.png a
 """
 import argparse
 import dataclasses
-import json
 import math
 import os
 import pathlib
-import re
 import signal
 import sys
 import time
-import zlib
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from checkpoint import load_checkpoint, written_whole
+from checkpoint import load_checkpoint
 from cli import flag, one_line, parse, resolve_device
-from models import (FAMILIES, PAPER, PRESETS, find_model, make_task, readers_of,
-                    resolve_first_stage, settings_class)
-from optim import average_of, learning_rate, make_optimizers, update
-from tasks import add_row, keep_rows, macs, plot_loss, resume, save
+from models import (FAMILIES, PAPER, PRESETS, check_read, find_model, make_task, readers_of,
+                    resolve_first_stage, resumed_flags, save_encoded, settings_class)
+from optim import average_of, make_optimizers, update
+from tasks import (add_row, begin_files, check_fit, check_out, default_out, lock, plot_loss,
+                   resume, save)
 
 
 def ranks():
@@ -101,22 +99,18 @@ def make_step(config, dataset, task):
     return step
 
 
-def train(config, dataset, task):
-    """Run a task until config.steps -> path of its checkpoint. Ctrl-C, SIGTERM: save, then exit.
-
-    Raises ValueError for ten non-finite steps in a row, or a failed save. Source: DiT §4 (recipe).
-    """
+def train(config, dataset, task, caught, bar):
+    """Run a task until config.steps -> path of its checkpoint. caught: list for the number of a
+    signal, after which the run is saved, and ends; bar: tqdm's. Raises ValueError for ten
+    non-finite steps in a row, or a failed save. Source: DiT §4 (recipe)."""
     device, out, (rank, world) = config.device, pathlib.Path(config.out), ranks()
     step = make_step(config, dataset, task)
     s = resume(out / "ckpt.pt", task, step) if config.resume else 0
-    bad, worst, caught = torch.zeros((), device=device), torch.zeros((), device=device), []
-    handle = lambda n, frame: os._exit(128 + n) if caught else caught.append(n)   # twice: at once
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=config.steps, initial=s, disable=rank > 0, unit="step", dynamic_ncols=True,
-               desc=config.model)
-    started = time.perf_counter()
+    task.at_once = min(task.at_once, micro_size(config))        # of a preview, as in a step
+    bad, worst = torch.zeros((), device=device), torch.zeros((), device=device)
+    bar.initial, bar.n, started = s, s, time.perf_counter()
     if rank == 0:
-        keep_rows(out / "log.csv", s)
+        begin_files(config, task, s)
     while s < config.steps:
         metrics, norm, keep = step(s)
         bad = (bad + 1) * (1 - keep)                    # skipped steps in a row, on the device
@@ -138,23 +132,22 @@ def train(config, dataset, task):
                 warn_of_skipped(int(skipped), s, values[0])
             if rank == 0:
                 bar.set_postfix_str(f"loss {values[0]:.4f}", refresh=False)
+                rates = [optimizer.param_groups[0]["lr"] for optimizer in step.optimizers]
                 add_row(out / "log.csv", {"step": s, **dict(zip([*metrics, "grad_norm"], values)),
-                                          "lr": learning_rate(s - 1, config) * config.lr,
+                                          **dict(zip(("lr", "muon_lr"), rates)),
                                           "seconds": time.perf_counter() - started})
         stopping = bool(caught) and (due or world == 1)
         if s == config.steps:
             task.finish(step.ema, dataset, device)
-        if rank == 0 and (s % config.save_every == 0 or s == config.steps or stopping):
-            save(out / "ckpt.pt", config, task, step, s)
         preview = s == config.steps or (config.sample_every and s % config.sample_every == 0)
+        if rank == 0 and (s % config.save_every == 0 or preview or stopping):
+            save(out / "ckpt.pt", config, task, step, s)
         if rank == 0 and preview and not stopping:
             task.preview(step.ema, dataset, device, out / "samples" / f"{s:06d}.png")
             plot_loss(out / "log.csv", out / "loss.png")
-        if stopping:
+        if stopping or (preview and caught and world == 1):
             break
     bar.close()
-    for n, handler in before.items():
-        signal.signal(n, handler)
     if world > 1:
         dist.barrier()                  # nobody reads the checkpoint before it is written
     if caught:
@@ -186,6 +179,21 @@ def compile_or_warn(net, one_loss):
     net.zero_grad(set_to_none=True)
 
 
+@contextmanager
+def signals(handle):
+    """Call handle(number, frame) on Ctrl-C and SIGTERM while the block runs."""
+    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        [signal.signal(n, handler) for n, handler in before.items()]
+
+
+def stop(n, frame):             # where there is nothing to save
+    print("stopped", file=sys.stderr)
+    raise SystemExit(128 + n)
+
+
 def warn_of_skipped(skipped, s, loss):
     """Say that steps had no effect. Raises ValueError for ten of them in a row."""
     if skipped >= 10:
@@ -208,13 +216,13 @@ class Config:
     data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, emoji, folder:PATH, "
                      "npz:FILE, latents:FILE")
     data_dir: str = flag("data", "where official files are looked for, and downloaded to")
-    image_size: int = flag(32, "side of the training pictures in pixels", "[1, inf)")
+    image_size: int = flag(32, "side of the training pictures in pixels", "[1, 65536]")
     hold_out: bool = flag(False, "shapes, scenes: keep six shape-colour pairs out of training")
     skip_bad: bool = flag(False, "folder: leave out pictures that cannot be read")
     flip: str = flag("auto", "mirror pictures; auto: if harmless", "", ["auto", "on", "off"])
     recipe: str = flag("fast", "a set of defaults", choices=["fast", "paper"])
     steps: int = flag(1000, "optimizer steps", "[1, inf)")
-    batch_size: int = flag(64, "pictures per optimizer step, over all devices", "[1, inf)")
+    batch_size: int = flag(64, "pictures per optimizer step, over all devices", "[1, 1e9]")
     accum: int = flag(1, "micro-batches per batch: less memory, same result", "[1, inf)")
     optimizer: str = flag("muon", "muon: on the blocks, adamw elsewhere", "", ["muon", "adamw"])
     lr: float = flag(2e-3, "learning rate of AdamW", "(0, inf)")
@@ -224,7 +232,7 @@ class Config:
     lr_decay: str = flag("cosine", "after the warm-up", choices=["cosine", "constant"])
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = any", "[0, inf)")
     ema: float = flag(0.99, "decay of the averaged weights, less at first", "[0, 1)")
-    seed: int = flag(0, "of weights, data order and noise", "[0, inf)")
+    seed: int = flag(0, "of weights, data order and noise", "[0, 9e18]")
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
     compile: str = flag("auto", "torch.compile; auto: on cuda", choices=["auto", "on", "off"])
     out: str = flag("", "output folder; default: out/MODEL-DATA")
@@ -236,47 +244,35 @@ class Config:
     save_latents: str = flag("", "only encode --data with --first-stage into this file")
 
 
-def default_out(model, data_name):
-    """out/MODEL-DATA; letters of all alphabets stay, and other signs add a checksum of the name."""
-    name = re.sub(r"\W+", "-", data_name).strip("-")
-    mark = "" if name == data_name.replace(":", "-") else f"-{zlib.crc32(data_name.encode()):08x}"
-    return f"out/{model.replace('/', '-')}-{name}{mark}"
-
-
 def read_flags(argv):
-    """Command line -> (Config, settings of the model's family). Raises ValueError."""
+    """Command line -> (Config, settings of the model's family). A run that goes on has the flags of
+    its checkpoint, and --init hands on the model and its family's. Raises ValueError."""
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("model", "data", "out"):
+    for name in ("model", "data", "out", "init"):
         look.add_argument(f"--{name}", default="")
-    first, saved = look.parse_known_args(argv)[0], {}
-    out = first.out or default_out(first.model or Config.model, first.data or Config.data)
-    if "--resume" in argv and os.path.isfile(f"{out}/ckpt.pt"):
-        state = load_checkpoint(f"{out}/ckpt.pt")
-        saved = {**state["config"], **state["settings"]}
-        saved |= {"first_stage": f"{out}/ckpt.pt"} if "first_stage" in state else {}
-    model = first.model or saved.get("model", Config.model)
+    look.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    first, given = look.parse_known_args(argv)[0], {}
+    start = load_checkpoint(first.init) if os.path.isfile(first.init) else {}
+    model = first.model or str(start.get("config", {}).get("model", Config.model))
+    out = first.out or default_out(model, first.data or Config.data)
+    path = f"{out}/ckpt.pt" if first.resume and os.path.isfile(f"{out}/ckpt.pt") else ""
+    if path and not first.model:
+        model = str(load_checkpoint(path, "config")["config"].get("model", model))
 
-    def presets(given):
+    def presets(flags):
+        given.update(flags)
         paper = PAPER if given.get("recipe") == "paper" else {}
+        saved = resumed_flags(given, path, "settings") if path else {
+            **start.get("settings", {}), "first_stage": "auto", "model": model}
         flags = {**paper, **PRESETS.get(model, {}), **saved, "resume": False, "out": out}
-        if {**flags, **given}.get("schedule", "flow") != "flow":
-            flags["flow_shift"] = None                  # a flow's alone, though a preset names it
-        return flags
+        if {**flags, **given}.get("schedule", "flow") == "flow":        # what the other kind reads
+            return {**flags, "prediction": None, "learn_sigma": False}
+        return {**flags, "flow_shift": None}
     family = settings_class(find_model(model)[0])
-    return parse(argv, __doc__, Config, family, presets=presets, other=readers_of)
-
-
-def check_out(config):
-    """Refuse an output folder that holds something else, or no run to resume. Raises ValueError."""
-    out = pathlib.Path(config.out)
-    begun = any((out / f / "ckpt.pt").is_file() for f in (".", "first_stage"))
-    if config.resume and not begun:
-        raise ValueError(f"--resume: there is no checkpoint in {out}; leave the flag out to start")
-    left = {"config.json", "log.csv"}               # of a run that ended before its first save
-    found = {p.name for p in out.iterdir()} - left if out.is_dir() else out.exists()
-    if found and not config.resume:
-        raise ValueError(f"{out} exists and is not empty: add --resume to go on with it, or choose "
-                         "another --out")
+    config, settings = parse(argv, __doc__, Config, family, presets=presets, other=readers_of)
+    resolve_first_stage(config, settings)
+    check_read(given, config, settings)
+    return config, settings
 
 
 def load_data(config):
@@ -296,45 +292,37 @@ def train_first_stage(config, settings, dataset):
                      "out": f"{config.out}/first_stage", **{k: getattr(config, k) for k in same}})
     path = pathlib.Path(loop.out, "ckpt.pt")
     loop.resume = path.is_file()
-    if loop.resume and load_checkpoint(path)["step"] == loop.steps:
-        return str(path)
     flags = flags(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(flags)})
+    if loop.resume:
+        resumed_flags({**{k: getattr(config, k) for k in same}, **vars(flags)}, path, "settings")
     return str(run(loop, make_task(loop, flags, dataset), dataset))
-
-
-def save_encoded(config, task, dataset):
-    """--save-latents: the data set as latents of its first stage, in half precision."""
-    if task.on_pixels or len(task.shape) != 3:
-        raise ValueError("--save-latents needs --first-stage FILE, the autoencoder that makes them")
-    z = task.prepare(dataclasses.replace(dataset, flip=False), config.device).images.half().cpu()
-    data.save_latents(config.save_latents, z, dataset.labels, dataset.captions, dataset.class_names)
-    print(f"{len(z):,} latents of {tuple(z.shape[1:])}; train on them with\n--data latents:"
-          f"{config.save_latents} --first-stage {task.settings.first_stage}")
 
 
 def run(config, task, dataset):
     """Say what is trained and what it costs, and train it -> path of the checkpoint."""
-    task.check_batch(config.batch_size)                         # before a folder is made
-    if ranks()[0] == 0:
+    cost, caught, rank = check_fit(config, task), [], ranks()[0]    # before a folder is made
+    if rank == 0:
         count = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-        print(f"{config.model} on {dataset.about}: {count / 1e6:.2f} M parameters, "
-              f"{macs(task) / 1e6:.1f} M MACs per picture, {config.steps} steps of "
-              f"{config.batch_size}, {config.device} -> {config.out}")
-        pathlib.Path(config.out).mkdir(parents=True, exist_ok=True)
-        with written_whole(f"{config.out}/config.json") as f:
-            flags = {**dataclasses.asdict(config), **vars(task.settings)}
-            f.write(json.dumps(flags, indent=1).encode())
-    return train(config, dataset, task)
+        unread = dataset.captions is not None and getattr(task, "tokenizer", None) is None
+        print(f"{config.model} on {dataset.about}{', which this model does not read' * unread}: "
+              f"{count / 1e6:.2f} M parameters, {cost / 1e6:.1f} M MACs per picture, "
+              f"{config.steps} steps of {config.batch_size}, {config.device} -> {config.out}")
+        pathlib.Path(config.out, "samples").mkdir(parents=True, exist_ok=True)
+    handle = lambda n, frame: os._exit(128 + n) if caught else caught.append(n)   # twice: at once
+    with nullcontext() if rank else lock(config.out), signals(handle), tqdm(
+            total=config.steps, disable=rank > 0, unit="step", dynamic_ncols=True,
+            desc=config.model) as bar:
+        return train(config, dataset, task, caught, bar)
 
 
 @one_line
+@signals(stop)
 def main(argv):
     """The command line. What can be refused is refused before a first stage is trained."""
     config, settings = read_flags(argv)
     config.device, (rank, world) = resolve_device(config.device), ranks()
-    resolve_first_stage(config, settings)
     micro_size(config)
-    if rank == 0 and not config.save_latents:
+    if not config.save_latents:
         check_out(config)
     if world > 1:
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
@@ -342,13 +330,13 @@ def main(argv):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")
     dataset = load_data(config)
-    if getattr(settings, "first_stage", "") == "new":
-        make_task(config, settings, dataset)                    # raises if the parts do not fit
-        settings.first_stage = train_first_stage(config, settings, dataset)
-    task = make_task(config, settings, dataset)
     if config.save_latents:
-        return save_encoded(config, task, dataset)
-    config.resume = config.resume and os.path.isfile(f"{config.out}/ckpt.pt")   # or stopped before
+        return save_encoded(config, settings, dataset)
+    task = make_task(config, settings, dataset)
+    if getattr(settings, "first_stage", "") == "new" and not config.resume:
+        check_fit(config, task)                                 # raises if the parts do not fit
+        settings.first_stage = train_first_stage(config, settings, dataset)
+        task = make_task(config, settings, dataset)
     path = run(config, task, dataset)
     if rank == 0:
         print(f"done: {path}\nlook at {config.out}/samples; python sample.py --ckpt {path}")

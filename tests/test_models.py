@@ -6,6 +6,7 @@ import torch
 
 import data
 import models
+import tasks
 from checkpoint import save_checkpoint
 from diffusion import GaussianDiffusion, RectifiedFlow
 from models import (FAMILIES, FLAGS, PRESETS, base_flags, base_task, build_task, describe,
@@ -199,3 +200,62 @@ def test_a_base_must_read_captions_and_hands_its_flags_over(tmp_path):
                            "settings": vars(settings), "model": other, "ema": other})
     with pytest.raises(ValueError, match="does not read captions: try assets"):
         base_task(path, "")
+
+
+# --------------------------------------------------------------------------------------------------
+# what belongs together
+
+IDENTITY = {"name": "a", "class_names": ["x", "y"], "words": ["red", "blue"], "image_size": 8,
+            "channels": 3, "base": None, "data": None, "first_stage": "none"}
+OTHERS = {"name": "b", "class_names": ["x", "z"], "words": ["red", "navy"], "image_size": 9,
+          "channels": 1, "base": "ff", "data": "folder:b", "first_stage": "ee"}
+
+
+@pytest.mark.parametrize("key", tasks.IDENTITY)
+def test_a_difference_is_named_with_both_values_and_the_cure(key):
+    tasks.check_same(IDENTITY, dict(IDENTITY), "f.pt", "do this")
+    other = {**IDENTITY, key: OTHERS[key]}
+    named = key.replace("_", " ")
+    with pytest.raises(ValueError, match=f"^f.pt .*{named} is .*; do this$") as said:
+        tasks.check_same(IDENTITY, other, "f.pt", "do this")
+    one, two = ("y", "z") if key == "class_names" else (
+        ("blue", "navy") if key == "words" else (str(IDENTITY[key]), str(OTHERS[key])))
+    assert one in str(said.value) and two in str(said.value)
+    rest = [k for k in tasks.IDENTITY if k != key]
+    tasks.check_same(IDENTITY, other, "f.pt", "", rest)                 # only what was asked for
+
+
+def test_an_order_is_a_difference():
+    with pytest.raises(ValueError, match=r"\['x', 'y'\], and here it is \['y', 'x'\]"):
+        tasks.check_same(IDENTITY, {**IDENTITY, "class_names": ["y", "x"]}, "f.pt", "")
+
+
+def test_an_identity_knows_the_first_stage_and_the_base():
+    info, stage = describe(SPOKEN, "unet-tiny", Pixels()), TinyAutoencoder(3, 4, factor=2)
+    saved = {"kind": "tiny-ae", "sizes": {}, "model": stage.state_dict()}
+    one = tasks.identity(info, {"first_stage": saved})
+    half = {name: value.half() for name, value in stage.state_dict().items()}
+    assert one == tasks.identity(info, {"first_stage": {**saved, "model": half}})
+    stage.mean += 1
+    assert one != tasks.identity(info, {"first_stage": saved}) != tasks.identity(info, {})
+    assert tasks.identity(info, {"base": "x", "data": "y"}).items() >= {
+        "base": "x", "data": "y", "words": ["a", "blue", "cat", "dog", "red"]}.items()
+
+
+@pytest.mark.parametrize("name", [name for row in FAMILIES.values() for name in row.sizes])
+def test_a_published_size_fits_its_own_defaults(name):
+    """Sizes of VQ models are compared with their first stage's: real weights would not fit here."""
+    from train import read_flags
+    config, settings = read_flags(["--model", name, "--data", "npz:x", "--first-stage", "new"] if (
+        "first_stage" in FAMILIES[find_model(name)[0]].flags) else ["--model", name])
+    info = {"channels": 3, "image_size": config.image_size}
+    row, sizes = FAMILIES[find_model(name)[0]], find_model(name)[1]
+    if row.axes == 1:
+        stage = models.NEW_STAGES["vq-vae"](settings, info)
+        assert stage.grid == sizes.get("grid", stage.grid)
+        assert stage.num_codes == sizes.get("num_codes", stage.num_codes)
+        return
+    pictures = torch.zeros(4, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    with torch.device("meta"):
+        task = make_task(config, settings, dataclasses.replace(SPOKEN, images=pictures))
+    assert sum(p.numel() for p in task.model.parameters()) > 1000

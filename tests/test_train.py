@@ -1,7 +1,11 @@
 """train.py: runs resume and split exactly, and survive numbers that are not finite, and signals."""
 import copy
 import csv
+import dataclasses
 import itertools
+import json
+import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,8 +20,10 @@ import bench
 import data
 import pretrained
 import sample
+import tasks
 import train
-from checkpoint import load_checkpoint
+import vae
+from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ONE_THREAD, ROOT, assert_same
 from models import find_model, make_task, settings_class
 from tasks import keep_rows
@@ -32,7 +38,7 @@ VQVAE = ["--model", "vq-vae", *LOOP, "--codes", "16"]
 
 def main(out, pictures, *flags):
     """Run train.py in this process -> its checkpoint."""
-    train.main(["--data", f"folder:{pictures}", "--out", str(out), *flags])
+    train.main(["--data", f"folder:{pictures}", "--out", str(out), *map(str, flags)])
     return load_checkpoint(out / "ckpt.pt")
 
 
@@ -231,14 +237,14 @@ def test_latents_made_by_one_command_train_like_pictures(tmp_path, pictures, kin
         pretrained.write_safetensors(stage, AutoencoderKL(32, (1, 2, 2), 1).state_dict())
     else:
         main(tmp_path / "ae", pictures, "--model", kind, *LOOP, "--steps", "3")
-    train.main(["--data", f"folder:{pictures}", *LOOP, "--first-stage", stage, "--save-latents",
-                str(file)])
+    train.main(["--data", f"folder:{pictures}", "--image-size", "8", "--first-stage", stage,
+                "--save-latents", str(file)])
     latents, whole = data.load(f"latents:{file}"), data.load(f"folder:{pictures}", 8)
     assert latents.images.shape == (24, 4, 2, 2) and latents.class_names == ["apple", "pear"]
     assert torch.equal(latents.labels, whole.labels)
-    one_by_one = ["--model", "DiT-32x1/1", *LOOP, "--first-stage", stage, "--flip", "off",
+    one_by_one = ["--model", "DiT-32x1/1", *LOOP[2:], "--first-stage", stage, "--flip", "off",
                   "--steps", "2"]
-    direct = main(tmp_path / "direct", pictures, *one_by_one)
+    direct = main(tmp_path / "direct", pictures, *one_by_one, "--image-size", "8")
     train.main([*one_by_one, "--data", f"latents:{file}", "--out", str(tmp_path / "dit")])
     state = load_checkpoint(tmp_path / "dit" / "ckpt.pt")
     assert_same(direct["first_stage"], state["first_stage"])
@@ -410,3 +416,401 @@ def test_init_keeps_the_rows_of_words(scenes):
     assert task.tokenizer.words == [*known["words"], "mauve", "teal"]
     assert task.tokenizer.reserved == known["reserved"] - 2
     assert task.info["vocabulary"] == task.tokenizer.state()
+
+
+# --------------------------------------------------------------------------------------------------
+# what belongs together, what nobody would read, what is too late
+
+def refused(capsys, *argv):
+    """train.main must refuse with one line and code 2 -> the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main([str(word) for word in argv])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "step/s" not in line]
+    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, pictures):
+    """A run of two steps on a first stage of its own."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    main(out, pictures, *DIT[:-2], "--first-stage", "new", "--factor", "2", "--first-stage-steps",
+         "2", "--steps", "2")
+    return out
+
+
+@pytest.fixture
+def run(begun, tmp_path):
+    """A copy of it that a test may change."""
+    return shutil.copytree(begun, tmp_path / "run")
+
+
+KEPT = ["steps", "data_dir", "skip_bad", "flip", "batch_size", "accum", "lr", "muon_lr",
+        "weight_decay", "warmup", "lr_decay", "grad_clip", "ema", "log_every", "sample_every",
+        "save_every", "class_dropout", "cfg_scale", "flow_shift", "device", "compile"]
+
+
+def another(field):
+    """A value of a flag that is not the run's."""
+    kind, value = field.type, field.default
+    choices = {*(field.metadata["choices"] or "x")} - {value, "auto", "cuda", "mps"}
+    named = {"model": "DiT-32x1/4", "accum": 2}.get(field.name)
+    return named or {bool: not value, int: 6, float: 0.625}.get(kind, min(choices))
+
+
+@pytest.mark.parametrize("field", [f for cls in (Config, settings_class("dit"))
+                                   for f in dataclasses.fields(cls)
+                                   if f.name not in ("out", "resume", "save_latents")],
+                         ids=lambda f: f.name)
+def test_a_flag_on_resume_is_used_or_refused(run, pictures, field, capsys):
+    """Every flag: the new checkpoint says the new value, or one line names the flag and --init."""
+    value, name = another(field), field.name.replace("_", "-")
+    words = [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    argv = ["--data", f"folder:{pictures}", "--out", run, "--resume", "--steps", "4", *words]
+    if field.name in ("data_dir", "skip_bad"):      # the first is of other data
+        argv = argv[:-len(words)] + (words if field.name == "skip_bad" else [])
+    if field.name in KEPT:
+        train.main([str(word) for word in argv])
+        state = load_checkpoint(run / "ckpt.pt")
+        said = {**state["config"], **state["settings"]}
+        assert state["step"] == said["steps"] > 2
+        assert field.name == "data_dir" or said[field.name] == value
+    else:
+        line = refused(capsys, *argv)
+        assert f"--{name} " in line and "--init" in line
+        assert load_checkpoint(run / "ckpt.pt")["step"] == 2
+        assert json.loads((run / "config.json").read_text())["steps"] == 2   # not what was refused
+
+
+def test_the_same_command_goes_on(run, pictures):
+    """All flags of the beginning beside --resume are no change, also --first-stage new."""
+    shutil.rmtree(run / "first_stage")                  # it travels in the checkpoint
+    state = main(run, pictures, *DIT[:-2], "--first-stage", "new", "--factor", "2",
+                 "--first-stage-steps", "2", "--steps", "4", "--resume")
+    assert state["step"] == 4 and not (run / "first_stage").exists()
+
+
+def test_a_run_does_not_go_back(run, pictures, capsys):
+    line = refused(capsys, "--data", f"folder:{pictures}", "--out", run, "--resume", "--steps", "1")
+    assert "at step 2" in line and "--steps 1" in line
+
+
+@pytest.mark.parametrize("change,word", [
+    ("classes", "kiwi"), ("names", "kiwi"), ("data", "other"), ("stage", "first stage"),
+    ("size", "--image-size 4")])
+def test_what_does_not_belong_to_a_run(run, pictures, tmp_path, capsys, change, word):
+    mine, argv = tmp_path / "other", ["--out", run, "--resume", "--steps", "4"]
+    shutil.copytree(pictures, mine)
+    state = load_checkpoint(run / "ckpt.pt")
+    if change == "data":
+        assert word in refused(capsys, *argv, "--data", f"folder:{mine}")
+        return
+    state["info"]["name"] = state["config"]["data"] = f"folder:{mine}"
+    save_checkpoint(run / "ckpt.pt", state)
+    argv += ["--data", f"folder:{mine}"]
+    if change == "classes":
+        shutil.copytree(mine / "pear", mine / "kiwi")
+    elif change == "names":
+        (mine / "pear").rename(mine / "kiwi")
+    elif change == "size":
+        argv += ["--image-size", "4"]
+    else:
+        stage = tmp_path / "stage" / "ckpt.pt"
+        main(stage.parent, pictures, "--model", "tiny-ae", *LOOP, "--factor", "2", "--steps", "3")
+        assert "first stage" in refused(
+            capsys, *DIT[:-2], "--data", f"folder:{mine}", "--init", run / "ckpt.pt",
+            "--first-stage", stage, "--out", tmp_path / "new")
+        argv += ["--first-stage", str(stage)]
+        word = f"--first-stage {stage}"
+    before = (run / "config.json").read_text()
+    assert word in refused(capsys, *argv)
+    assert (run / "config.json").read_text() == before
+
+
+def test_words_of_captions_belong_to_a_run(tmp_path, scenes, capsys):
+    mine, out = tmp_path / "mine", tmp_path / "run"
+    shutil.copytree(scenes, mine)
+    argv = ["--model", "unet-tiny", "--data", f"folder:{mine}", "--image-size", "8", "--out", out,
+            "--batch-size", "2", "--first-stage-steps", "1", "--factor", "1", "--sample-every", "0"]
+    train.main([str(word) for word in argv] + ["--steps", "1"])
+    for path in sorted(mine.glob("*.txt"))[:3]:
+        path.write_text(path.read_text().replace("a ", "mauve ", 1))
+    assert "mauve" in refused(capsys, *argv, "--steps", "2", "--resume")
+
+
+def test_a_first_stage_of_something_else_is_not_taken(run, pictures, tmp_path, capsys):
+    """In OUT/first_stage, when the run itself was stopped before its first checkpoint."""
+    for path in ("ckpt.pt", "loss.png"):
+        (run / path).unlink()
+    shutil.rmtree(run / "samples")
+    shutil.copytree(pictures, tmp_path / "other")
+    argv = [*DIT[:-2], "--first-stage", "new", "--factor", "2", "--steps", "2", "--out", run,
+            "--resume"]
+    mine = ["--data", f"folder:{pictures}"]
+    assert str(tmp_path / "other") in refused(capsys, *argv, "--data", f"folder:{tmp_path}/other",
+                                              "--first-stage-steps", "2")
+    assert "--factor 4" in refused(capsys, *argv, *mine, "--model", "DiT-32x1/1", "--factor", "4")
+    assert "--latent-channels 5" in refused(capsys, *argv, *mine, "--latent-channels", "5")
+    assert "--steps 1" in refused(capsys, *argv, *mine, "--first-stage-steps", "1")
+    assert not (run / "ckpt.pt").exists()
+    main(run, pictures, *argv, "--first-stage-steps", "2")
+
+
+def test_init_hands_on_what_the_weights_need(tmp_path, pictures):
+    """The model, its schedule and its first stage, unless the flags say otherwise."""
+    flags = [*DIT, "--schedule", "cosine", "--prediction", "v", "--steps", "2"]
+    main(tmp_path / "a", pictures, *flags)
+    init = ["--init", str(tmp_path / "a" / "ckpt.pt")]
+    state = main(tmp_path / "b", pictures, *LOOP, *init, "--steps", "1")
+    assert state["config"]["model"] == "DiT-32x2/2"
+    assert (state["settings"]["schedule"], state["settings"]["prediction"]) == ("cosine", "v")
+    config, settings = train.read_flags([*init, "--schedule", "flow"])
+    assert (settings.schedule, settings.prediction) == ("flow", None)
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["--muon-lr", "0.1", "--optimizer", "adamw"], "--optimizer muon"),
+    (["--muon-lr", "0.1", "--recipe", "paper"], "--optimizer muon"),
+    (["--first-stage-steps", "5", "--first-stage", "none"], "--first-stage new"),
+    (["--latent-channels", "5", "--first-stage", "none"], "--first-stage new"),
+    (["--latent-noise", "0", "--first-stage", "FILE"], "--first-stage new"),
+    (["--factor", "2", "--first-stage", "FILE"], "--first-stage new"),
+    (["--model", "vq-tiny", "--codes", "9", "--first-stage", "FILE"], "--first-stage new"),
+    (["--schedule", "linear", "--flow-shift", "2"], "--schedule flow"),
+    (["--data", "mnist", "--skip-bad"], "folder:PATH"), (["--data-dir", "x"], "mnist"),
+    (["--data", "latents:x", "--image-size", "8"], "pictures"),
+    (["--data", "latents:x", "--flip", "on"], "pictures"),
+    (["--class-dropout", "0", "--cfg-scale", "3"], "--class-dropout"),
+    (["--data", "mnist", "--hold-out"], "shapes and scenes"),
+    (["--save-latents", "x.npz"], "--first-stage FILE"),
+    (["--save-latents", "x.npz", "--first-stage", "FILE", "--steps", "3"], "training"),
+    (["--save-latents", "x.npz", "--first-stage", "FILE", "--lr", "3"], "training"),
+    (["--save-latents", "x.npz", "--first-stage", "FILE", "--resume"], "training")])
+def test_a_flag_that_nothing_reads_is_refused(tmp_path, monkeypatch, capsys, argv, words):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, *argv)
+    assert words in line and argv[0] in " ".join(argv) and not list(tmp_path.iterdir())
+
+
+def test_a_preset_is_not_a_given_flag():
+    """What a model's preset says may go unread; only flags that were given are refused."""
+    _, settings = train.read_flags(["--model", "unet-tiny", "--data", "latents:x"])
+    assert settings.first_stage == "none" and settings.latent_channels == 6
+    assert train.read_flags(["--recipe", "paper"])[0].optimizer == "adamw"
+    assert train.read_flags(["--no-skip-bad", "--data", "mnist"])[0].skip_bad is False
+
+
+def test_unread_captions_are_said(tmp_path, scenes, pictures, capsys):
+    flags = ["--model", "DiT-32x1/4", *LOOP, "--first-stage", "none", "--steps", "1"]
+    main(tmp_path / "a", scenes, *flags)
+    assert "24 captions, which this model does not read" in capsys.readouterr().out
+    main(tmp_path / "b", pictures, *flags)
+    assert "does not read" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["--out", "file"], "file"), (["--out", "file/x"], "file"), (["--out", "/dev/full/x"], "full"),
+    (["--out", "x" * 300], "too long"), (["--out", "/proc/none/x"], "/proc"),
+    (["--save-latents", "file/x.npz", "--first-stage", "FILE"], "file"),
+    (["--save-latents", "file", "--first-stage", "FILE"], "file"),
+    (["--save-latents", ".", "--first-stage", "FILE"], ""),
+    (["--save-latents", "x" * 300, "--first-stage", "FILE"], "too long"),
+    (["--init", "FILE", "--model", "DiT-64x2/2"], "tensors differ"),
+    (["--init", "file"], "damaged"), (["--first-stage", "file"], "damaged")])
+def test_what_cannot_be_written_or_read_is_said_at_once(tmp_path, monkeypatch, pictures, begun,
+                                                        capsys, argv, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    kind = "first_stage/ckpt.pt" if "--save-latents" in argv else "ckpt.pt"
+    argv = [str(begun / kind) if word == "FILE" else word for word in argv]
+    if "--save-latents" not in argv:
+        argv += [*LOOP, "--data", f"folder:{pictures}"]
+        argv += ["--first-stage", "none"] * ("--init" not in argv and "--first-stage" not in argv)
+    assert words in refused(capsys, *argv)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_disk_that_is_too_small_is_said_at_once(tmp_path, pictures, monkeypatch, capsys):
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    line = refused(capsys, *DIT[:-2], "--first-stage", "new", "--factor", "2", "--data",
+                   f"folder:{pictures}", "--out", tmp_path / "run")
+    assert "1e-06 GB left" in line and not list(tmp_path.iterdir())
+
+
+def test_latents_that_the_model_cannot_halve_are_said_before_the_first_stage(tmp_path, scenes,
+                                                                             capsys):
+    line = refused(capsys, "--model", "unet-tiny", "--image-size", "28", "--data",
+                   f"folder:{scenes}", "--out", tmp_path / "run")
+    assert "7x7" in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.csv"])
+def test_a_folder_in_place_of_a_file_goes_aside(run, pictures, name):
+    (run / name).unlink()
+    (run / name).mkdir()
+    (run / name / "mine").write_text("x")
+    main(run, pictures, "--steps", "3", "--resume")
+    assert (run / name).is_file() and len(list(run.glob(f"{name}.*.old/mine"))) == 1
+
+
+@pytest.mark.parametrize("left", [["config.json", "log.csv"], ["first_stage/config.json", "lock"],
+                                  ["ckpt.pt.part", "samples/000002.png", "loss.png"], ["mine.txt"]])
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, pictures, capsys, left,
+                                                               resume):
+    for name in left:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("")
+    argv = [*DIT, "--steps", "1", *resume]
+    if left == ["mine.txt"]:
+        assert "mine.txt" in refused(capsys, *argv, "--data", f"folder:{pictures}", "--out",
+                                     tmp_path / "run")
+    else:
+        assert main(tmp_path / "run", pictures, *argv)["step"] == 1
+
+
+@pytest.mark.parametrize("which,writer", [
+    ("row", "add_row"), ("preview", "save_grid"), ("config", "written_whole"),
+    ("save", "save_checkpoint")])
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(run, pictures, monkeypatch, capsys, which,
+                                                          writer):
+    before = (run / "ckpt.pt").read_bytes()
+    full = lambda *args, **more: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    monkeypatch.setattr(train if which == "row" else tasks, writer, full)
+    line = refused(capsys, "--data", f"folder:{pictures}", "--out", run, "--resume", "--steps", "4",
+                   "--sample-every", "3")
+    assert "No space left" in line
+    state = load_checkpoint(run / "ckpt.pt")
+    assert which == "preview" and state["step"] == 3 or (run / "ckpt.pt").read_bytes() == before
+
+
+def test_weights_that_are_not_finite_are_never_saved(run, pictures, capsys):
+    """They come from a finite gradient and a huge rate, so no step is skipped before."""
+    before = (run / "ckpt.pt").read_bytes()
+    line = refused(capsys, "--data", f"folder:{pictures}", "--out", run, "--resume", "--steps", "4",
+                   "--lr", "1e39", "--save-every", "1", "--warmup", "0", "--lr-decay", "constant")
+    assert "not finite" in line and "intact" in line and "--lr" in line
+    assert (run / "ckpt.pt").read_bytes() == before
+
+
+def test_a_preview_samples_no_more_pictures_at_once_than_a_step(tmp_path, pictures, monkeypatch):
+    """And gives the same picture as all at once."""
+    sizes, sample_ = [], tasks.DiffusionTask.sample
+
+    def spy(task, model, y, **more):
+        sizes.append(len(y))
+        return sample_(task, model, y, **more)
+    monkeypatch.setattr(tasks.DiffusionTask, "examples", lambda task: (torch.arange(7) % 2, None))
+    monkeypatch.setattr(tasks.DiffusionTask, "sample", spy)
+    for out, accum in (("a", 1), ("b", 4)):
+        main(tmp_path / out, pictures, *DIT, "--steps", "1", "--accum", str(accum))
+    assert sizes == [7, 2, 2, 2, 1]
+    one, two = (data.read_image(tmp_path / out / "samples" / "000001.png", 64) for out in "ab")
+    assert (one.int() - two.int()).abs().max() <= 1
+    encoded, encode = [], vae.TinyAutoencoder.encode
+    monkeypatch.setattr(vae.TinyAutoencoder, "encode", lambda stage, x: encoded.append(
+        len(x)) or encode(stage, x))
+    main(tmp_path / "c", pictures, "--model", "tiny-ae", *LOOP, "--factor", "2", "--steps", "1")
+    assert max(encoded) == 8 and sum(encoded) == 24
+
+
+def test_the_log_says_both_rates(tmp_path, pictures):
+    main(tmp_path / "a", pictures, *DIT, "--steps", "2", "--warmup", "4", "--lr-decay", "constant",
+         "--lr", "1e-3", "--muon-lr", "0.01")
+    assert [(r["lr"], r["muon_lr"]) for r in rows(tmp_path / "a")] == [
+        ("0.00025", "0.0025"), ("0.0005", "0.005")]
+    main(tmp_path / "b", pictures, *DIT, "--steps", "1", "--optimizer", "adamw")
+    assert "muon_lr" not in rows(tmp_path / "b")[0]
+
+
+def test_a_compile_probe_counts_nothing(pictures, monkeypatch):
+    """--compile on calls the loss once more, before the first step."""
+    states = []
+    for how in ("off", "on"):
+        config, dataset, task = by_hand(pictures, "vq-vae", 1, compile=how)
+        monkeypatch.setattr(task.model, "compile", lambda: None)
+        step = make_step(config, dataset, task)
+        start = copy.deepcopy(dict(task.model.state_dict()))
+        states.append((start, *(step(s)[0]["loss"] for s in range(3)), everything(task, step)))
+    assert_same(states[0], states[1])
+
+
+# --------------------------------------------------------------------------------------------------
+# files that somebody wrote or damaged
+
+WRONG = [None, "x", "", -1, 0, 10 ** 9, 2 ** 70, 1.5, float("nan"), True, [], {}, [1], ["a"],
+         {"a": 1}, {1: 2}, (1, 2), b"x", torch.zeros(2)]
+
+
+def places(tree, path=()):
+    """The paths of some values inside a checkpoint."""
+    branches = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in list(branches)[:32]:
+        yield (*path, key)
+        if isinstance(value, (dict, list)):
+            yield from places(value, (*path, key))
+
+
+def changed(tree, path, value):
+    """A copy in which one value is another; ... deletes it."""
+    tree = copy.copy(tree)
+    if len(path) > 1:
+        tree[path[0]] = changed(tree[path[0]], path[1:], value)
+    elif value is ...:
+        del tree[path[0]]
+    else:
+        tree[path[0]] = value
+    return tree
+
+
+@pytest.mark.parametrize("kind", ["init", "resume", "first-stage"])
+def test_a_hand_made_checkpoint_is_read_or_refused_in_one_line(begun, tmp_path, pictures, kind,
+                                                               capsys, monkeypatch):
+    """Any value of any type anywhere in it, or missing: exit code 0 or 2, never a traceback."""
+    monkeypatch.setattr(tasks.DiffusionTask, "preview", lambda *args: None)
+    monkeypatch.setattr(train, "plot_loss", lambda *args: None)
+    good = load_checkpoint(begun / ("first_stage/ckpt.pt" if kind == "first-stage" else "ckpt.pt"))
+    chosen, spots, codes = random.Random(0), list(places(good)), []
+    for trial in range(25):
+        out = tmp_path / str(trial)
+        file = out / "ckpt.pt" if kind == "resume" else tmp_path / "bad.pt"
+        file.parent.mkdir(exist_ok=True)
+        bad = changed(good, chosen.choice(spots), chosen.choice([*WRONG, ...]))
+        torch.save(bad, file)
+        argv = ["--resume"] if kind == "resume" else [f"--{kind}", file, "--model", "DiT-32x2/2",
+                                                      *LOOP]
+        capsys.readouterr()
+        try:
+            main(out, pictures, *argv, "--steps", "3" if kind == "resume" else "1")
+            codes.append(0)
+        except SystemExit as stopped:
+            lines = [line for line in capsys.readouterr().err.splitlines()
+                     if line and "step/s" not in line]
+            assert stopped.code == 2 and len(lines) == 1 and "error: " in lines[0], lines
+            codes.append(2)
+    assert 5 < codes.count(2)
+
+
+@pytest.mark.parametrize("path,value,word", [
+    (("step",), "x", "step"), (("info", "image_size"), 0, "info"), (("info",), ..., "info"),
+    (("info", "image_size"), 10 ** 9, "info"), (("info", "class_names"), "ab", "info"),
+    (("opt",), ..., "opt"), (("opt", 1), ..., "--optimizer"), (("ema",), {}, "does not fit"),
+    (("settings", "colour"), 3, ""), (("settings", "class_dropout"), "x", "class_dropout"),
+    (("config", "lr"), "fast", "lr"), (("config", "accum"), None, "accum"),
+    (("first_stage", "sizes", "width"), "x", "ckpt.pt"), (("first_stage", "kind"), "vae", "vae"),
+    (("opt", 0, "state", 0, "exp_avg"), torch.zeros(3), "weight 0"),
+    (("opt", 0, "state", 0, "exp_avg"), ..., "weight 0"),
+    (("opt", 1, "state", 0, "momentum"), torch.zeros(1, 1), "weight 0"),
+    (("opt", 0, "param_groups"), [], "groups"), (("opt", 0, "state"), {999: {}}, "ckpt.pt")])
+def test_what_is_wrong_in_a_checkpoint_is_named(run, pictures, capsys, path, value, word):
+    state = load_checkpoint(run / "ckpt.pt")
+    assert {"exp_avg", "exp_avg_sq", "step"} == state["opt"][0]["state"][0].keys()
+    save_checkpoint(run / "ckpt.pt", changed(state, path, value))
+    argv = ["--data", f"folder:{pictures}", "--out", run, "--resume", "--steps", "3"]
+    if path == ("settings", "colour"):
+        train.main([*map(str, argv)])               # a flag of another version is not used
+    else:
+        assert word in refused(capsys, *argv)
