@@ -323,7 +323,7 @@ def official_task(path, vae, dtype, bpe, image_size):
     state = {} if os.path.isdir(path) else read_weights(path)
     is_dit, is_udit = "x_embedder.proj.weight" in state, "latent.0.attn1.to_qkv.weight" in state
     parts = {} if is_dit else read_stable_diffusion(path)
-    parts |= {"vae": read_stable_diffusion(vae)["vae"]} if vae else {}
+    parts |= {"vae": read_stable_diffusion(vae).get("vae", {})} if vae else {}
     if not is_dit and (missing := {"unet", "vae", "text"} - parts.keys()):
         raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}: give the full file"
                          + (", or a --vae" if "vae" in missing else ""))
@@ -334,6 +334,9 @@ def official_task(path, vae, dtype, bpe, image_size):
     if not is_dit:
         settings = settings_class("unet")(schedule="scaled_linear", cfg_scale=7.5)
         tokenizer, process = CLIPTokenizer(bpe), gaussian_or_flow(settings)
+        if tokenizer.vocab_size != models["text"].vocab_size:
+            raise ValueError(f"{bpe} makes {tokenizer.vocab_size:,} tokens, the text encoder of "
+                             f"{path} has {models['text'].vocab_size:,}: give the full list")
         model = TextConditional(models["unet"], models["text"], tokenizer([""])[0], 0.1)
         return DiffusionTask(settings, info, model, process, first_stage, tokenizer)
     sizes = infer_udit(state) if is_udit else infer_dit(state)

@@ -248,3 +248,25 @@ def test_a_picture_for_a_model_of_bare_latents_is_refused(tmp_path, capsys):
         sample.main(["--ckpt", str(tmp_path / "DiT.pt"), "--init", str(tmp_path / "p.png"),
                      "--out", str(tmp_path / "x.png")])
     assert stopped.value.code == 2 and "--vae" in capsys.readouterr().err
+
+
+def test_a_list_of_merges_that_is_too_short_is_refused(parts, tmp_path, capsys):
+    """Its ids would be those of other words."""
+    write_safetensors(tmp_path / "all.safetensors", compvis(parts))
+    (tmp_path / "short.txt").write_text("".join(MERGES.read_text().splitlines(True)[:-1]))
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--ckpt", str(tmp_path / "all.safetensors"), "--prompt", "x", "--bpe",
+                     str(tmp_path / "short.txt"), "--out", str(tmp_path / "x.png")])
+    err = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and "561 tokens" in err and len(err.splitlines()) == 1
+
+
+def test_a_vae_file_without_an_autoencoder_is_refused(parts, tmp_path, capsys):
+    torch.save(shrunk_dit().state_dict(), tmp_path / "DiT.pt")
+    write_safetensors(tmp_path / "u.safetensors", compvis({
+        k: v for k, v in parts.items() if k == "model.diffusion_model."}))
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--ckpt", str(tmp_path / "DiT.pt"), "--vae", str(tmp_path / "u.safetensors"),
+                     "--out", str(tmp_path / "x.png")])
+    err = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and "AutoencoderKL" in err and len(err.splitlines()) == 1
