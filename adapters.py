@@ -34,10 +34,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import mismatch, save_checkpoint
+from checkpoint import built_from, mismatch, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
-from models import base_flags, base_task, fingerprint
-from tasks import DiffusionTask
+from models import base_flags, base_task
+from tasks import DiffusionTask, fingerprint
 from train import Config, check_out, load_data, run
 from unet import Tapped
 
@@ -226,15 +226,12 @@ def load_adapters(unet, state):
     Raises ValueError with the tensors that differ, or for a base with other weights."""
     if missing := [k for k in ("spec", "base", "adapter") if k not in state]:
         raise ValueError(f"this is not an adapter's file: it has no {' and no '.join(missing)}")
-    try:
+    with built_from("this adapter's file"):
         spec = {"scale": None, **state["spec"], "rank": rank_of(state["spec"]["rank"], None, None)}
         with torch.device("meta"):                      # so the largest rank takes no memory
             wrong = mismatch(_tensors(_make(unet, **spec)), state["adapter"])
         wrong += [f"{name}: not finite numbers" for name, tensor in state["adapter"].items()
                   if not (tensor.is_floating_point() and tensor.isfinite().all())]
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError("this adapter's file is damaged, or made by hand "
-                         f"({type(error).__name__})") from error
     if wrong:
         raise ValueError(f"the adapter does not fit, {len(wrong)} tensors differ: "
                          + "; ".join(wrong[:5]))

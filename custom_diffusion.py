@@ -35,11 +35,11 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import data
-from checkpoint import load_checkpoint, read_torch, save_checkpoint
+from checkpoint import built_from, load_checkpoint, read_torch, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
-from models import base_flags, base_task, fingerprint
+from models import base_flags, base_task
 from pretrained import is_safetensors, read_delta
-from tasks import DiffusionTask
+from tasks import DiffusionTask, fingerprint
 from train import Config, check_out, load_data, run
 
 KV = r"\.attn2\.to_[kv]\.weight$"
@@ -397,7 +397,6 @@ def save_concept(path, W, rows, concepts, unet):
     ["<new1> dog", ...], and the base's hash, of state_dict unet. Source: get_deltas.py."""
     cpu = lambda w: (dict(zip("uv", map(cpu, w))) if isinstance(w, tuple) else
                      w.detach().cpu().contiguous().clone())
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, {"base": fingerprint(keys_and_values(unet)), "concepts": list(concepts),
                            "modifiers": {token: cpu(row) for token, row in rows.items()},
                            "tensors": {name: cpu(w) for name, w in W.items()}})
@@ -411,7 +410,7 @@ def load_concept(path, unet):
         raise ValueError(f"{path} is a safetensors file, such as a LoRA: a concept is .pt or .bin")
     state, known = read_torch(path), keys_and_values(unet)
     fits = lambda w, shape: w.is_floating_point() and w.shape == shape and w.isfinite().all()
-    try:
+    with built_from(path):
         state = load_checkpoint(path) if "format" in state else state       # of ours: checked
         if "tensors" in state and state.get("base") != fingerprint(known):
             raise ValueError(f"{path} was learned on another base: give the one it was learned on")
@@ -424,8 +423,6 @@ def load_concept(path, unet):
                   or not fits(row, next(iter(known.values())).shape[1:])]
         concepts = list(state.get("concepts", rows))
         wrong += [text for text in concepts if not rows.keys() & {*text.split()}]
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        given, rows, wrong = {}, {}, [f"what was made by hand ({type(error).__name__})"]
     if wrong := wrong or ([] if given or rows else ["a file without one"]):
         raise ValueError(f"{path} holds no concept for this U-Net: {wrong[0]} does not fit")
     W = {name: w.float() + (unet[name].cpu().float() if isinstance(given[name], dict) else 0)
@@ -511,6 +508,7 @@ def opened(argv, Options):
     options, = parse(argv, __doc__, Options)
     if os.path.lexists(options.out):
         raise ValueError(f"{options.out} exists: choose another --out, or delete it")
+    data.check_target(options.out, b"")
     return options, base_task(options.base, options.bpe)
 
 

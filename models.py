@@ -22,8 +22,7 @@ from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DIT_CONFIGS, DiT, dit_config
 from pretrained import (build, infer_dit, is_official, load_first_stage, read_stable_diffusion,
                         read_weights)
-from tasks import (AutoencoderTask, DiffusionTask, check_same, check_writable,  # noqa: F401
-                   fingerprint, identity, image_shape)  # fingerprint: for adapters and concepts
+from tasks import AutoencoderTask, DiffusionTask, check_same, identity, image_shape
 from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
 from udit import UDIT_CONFIGS, UDiT, infer_config as infer_udit
 from unet import UNET_CONFIGS, UNet
@@ -287,9 +286,7 @@ def check_init(task, was, path):
 def save_encoded(config, settings, dataset):
     """--save-latents: the data set as latents of its first stage, in half precision."""
     out, stage = config.save_latents, load_first_stage(settings.first_stage)
-    check_writable(out)
-    if os.path.lexists(out):
-        data.load(f"latents:{out}")                             # raises for any other file
+    data.check_target(out, data.LATENTS_MARK)
     task = DiffusionTask(settings, describe(dataset, config.model, stage), None, None, stage)
     if len(task.shape) != 3 or dataset.images.dtype != torch.uint8:
         raise ValueError("--save-latents needs pictures as --data, and as --first-stage FILE an "

@@ -15,7 +15,6 @@ A new way to train is a new task; a new model is a line in models.py. Below: the
 
     python train.py --model unet-tiny --data scenes       # a DiffusionTask with a U-Net
 """
-import contextlib
 import copy
 import csv
 import dataclasses
@@ -26,7 +25,6 @@ import os
 import pathlib
 import re
 import shutil
-import tempfile
 import zlib
 
 import torch
@@ -34,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import (built_from, load_checkpoint, load_weights, save_checkpoint,
                         written_whole)
-from data import save_grid, to_float, to_uint8
+from data import check_target, save_grid, to_float, to_uint8
 from diffusion import seeds
 from optim import load_moments
 
@@ -274,7 +272,7 @@ def check_out(config):
     """Refuse an output folder that holds something else, or no run to resume; config.resume becomes
     False where the run ended before its first checkpoint. Raises ValueError or OSError."""
     out = pathlib.Path(config.out)
-    check_writable(out / "samples" / "000000.png")
+    check_target(out / "samples" / "000000.png", b"")
     begun = [(out / file).is_file() for file in ("ckpt.pt", "first_stage/ckpt.pt")]
     if config.resume and not out.is_dir():
         raise ValueError(f"--resume: there is no checkpoint in {out}; leave the flag out to start")
@@ -283,15 +281,6 @@ def check_out(config):
             raise ValueError(f"{out} exists and is not empty, it holds {path.name}: choose another "
                              "--out, or add --resume if a run with a checkpoint is there")
     config.resume = config.resume and begun[0]
-
-
-def check_writable(path):
-    """The first folder of `path` that is there. Raises OSError if no file can be made at `path`."""
-    with contextlib.suppress(FileNotFoundError):
-        os.lstat(path)                      # fails for a name too long, and below a file
-    folder = next(p for p in pathlib.Path(path).absolute().parents if p.exists())
-    with tempfile.TemporaryFile(dir=folder):
-        return folder
 
 
 def lock(folder):
@@ -316,7 +305,8 @@ def check_fit(config, task):
     task.check_batch(config.batch_size)
     path = f"{config.out}/ckpt.pt"
     need = 12 * sum(p.numel() for p in task.model.parameters() if p.requires_grad)  # and 2 averages
-    if (free := shutil.disk_usage(check_writable(path)).free) < need:
+    there = next(p for p in pathlib.Path(path).absolute().parents if p.exists())
+    if (free := shutil.disk_usage(there).free) < need:
         raise ValueError(f"a checkpoint takes {need / 1e9:.3g} GB or more, the disk of {path} has "
                          f"{free / 1e9:.3g} GB left: make room, or choose another --out")
     if config.resume:

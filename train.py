@@ -189,11 +189,6 @@ def signals(handle):
         [signal.signal(n, handler) for n, handler in before.items()]
 
 
-def stop(n, frame):             # where there is nothing to save
-    print("stopped", file=sys.stderr)
-    raise SystemExit(128 + n)
-
-
 def warn_of_skipped(skipped, s, loss):
     """Say that steps had no effect. Raises ValueError for ten of them in a row."""
     if skipped >= 10:
@@ -316,7 +311,6 @@ def run(config, task, dataset):
 
 
 @one_line
-@signals(stop)
 def main(argv):
     """The command line. What can be refused is refused before a first stage is trained."""
     config, settings = read_flags(argv)

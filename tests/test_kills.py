@@ -120,7 +120,7 @@ def test_a_run_survives_kills_at_any_moment(tmp_path, pictures):
             last = state["step"]
             if last == steps:
                 steps += 21
-    assert resumed >= 3, f"only {resumed} kills came after a new checkpoint: too slow a machine?"
+    assert resumed, "no kill came after a new checkpoint"
     assert Run(tmp_path, [*argv, "--steps", str(steps), "--resume"]).wait() == 0
     assert load_checkpoint(out / "ckpt.pt")["step"] == steps
     assert log(out) == list(range(1, steps + 1))            # no row was lost, none is there twice

@@ -10,8 +10,9 @@ import tasks
 from checkpoint import save_checkpoint
 from diffusion import GaussianDiffusion, RectifiedFlow
 from models import (FAMILIES, FLAGS, PRESETS, base_flags, base_task, build_task, describe,
-                    find_model, fingerprint, gaussian_or_flow, make_task, readers_of,
+                    find_model, gaussian_or_flow, make_task, readers_of,
                     resolve_first_stage, settings_class)
+from tasks import fingerprint
 from train import Config
 from vae import VQVAE, Pixels, TinyAutoencoder
 

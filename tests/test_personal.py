@@ -1,5 +1,6 @@
 """Adapters and concepts through the one loop and the sampler, on the shipped base, end to end."""
 import pathlib
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import custom_diffusion as cd
 import data
 import sample
 import train
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from models import base_task
 from tasks import DiffusionTask
 
@@ -267,3 +268,33 @@ def test_rates_of_a_resumed_run_are_those_of_the_flags(kind, things, tmp_path):
     assert after["step"] == 3 and after["config"]["lr"] == 1e-9
     for name, w in before["model"].items():             # it was 5e-3 and 3e-3 until then
         assert (after["model"][name] - w).abs().max() < 1e-7, name
+
+
+@pytest.mark.parametrize("kind", ["adapter", "concept"])
+def test_a_run_goes_on_with_its_own_base_and_pictures_alone(kind, things, tmp_path, capsys):
+    main, out = (adapters if kind == "adapter" else cd).main, str(tmp_path / "run")
+    folder = tmp_path / "mine"
+    shutil.copytree(things["captioned"].removeprefix("folder:"), folder)
+    what = (["--data", f"folder:{folder}", "--rank", "2"] if kind == "adapter" else
+            ["--concept", f"folder:{folder}", "--category", "circle", "--prior", "none"])
+    main(["learn", *what, *SHORT, "--steps", "2", "--out", out])
+    state = load_checkpoint(BASE)
+    state["ema"]["denoiser.out.2.bias"] += 0.5
+    save_checkpoint(tmp_path / "other.pt", state)
+    other = ([["--data", things["captioned"]], ["--rank", "4"], ["--adapter", "ca_c-ca_c"]]
+             if kind == "adapter" else
+             [["--concept", things["captioned"]], ["--category", "red"], ["--part", "all"],
+              ["--prior", "generated"], ["--no-augment"]])
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+
+    def refused(flags):
+        with pytest.raises(SystemExit) as stop:
+            main(["learn", "--out", out, "--resume", "--steps", "3", *flags])
+        err = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and err[-1].startswith("error: ") and "run/ckpt.pt" in err[-1]
+        assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+
+    for flags in (["--base", str(tmp_path / "other.pt")], *other):
+        refused(flags)
+    (folder / "0.png").write_bytes((folder / "1.png").read_bytes())
+    refused([])
