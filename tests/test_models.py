@@ -186,7 +186,9 @@ def test_a_base_must_read_captions_and_hands_its_flags_over(tmp_path):
     flags = base_flags({"base": path, "out": "x"}, {"lr": 1}, {"lr": 2})
     assert flags.items() >= {"model": "unet-tiny", "data": "npz:x", "image_size": 8}.items()
     assert flags["lr"] == 1 and flags["out"] == "x"
-    base = base_task(path, "no file of merges")
+    with pytest.raises(ValueError, match="--bpe is for Stable Diffusion"):
+        base_task(path, "no file of merges")
+    base = base_task(path)
     assert fingerprint(base.model.state_dict()) == fingerprint(task.model.state_dict())
     assert base.family == "unet"
     assert torch.equal(base.tokenizer(["a red dog"]), task.tokenizer(["a red dog"]))
