@@ -517,6 +517,7 @@ def test_muons_share():
 
 @pytest.mark.parametrize("change", [
     dict(), dict(mlp="basic", cosine=False, rope=False, hidden_size=24, num_heads=1),
+    dict(mlp="basic", cosine=False, rope=False, hidden_size=72, num_heads=3),   # 24 channels a head
     dict(mlp="dw", kernel_size=3, mlp_ratio=4, learn_sigma=False, in_channels=3),
     dict(kernel_size=0)])
 def test_sizes_are_read_off_the_tensors(change):
