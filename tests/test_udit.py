@@ -469,6 +469,11 @@ def test_the_three_mlps_begin_at_the_same_scale():
     assert max(spread.values()) < 1.3 * min(spread.values()), spread
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_fold_keeps_the_mode(mode):
+    assert {m.training for m in fold(UDiT(**TINY).train(mode)).modules()} == {mode}
+
+
 @pytest.mark.parametrize("mlp", ["dw", "rep"])
 def test_a_depthwise_kernel_begins_as_the_identity(mlp):
     """1 at its centre; what Xavier adds is at most the sqrt(6 / (fan_in + fan_out)) of 1x1, 3x3
