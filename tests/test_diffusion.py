@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from conftest import GOLDEN, golden_case
 from diffusion import (DEFAULTS, GaussianDiffusion, RectifiedFlow, check_options,
                        discretized_gaussian_log_likelihood, guided, make_betas, normal_kl, randn,
-                       respaced_steps)
+                       respaced_steps, timestep_embedding)
 
 TOLERANCE = dict(rtol=3e-4, atol=1e-5)      # of the golden files: see their README
 OFFICIAL = {"linear1000": "linear", "cosine1000": "cosine"}
@@ -528,6 +528,16 @@ def test_one_step_is_one_call_at_the_noisy_end(sampler, schedule, t, steps):
     assert (x - M).abs().max() < 0.1            # from pure noise the best guess is the mean
 
 
+@pytest.mark.parametrize("variance", [-1.0, 0.0, 1.0, 1.5])
+def test_a_chain_of_one_step_gives_the_estimate_whatever_the_learned_variance(variance):
+    noise = torch.randn(2, 3, 4, generator=seeded())
+    model = lambda x, t, c: torch.cat([0.9 * x, torch.full_like(x, variance)], 1)
+    process = GaussianDiffusion(learn_sigma=True)
+    ab = process.alpha_bar[-1].item()
+    x = process.sample(model, noise.shape, sampler="ddpm", steps=1, noise=noise)
+    assert_close(x, noise * (1 - 0.9 * (1 - ab) ** 0.5) / ab ** 0.5, rtol=1e-4, atol=1e-4)
+
+
 def test_default_steps():
     count = []
     for kind, sampler in SAMPLERS:
@@ -730,6 +740,15 @@ def test_picture_i_does_not_depend_on_the_batch(kind, sampler):
     assert torch.equal(eight[5], one[0]) and not torch.equal(eight[5], eight[4])
     with pytest.raises(ValueError, match="one per sample"):
         randn((3, 2), seeds(range(2)))
+
+
+@pytest.mark.parametrize("dim", [2, 6, 7])
+def test_a_timestep_is_cosines_then_sines_then_a_zero_if_odd(dim):
+    half, t = dim // 2, [0.0, 17.0, 999.5]
+    angles = [[u * 10_000 ** (-k / half) for k in range(half)] for u in t]
+    want = [[*map(math.cos, row), *map(math.sin, row)] + [0.0] * (dim % 2) for row in angles]
+    # float32 angles below 1000 are off by at most 6e-5 or so
+    assert_close(timestep_embedding(torch.tensor(t), dim), torch.tensor(want), rtol=0, atol=3e-4)
 
 
 def test_wrong_names_are_named():
