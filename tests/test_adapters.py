@@ -27,7 +27,7 @@ from adapters import (LEGAL, PLACEMENTS, Adapter, adapter_parameters, adapter_st
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, assert_same, fill_by_recipe, golden_case
 from models import base_task
-from studies.lora import add_lora
+from studies.lora import LowRank, add_lora
 from tasks import DiffusionTask
 from unet import UNET_CONFIGS, ResBlock, TransformerBlock, UNet
 
@@ -440,6 +440,13 @@ def test_lora_changes_only_what_reads_the_text_states():
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
     assert torch.equal(model(*inputs()), out)
     assert dict(model.named_parameters()).keys() == names.keys()
+
+
+def test_lora_begins_as_a_linear_layer_does():
+    """down is uniform between -1 / sqrt(fan_in) and that, and fills it; up is 0."""
+    down, up = LowRank(torch.zeros(30, 400), 16, 1.0).parameters()
+    assert down.shape == (16, 400) and up.shape == (30, 16) and not up.any()
+    assert 0.95 / 20 < down.abs().max() <= 1 / 20       # by chance below it: 0.95^6400
 
 
 def test_lora_of_a_budget():

@@ -428,7 +428,9 @@ def refuse(capsys, *call):
 
 def run_of(path, images, **config):
     """A checkpoint as train.py writes it, as far as evaluate.py reads it."""
-    info = {"channels": images.shape[1], "image_size": images.shape[-1]}
+    drawn = config["data"] in ("shapes", "scenes")
+    info = {"name": config["data"], "channels": images.shape[1], "image_size": images.shape[-1],
+            "class_names": [*worlds.CLASS_NAMES] if drawn else ["a", "b"]}
     save_checkpoint(path, {"format": 2, "config": config, "info": info})
     return str(path)
 
@@ -615,7 +617,7 @@ def test_classes_must_be_those_of_the_data(tmp_path, capsys, monkeypatch, stripe
     file = save("s.npz", fake, labels=many.numpy())
     assert "classes" in refuse(capsys, "--images", file, "--data", name)
     for classes, data_name in ((["b", "a"], name), (["circle", "square"], "shapes")):
-        info = {"channels": 3, "image_size": 16, "class_names": classes}
+        info = {"name": "", "channels": 3, "image_size": 16, "class_names": classes}
         save_checkpoint("run.pt", {"format": 2, "config": {"data": data_name}, "info": info})
         sampled(monkeypatch, fake, torch.zeros(10, dtype=torch.int64))
         assert "classes" in refuse(capsys, "--ckpt", "run.pt", "--n", "10")
