@@ -173,6 +173,16 @@ def test_a_mask_is_never_empty_and_otherwise_official(size, factor, share):
         assert (sides == size).float().mean() == pytest.approx(0.4, abs=0.03)
 
 
+def test_a_picture_is_far_away_below_six_tenths_of_the_side():
+    """Of 20 pixels: 6 to 10 are far away, 12, which is six tenths, to 20 are left as they are."""
+    drawn, u = torch.arange(6, 21), torch.zeros(15, 5)
+    u[:, 1] = (drawn - 5.5) / 15                # from a third of the side to the side itself
+    side, _, _, words = cd.geometry(u, 20, 2)
+    even = [n + n % 2 for n in drawn.tolist()]
+    assert side.flatten().tolist() == [n if n < 12 else 20 for n in even]
+    assert words.flatten().tolist() == [1 if n < 12 else 0 for n in even]
+
+
 def test_sizes_that_cannot_be_augmented_are_named():
     for size, factor in ((31, 1), (28, 8)):
         with pytest.raises(ValueError, match=f"not {size}"):

@@ -162,6 +162,13 @@ def test_only_the_valid_cells_of_a_shrunk_picture_are_learned_from(things):
     assert torch.equal(loss(x), loss(outside)) and loss(x) != loss(x + 1)
 
 
+def test_a_run_prepares_as_many_pictures_as_its_steps_read(things):
+    """3 steps of 5 read 15: 8 targets with as many of the prior, or 15 targets alone."""
+    count = lambda *flags: len(concept_task(things, "--steps", "3", "--batch-size", "5", *flags)[0]
+                               .prepare(None, "cpu"))
+    assert (count(), count("--prior", "none")) == (16, 15)
+
+
 def test_a_prior_without_captions_is_known_by_its_classes(things, tmp_path):
     for name, gray in (("circle", 90), ("square", 160), ("flat", 30)):
         folder = tmp_path / ("flat" if name == "flat" else f"classes/{name}")
