@@ -269,6 +269,7 @@ def filled(conditioning, norm, qk_norm):
 def test_it_is_the_plain_formula(conditioning, norm, qk_norm):
     model, x, t, y = filled(conditioning, norm, qk_norm)
     state = dict(model.state_dict())
+    assert state["blocks.1.mlp.fc1.weight"].shape == (30, 20)           # mlp_ratio 1.5
     want = Plain(state, conditioning, norm, qk_norm, heads=2)(x, t, y, p=2, depth=2)
     assert not state, f"tensors that the formula does not have: {list(state)}"
     # both in float64: only the order of sums differs
