@@ -181,6 +181,16 @@ def test_inpainting_keeps_the_black_part_and_paints_the_white(runs, known, name)
     assert not torch.equal(images[0], images[1])
 
 
+def test_a_mask_is_white_above_middle_grey(runs, known, tmp_path):
+    picture, _, init, _ = known
+    grey = torch.full((1, 3, 8, 8), 120, dtype=torch.uint8)
+    grey[..., 4:] = 136
+    data.save_grid(grey, tmp_path / "grey.png", nrow=1, pad=0, scale=1)
+    images = drawn(runs, "pixel", "--n", "1", "--init", init, "--mask", str(tmp_path / "grey.png"))
+    changed = (images[0] != picture).any(1)[0]                                      # (8, 8)
+    assert not changed[:, :4].any() and changed[:, 4:].float().mean() > 0.5
+
+
 @pytest.mark.parametrize("name", ["latent", "pixel"])
 def test_image_to_image_begins_at_the_noise_level_asked(runs, known, name):
     task, model = opened(runs, name)
