@@ -103,6 +103,15 @@ def test_describe_says_what_a_model_needs_of_its_data():
         describe(TOY, "unet-tiny", Pixels())
 
 
+def test_a_grid_of_tokens_has_as_many_rows_and_columns_of_positions():
+    """Not the 32 of the released ImageNet model, which give its tokens wrong places."""
+    stage = VQVAE(image_size=8, num_codes=6, factor=2)
+    settings = settings_class("vq")()
+    model = build_task("vq-tiny", settings, describe(TOY, "vq-tiny", stage), stage).model
+    tables = model.content_emb.height_emb, model.content_emb.width_emb
+    assert [len(table.weight) for table in tables] == [4, 4]
+
+
 def test_examples_come_from_the_whole_of_a_sorted_data_set():
     captions = 240 * ["a cat"] + 240 * ["a dog"]
     x, y = torch.zeros(480, 3, 8, 8), torch.zeros(480, dtype=torch.int64)
