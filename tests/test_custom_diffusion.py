@@ -593,7 +593,7 @@ INPUT = "transformer_blocks.0.attn2.to_k.weight"
     ({"state_dict": {f"input_blocks.1.1.{INPUT}": torch.ones(2)}}, "does not fit"),
     ({"unet": {}, "modifier_token": {"<new1>": torch.ones(7)}}, "<new1> does not fit"),
     ({"tensors": {}, "modifiers": {}}, "another base"),
-    ([1, 2], "no concept for this U-Net")])
+    ([1, 2], "nothing can be built")])
 def test_files_that_are_no_concept_are_named(tmp_path, content, words):
     torch.save(content, tmp_path / "x.bin")
     with pytest.raises(ValueError, match=words):

@@ -430,7 +430,7 @@ def run_of(path, images, **config):
     """A checkpoint as train.py writes it, as far as evaluate.py reads it."""
     drawn = config["data"] in ("shapes", "scenes")
     info = {"name": config["data"], "channels": images.shape[1], "image_size": images.shape[-1],
-            "class_names": [*worlds.CLASS_NAMES] if drawn else ["a", "b"]}
+            "class_names": [*worlds.CLASS_NAMES] if drawn else ["lying", "standing"]}
     save_checkpoint(path, {"format": 2, "config": config, "info": info})
     return str(path)
 
