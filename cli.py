@@ -13,16 +13,14 @@ import sys
 
 import torch
 
-# our flag, or what to say: its names in kohya's scripts, diffusers, DiT, nanoGPT
+# our flag, or what to say: its names, if unlike ours, in kohya's scripts, diffusers, DiT, nanoGPT
 ELSEWHERE = {
-    "steps": "epochs num-train-epochs max-train-epochs max-train-steps max-iters num-steps "
-    "num-sampling-steps num-inference-steps", "lr": "learning-rate", "seed": "global-seed",
-    "batch-size": "train-batch-size global-batch-size", "accum": "gradient-accumulation-steps",
-    "cfg-scale": "cfg guidance-scale", "image-size": "resolution height width", "ema": "ema-decay",
-    "out": "output results-dir output-dir out-dir", "n": "num-samples num-images num-fid-samples",
-    "data": "data-path dataset dataset-name train-data-dir data-dir", "negative": "negative-prompt",
-    "save-every": "checkpointing-steps ckpt-every save-steps", "resume": "resume-from-checkpoint",
-    "log-every": "log-interval", "dtype": "mixed-precision precision", "ckpt": "model",
+    "steps": "num-train-epochs max-train-epochs max-train-steps max-iters num-sampling-steps "
+    "num-inference-steps", "lr": "learning-rate", "accum": "gradient-accumulation-steps",
+    "image-size": "resolution height width", "ema": "ema-decay", "ckpt": "model",
+    "out": "results-dir output-dir out-dir", "n": "num-samples num-images num-fid-samples",
+    "data": "dataset-name train-data-dir data-dir", "resume": "resume-from-checkpoint",
+    "save-every": "checkpointing-steps ckpt-every save-steps", "dtype": "mixed-precision precision",
     "cuda computes in bfloat16, all else in float32": "mixed-precision precision dtype fp16 bf16",
     "classes are counted from --data": "num-classes", "see log.csv and loss.png": "report-to wandb",
     "all data are kept in memory": "num-workers dataloader-num-workers"}
@@ -87,14 +85,14 @@ def parse(argv, description, *classes, presets=lambda given: {}, other=lambda fl
         said = [ours if " " in ours else f"here it is --{ours}" for ours, names in ELSEWHERE.items()
                 if name[2:] in names.split() and (" " in ours or f"--{ours}" in known)]
         near = [f"did you mean {near}?" for near in difflib.get_close_matches(name, known, 1)]
-        hint = other(name) or next(iter(said + near), None)
-        raise ValueError(f"unknown argument {name!r}: {hint or 'see --help'}")
+        hint = other(name) or [*said, *near, "see --help"][0]
+        raise ValueError(f"unknown argument {name!r}: {hint}")
     for f in [f for cls in classes for f in dataclasses.fields(cls)]:
         if getattr(given, f.name, None) == "" and f.metadata["within"] != "text":
             refuse(given, f.name, "is empty: give a value, or leave it out")
     values = {**presets(vars(given)), **vars(given)}
-    names = [{f.name for f in dataclasses.fields(cls)} & values.keys() for cls in classes]
-    return [check(cls(**{k: values[k] for k in known})) for cls, known in zip(classes, names)]
+    return [check(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)
+                         if f.name in values})) for cls in classes]
 
 
 def resolve_device(name):
@@ -141,8 +139,13 @@ def in_one_line(error):
         raise error
     if isinstance(error, (RuntimeError, MemoryError)):
         asked = re.search(r"(?i)allocate (\d[\d.]* \w+)", words)
-        free, total = torch.cuda.mem_get_info() if isinstance(error, torch.OutOfMemoryError) else (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf(f"SC_{n}PHYS_PAGES") for n in ("AV", ""))
-        words = (f"not enough memory{f' for {asked[1]}' if asked else ''}: {free >> 20:,} of "
-                 f"{total >> 20:,} MiB are free: take fewer or smaller pictures at once")
+        words = "not enough memory" + (f" for {asked[1]}" if asked else "")
+        cuda = isinstance(error, torch.OutOfMemoryError)
+        if cuda or "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):   # on Linux alone
+            free, total = torch.cuda.mem_get_info() if cuda else (
+                os.sysconf("SC_PAGE_SIZE") * os.sysconf(f"SC_{n}PHYS_PAGES") for n in ("AV", ""))
+            words += f": {free >> 20:,} of {total >> 20:,} MiB are free"
+        words += ": take fewer or smaller pictures at once"
+    if type(error) in (OSError, BrokenPipeError) and error.errno and not error.filename:
+        words += ", while writing log.csv or what is printed"       # all else is written_whole
     return words if len(words) <= 400 else f"{words[:200]} ... {words[-195:]}"

@@ -16,7 +16,7 @@ import adapters
 import custom_diffusion
 import train
 from checkpoint import load_checkpoint
-from cli import flag, one_line, parse
+from cli import flag, in_one_line, one_line, parse
 from conftest import ONE_THREAD, ROOT
 
 
@@ -133,8 +133,10 @@ SHORT = ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can
 @pytest.mark.parametrize("error,code,words", [
     (ValueError("x"), 2, "x"), (ValueError("a\nb\x1b[31m\u2028c"), 2, "a b [31m c"),
     (FileNotFoundError(2, "No such file", "a.pt"), 2, "No such file: 'a.pt'"),
-    (OSError(28, "No space left on device"), 2, "No space left"),
-    (BrokenPipeError(32, "Broken pipe"), 2, "Broken pipe"), (KeyboardInterrupt(), 130, "stopped"),
+    (OSError(28, "No space left on device"), 2, "No space left on device, while writing log.csv"),
+    (OSError(28, "No space left on device", "a.pt"), 2, "No space left on device: 'a.pt'\n"),
+    (BrokenPipeError(32, "Broken pipe"), 2, "Broken pipe, while writing log.csv or what is print"),
+    (KeyboardInterrupt(), 130, "stopped"),
     (MemoryError(), 2, "not enough memory: "), (RuntimeError(SHORT), 2, "for 12288 bytes: "),
     (RuntimeError("Storage size calculation overflowed with sizes=[9]"), 2, "not enough memory: "),
     (MemoryError("Unable to allocate 7.28 TiB for an array"), 2, "for 7.28 TiB: "),
@@ -147,7 +149,21 @@ def test_what_the_user_can_mend_is_one_line(capsys, error, code, words):
         main([])
     said = capsys.readouterr().err
     assert stopped.value.code == code and words in said and len(said.splitlines()) == 1
-    assert "memory" not in words or re.search(r"[\d,]+ of [\d,]+ MiB are free", said)
+    known = "memory" in words and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ())
+    assert not known or re.search(r"[\d,]+ of [\d,]+ MiB are free: take fewer", said)
+
+
+@pytest.mark.parametrize("names", [None, {}, {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2}])
+def test_where_free_memory_is_not_told_the_rest_is_said(monkeypatch, names):
+    """Windows has no os.sysconf, and that of macOS does not know SC_AVPHYS_PAGES."""
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.delattr(os, "sysconf_names")
+    if names is not None:
+        monkeypatch.setattr(os, "sysconf_names", names, raising=False)
+        monkeypatch.setattr(os, "sysconf", names.__getitem__, raising=False)
+    assert in_one_line(RuntimeError(SHORT)) == (
+        "not enough memory for 12288 bytes: take fewer or smaller pictures at once")
+    assert in_one_line(MemoryError()).startswith("not enough memory: take fewer")
 
 
 def test_a_long_message_keeps_its_beginning_and_its_cure(capsys):
