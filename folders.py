@@ -81,9 +81,8 @@ def _list_folder(root):
     # the last six have a name in Pillow, which cannot read them by itself
     kinds = {*Image.OPEN, "MPO"} - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
     endings = {e for e, kind in Image.registered_extensions().items() if kind in kinds}
-    inside = {path: [*path.relative_to(root).parts[:-1], "", ""]
-              for path in sorted(files, key=_natural)
-              if path.suffix.lower() in endings}  # the images and their folders
+    inside = {path: [*path.relative_to(root).parts[:-1], "", ""]    # the images, their folders
+              for path in sorted(files, key=_natural) if path.suffix.lower() in endings}
     others, captions = set(files).difference(inside), {path: {} for path in inside}
     tables = [(path, None) for path in sorted(others)
               if path.name in ("metadata.jsonl", "metadata.csv") and path.is_file()]
@@ -94,9 +93,8 @@ def _list_folder(root):
     others = sorted(others.difference(path for path, _ in tables + beside))
     left_out = Counter(ascii(path.suffix or path.name)[1:-1] for path in others)
     tops = {folders[0].lower() for folders in inside.values()} - {""}
-    # "train" beside car/ and bus/ is a class.
-    has_splits, rows = bool(tops) and (tops <= SPLITS.keys() or "train" in tops and
-                                       len(tops & SPLITS.keys()) > 1), []
+    splits, rows = tops & SPLITS.keys(), []     # "train" beside car/ and bus/ is a class
+    has_splits = bool(splits) and (splits == tops or "train" in splits and len(splits) > 1)
     for path, folders in inside.items():
         split = SPLITS.get(folders[0].lower()) if has_splits else "all"
         left_out["outside train/ and test/"] += split is None
@@ -150,8 +148,8 @@ def read_image(path, size, background="white"):
                 image = Image.alpha_composite(canvas, image)
             image = image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"cannot read image {path} ({type(error).__name__}): damaged, cut short, "
-                         "too large or no image; delete it, or add --skip-bad") from error
+        raise ValueError(f"cannot read image {path} ({type(error).__name__}): it is damaged, cut "
+                         "short, too large or no image; give another") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
@@ -164,15 +162,13 @@ def read_image(path, size, background="white"):
 def _read_images(paths, size, skip_bad):
     """All files as (N, 3, H, W) uint8, and the positions in `paths` that could be read."""
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-
     def read(i):
         try:
             images[i] = read_image(paths[i], size)
             return True
-        except ValueError:
+        except ValueError as error:
             if not skip_bad:
-                raise
-
+                raise ValueError(f"{error}, delete it, or add --skip-bad") from error
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # map cancels the rest after an exception
         work = tqdm(pool.map(read, range(len(paths))), "reading images", len(paths), disable=None)
         good = [i for i, is_read in enumerate(work) if is_read]

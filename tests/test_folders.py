@@ -135,6 +135,9 @@ def test_damaged_images(tmp_path):
         (tmp_path / "all" / name).rename(folder / name)
         with pytest.raises(ValueError, match=re.escape(str(folder / name)) + ".*skip-bad"):
             read_folder(folder)
+        with pytest.raises(ValueError, match=re.escape(str(folder / name))) as alone:
+            read_image(folder / name, 8)            # sample.py --init, which has no --skip-bad
+        assert "skip-bad" not in str(alone.value) and "give another" in str(alone.value)
     damaged(tmp_path / "again")
     images, *_, left_out = read_folder(tmp_path / "again", skip_bad=True)
     assert len(images) == 1 and left_out == "5 unreadable"
