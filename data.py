@@ -75,10 +75,8 @@ class Dataset:
 
 class Batches:
     """Shuffled batches as a function of the step.
-
     The examples of all epochs form one endless row, each epoch in its own order; batch s is the
-    positions [s * batch_size, (s + 1) * batch_size), which may reach into the next epoch.
-    """
+    positions [s * batch_size, (s + 1) * batch_size), which may reach into the next epoch."""
 
     def __init__(self, dataset, batch_size, device="cpu", seed=0):
         if batch_size < 1 or len(dataset) == 0:
@@ -94,11 +92,9 @@ class Batches:
 
     def batch(self, step, rows=slice(None), flip_draws=None):
         """The batch of a step (from 0): {"x": (B, C, H, W) as stored, "y": (B,), "index": (B,)}.
-
         y: labels; index: positions in the data set.  rows: the slice of the whole batch that this
         process works on.  flip_draws: (batch_size,), uniform in [0, 1), for the whole batch, on the
-        device; those below 0.5 are mirrored if dataset.flip.  None: no flips.
-        """
+        device; those below 0.5 are mirrored if dataset.flip.  None: no flips."""
         position, end, pieces = step * self.batch_size, (step + 1) * self.batch_size, []
         while position < end:
             epoch, offset = divmod(position, len(self.images))
@@ -124,7 +120,6 @@ def to_uint8(images):
 def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0, hold_out=False,
          skip_bad=False):
     """Load a data set into memory.
-
     name: shapes, scenes            drawn (worlds.py); count None = 48,000 (train), 2,000 (test)
           mnist, fashion, cifar10   official files in data_dir, checked; downloaded if absent
           emoji                     the installed Noto colour font; captions: Unicode names
@@ -132,8 +127,7 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
           npz:FILE, latents:FILE    see read_npz, save_latents (image_size is not used)
     split: train or test.  Where a source has no test split it is a fixed 5 %, or all if under 200.
     count: keep this many, chosen by seed.  hold_out: see draw_world.  skip_bad: see read_folder.
-    Returns a Dataset.  Raises ValueError for anything that the caller can mend.
-    """
+    Returns a Dataset.  Raises ValueError for anything that the caller can mend."""
     if split not in ("train", "test") or image_size < 1 or (count is not None and count < 1):
         raise ValueError("split must be train or test, image_size and count positive, not "
                          f"{split!r}, {image_size} and {count}")
@@ -155,9 +149,8 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
         whole = _dataset(name, *_read_arrays(path, kind))
         return _take(whole, image_size if kind == "npz" else None, split, count, seed)
     known = ["shapes", "scenes", *OFFICIAL, "emoji", "folder:PATH", "npz:FILE", "latents:FILE"]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"unknown data set {name!r}; {hint}Known: {', '.join(known)}")
+    near = [f"did you mean {near}? " for near in difflib.get_close_matches(name, known, 1, 0.5)]
+    raise ValueError(f"unknown data set {name!r}; {''.join(near)}Known: {', '.join(known)}")
 
 
 def _take(whole, image_size, split, count, seed):
@@ -225,19 +218,8 @@ def _official_bytes(name, file, data_dir):
 
 
 EMOJI_FONT = "/usr/share/fonts/**/NotoColorEmoji.ttf"
-# Pictures among the single code points of Unicode 14: no letters, arrows, buttons, skin tones.
-EMOJI = """
-231a-231b 2328 23f0-23f3 2600-2604 260e 2614-2615 2618 261d 2620 2622-2623 2626 262a 262e-262f
-2639-263a 265f-2660 2663 2665-2666 2668 267b 267f 2692-2697 2699 269b-269c 26a0-26a1 26aa-26ab
-26b0-26b1 26bd-26be 26c4-26c5 26c8 26ce-26cf 26d1 26d3-26d4 26e9-26ea 26f0-26f5 26f7-26fa 26fd 2702
-2708-270d 270f 2712 271d 2721 2728 2744 2747 274c 2763-2764 2b1b-2b1c 2b50 2b55 1f004 1f0cf
-1f300-1f321 1f324-1f393 1f396-1f397 1f399-1f39b 1f39e-1f3f0 1f3f3-1f3f5 1f3f7-1f3fa 1f400-1f4fd
-1f4ff 1f507-1f518 1f525-1f53d 1f549-1f54e 1f550-1f567 1f56f-1f570 1f573-1f57a 1f587 1f58a-1f58d
-1f590 1f595-1f596 1f5a4-1f5a5 1f5a8 1f5b1-1f5b2 1f5bc 1f5c2-1f5c4 1f5d1-1f5d3 1f5dc-1f5de 1f5e1
-1f5e3 1f5e8 1f5ef 1f5f3 1f5fa-1f64f 1f680-1f6c5 1f6cb-1f6d2 1f6d5-1f6d7 1f6dd-1f6e5 1f6e9
-1f6eb-1f6ec 1f6f0 1f6f3-1f6fc 1f7e0-1f7eb 1f7f0 1f90c-1f93a 1f93c-1f945 1f947-1f9af 1f9b4-1f9ff
-1fa70-1fa74 1fa78-1fa7c 1fa80-1fa86 1fa90-1faac 1fab0-1faba 1fac0-1fac5 1fad0-1fad9 1fae0-1fae7
-1faf0-1faf6"""
+# Unicode 14's pictures of one code point each: no letters, arrows, buttons, skin tones; hexadecimal
+EMOJI = Path(__file__).parent / "assets" / "emoji.txt"
 
 
 def _emoji():
@@ -246,7 +228,7 @@ def _emoji():
         raise ValueError("no colour emoji font in /usr/share/fonts: apt install "
                          "fonts-noto-color-emoji, or use a folder of pictures, folder:PATH")
     font = ImageFont.truetype(fonts[0], 109)  # the only size it has; each glyph is 136 x 128
-    spans = [[int(end, 16) for end in span.split("-")] for span in EMOJI.split()]
+    spans = [[int(end, 16) for end in span.split("-")] for span in EMOJI.read_text().split()]
     glyphs = [chr(code) for span in spans for code in range(span[0], span[-1] + 1)]
     images = torch.empty(len(glyphs), 3, 136, 136, dtype=torch.uint8)
     for i, glyph in enumerate(glyphs):
@@ -376,12 +358,9 @@ def _strips(captions, width):
 
 
 def make_grid(images, nrow=8, captions=None, pad=2, scale=None):
-    """Tile images into one picture.
-
-    images: (N, C, H, W), uint8 or float [-1, 1], C = 1 or 3.  captions: N strings, put below them.
-    scale: whole-number enlargement; None = 1, or with captions enough for tiles 64 pixels wide.
-    Returns (H', W', 3) uint8, numpy.
-    """
+    """Images (N, C, H, W), uint8 or float [-1, 1], C = 1 or 3, as one picture (H', W', 3) uint8.
+    captions: N strings, put below them.  scale: whole-number enlargement; None = 1, or with
+    captions enough for tiles 64 pixels wide."""
     images = images.detach().cpu()
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     tiles = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()                 # (N, H, W, 3)
