@@ -2,7 +2,6 @@
 
 Papers: DDPM (Ho et al. 2020), improved DDPM (Nichol & Dhariwal 2021), DDIM (Song et al. 2020),
 DPM-Solver++ (Lu et al. 2022), guidance (Ho & Salimans 2022), rectified flow (Liu et al. 2022).
-
 The idea. Take a clean picture x0 and mix in Gaussian noise eps, a little more at every step t:
 
     xt = sqrt(alpha_bar[t]) * x0 + sqrt(1 - alpha_bar[t]) * eps            (q_sample)
@@ -21,8 +20,7 @@ other two. A model is any callable model(xt, t, cond) -> (B, C or 2C, ...).
 
 Differences from the official code (facebookresearch/DiT, diffusion/): guidance acts on all channels
 (cfg_channels=3: on three, as there); sampling begins at a log-SNR of at least MIN_LOG_SNR; a single
-step is taken at the last t, not at the first.
-"""
+step is taken at the last t, not at the first."""
 import copy
 import itertools
 import math
@@ -45,12 +43,10 @@ COMMON = frozenset(DEFAULTS)
 
 class GaussianDiffusion:
     """The chain x0 -> xt -> noise with its loss and its samplers. It has no parameters.
-
     steps: T; t counts from 0 (the papers: from 1). schedule: a name of SCHEDULES. prediction: what
     the network outputs, "eps", "v" or "x0". learn_sigma: C more channels interpolate the log-
     variance; otherwise variance is "fixed_large" (beta) or "fixed_small" (the posterior's). Public:
-    betas, alpha_bar (T,) float64; timestep_map (T,): the network's t. Source: DDPM §2-3.
-    """
+    betas, alpha_bar (T,) float64; timestep_map (T,): the network's t. Source: DDPM §2-3."""
     samplers = ("ddim", "ddpm", "dpm++")
     default_steps = {"ddim": 50, "ddpm": 250, "dpm++": 50}
     options = {"ddim": COMMON | {"eta"}, "ddpm": COMMON, "dpm++": COMMON}
@@ -186,13 +182,11 @@ class GaussianDiffusion:
 
     def sample(self, model, shape, cond=None, uncond=None, sampler=None, steps=None, **options):
         """Sample pictures -> (B, C, ...) = `shape`. None: the process's default.
-
         steps: how many, or for a Gaussian chain a respacing (respaced_steps; a number for "dpm++":
         evenly in log-SNR). cfg_*: see guided. x_init with mask (1 = paint here): inpainting; with
         strength < 1: begin with x_init at this noise level, (t + 1) / T or u; a Gaussian chain then
         takes fewer steps. clip: clamp x0 to [-1, 1] (pixels, not latents). noise: begin here.
-        Source: DDPM Alg. 2; inpainting: Lugmayr et al. 2022 Eq. 8; strength: SDEdit Alg. 1.
-        """
+        Source: DDPM Alg. 2; inpainting: Lugmayr et al. 2022 Eq. 8; strength: SDEdit Alg. 1."""
         for x, _ in self.trajectory(model, shape, cond, uncond, sampler, steps, **options):
             pass
         return x
@@ -206,15 +200,11 @@ class GaussianDiffusion:
 
     def path(self, sampler, steps, strength=1.0):
         """-> (respaced process, [(t, level), ..., (-1, 0)]). Source: Lu et al. 2022 §5 (dpm++)."""
-        if isinstance(steps, int) and not 1 <= steps <= self.steps:
-            raise ValueError(f"steps {steps}: give a whole number from 1 to {self.steps}")
-        log_snr = torch.logit(self.alpha_bar)                                       # (T,)
+        kept, log_snr = respaced_steps(self.steps, steps), torch.logit(self.alpha_bar)      # (T,)
         if sampler == "dpm++" and isinstance(steps, int):
             end = log_snr[-1].clamp(min=MIN_LOG_SNR)
             targets = torch.linspace(log_snr[0], end, steps, dtype=torch.float64)   # (steps,)
             kept = (log_snr - targets[:, None]).abs().argmin(dim=1).tolist()        # the nearest t
-        else:
-            kept = respaced_steps(self.steps, steps)
         kept = kept if len(kept) > 1 else [self.steps - 1]      # a single step begins with noise
         below = self.timestep_map < round(strength * self.original_steps)           # (T,)
         last = max(0, (below & (log_snr >= MIN_LOG_SNR)).sum().item() - 1)  # the noisiest allowed t
@@ -378,7 +368,7 @@ def respaced_steps(num_steps, respacing):
     if respacing in ("", None):
         return list(range(num_steps))
     if not re.fullmatch(r"ddim\d+|\d+(,\d+)*", str(respacing)):
-        raise ValueError(f"cannot read {respacing!r} as steps: give a number, 10,15,20, or ddim25")
+        raise ValueError(f"steps {respacing!r}: give a whole number, 10,15,20, or ddim25")
     if str(respacing).startswith("ddim"):
         for stride in range(1, num_steps):
             if len(range(0, num_steps, stride)) == int(respacing[4:]):
@@ -388,7 +378,7 @@ def respaced_steps(num_steps, respacing):
     for i, count in enumerate(counts):
         size = num_steps // len(counts) + (i < num_steps % len(counts))
         if not 1 <= count <= size:
-            raise ValueError(f"cannot take {count} of {size} steps: give a number from 1 to {size}")
+            raise ValueError(f"steps {count}: give a whole number from 1 to {size}")
         # summed, not multiplied, and rounded half to even, like the published chains
         strides = [(size - 1) / max(1, count - 1)] * (count - 1)
         kept.update(first + round(x) for x in itertools.accumulate(strides, initial=0.0))

@@ -205,7 +205,7 @@ def test_respacing_lists_and_errors():
     assert respaced_steps(7, "") == respaced_steps(7, None) == list(range(7))
     assert respaced_steps(1000, 250) == respaced_steps(1000, "250")
     for bad in ("many", "2.5", 2.5, -3, "10,,20", [1, 2]):
-        with pytest.raises(ValueError, match="cannot read"):
+        with pytest.raises(ValueError, match="steps .*: give a whole number, 10,15"):
             respaced_steps(1000, bad)
 
 
