@@ -20,7 +20,7 @@ other two. A model is any callable model(xt, t, cond) -> (B, C or 2C, ...).
 
 Differences from the official code (facebookresearch/DiT, diffusion/): guidance acts on all channels
 (cfg_channels=3: on three, as there); sampling begins at a log-SNR of at least MIN_LOG_SNR; a single
-step is taken at the last t, not at the first."""
+step is taken at the last t, not at the first; vb counts T / 1000, as in its "rescaled" variant."""
 import copy
 import itertools
 import math
@@ -71,8 +71,9 @@ class GaussianDiffusion:
 
     def loss(self, model, x0, cond=None, mask=None, *, t, eps):
         """Training loss of a batch x0 (B, C, ...) -> (scalar, {"mse", "vb" if learn_sigma}).
-        vb: the bound's term, which trains the variance only; for T = 1000, mse + vb = L_simple +
-        0.001 L_vlb. Only entries with mask 1 count. Source: DDPM Eq. 14, improved DDPM Eq. 16."""
+        vb: T / 1000 of the bound's term, and it trains the variance only: mse + vb = L_simple +
+        0.001 L_vlb, for L_vlb sums T terms. T is that of the chain before it was respaced. Only
+        entries with mask 1 count. Source: DDPM Eq. 14, improved DDPM Eq. 16 (L_hybrid)."""
         xt = self.q_sample(x0, t, eps)
         out = model(xt, self._at("t", t, x0), cond).float()
         pred = out[:, :x0.shape[1]]                                                 # (B, C, ...)
@@ -81,7 +82,8 @@ class GaussianDiffusion:
         terms = {"mse": _mean((target - pred) ** 2, mask)}                          # (B,)
         if self.learn_sigma:
             frozen = torch.cat([pred.detach(), out[:, x0.shape[1]:]], dim=1)        # (B, 2C, ...)
-            terms["vb"] = self.vb_term(frozen, x0, xt, t, mask)                     # (B,)
+            term = self.vb_term(frozen, x0, xt, t, mask)                            # (B,)
+            terms["vb"] = self.original_steps / 1000 * term                         # Eq. 16
         metrics = {name: values.mean().detach() for name, values in terms.items()}
         return sum(terms.values()).mean(), metrics
 

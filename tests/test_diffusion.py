@@ -123,6 +123,36 @@ def test_the_bound_in_the_loss_trains_the_variance_only(case):
     assert gradient[True][1] != 0
 
 
+@pytest.mark.parametrize("steps", [25, 400, 1000])
+def test_the_loss_of_a_chain_of_any_length_is_the_hybrid_of_the_paper(steps):
+    """L_simple + 0.001 L_vlb, where L_vlb is the sum of its T terms: improved DDPM Eq. 16."""
+    p, g, t = GaussianDiffusion(steps, learn_sigma=True), seeded(), torch.arange(steps)
+    x0, eps = torch.rand(steps, 1, 2, 2, generator=g) * 2 - 1, torch.randn(1, 1, 2, 2, generator=g)
+    eps = eps.expand_as(x0)
+    loss, metrics = p.loss(toy(), x0, t=t, eps=eps)
+    ab = torch.cumprod(1 - p.betas, 0).view(-1, 1, 1, 1)
+    ab_last = torch.cat([torch.ones_like(ab[:1]), ab[:-1]])
+    xt = ab.sqrt() * x0 + (1 - ab).sqrt() * eps
+    pred, v = toy()(xt, t).chunk(2, 1)
+
+    def posterior(x0):          # DDPM Eq. 7, in the form of a product of two Gaussians
+        beta = 1 - ab / ab_last
+        var = 1 / ((1 - beta) / beta + 1 / (1 - ab_last))
+        return var * ((1 - beta).sqrt() / beta * xt + ab_last.sqrt() / (1 - ab_last) * x0), var
+    (mean, var), (p_mean, _) = posterior(x0), posterior((xt - (1 - ab).sqrt() * pred) / ab.sqrt())
+    low = torch.cat([var[1:2], var[1:]]).log()
+    p_std = (low + (v + 1) / 2 * ((1 - ab / ab_last).log() - low)).exp().sqrt()
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean[1:], var[1:].sqrt()),
+                                           normal(p_mean[1:], p_std[1:]))
+    first = ((xt - (1 - ab).sqrt() * pred) / ab.sqrt())[:1]         # x0 itself is the mean at t = 0
+    nll = -discretized_gaussian_log_likelihood(x0[:1], first, p_std[:1].log())
+    bound = torch.cat([nll, kl]).mean((1, 2, 3)).sum() / math.log(2)
+    simple = (pred - eps).square().mean()
+    assert_close(metrics["vb"].double(), 0.001 * bound, rtol=1e-3, atol=0)
+    assert_close(loss.double(), simple + 0.001 * bound, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("case", OFFICIAL)
 def test_respaced_process_matches_official(case):
     d, g = golden_case(f"diffusion_{case}")
