@@ -1,10 +1,9 @@
 """data.py: pictures and captions in, batches to train on, grids and films out.
 
-The idea
-    A data set is one tensor in memory: images, a label for each, a caption for each or none.
-    A batch is a function of (seed, step) alone: a run that resumes needs no other state, and
-    several processes can each take their rows of the same batch.
-    `load` turns a name into a data set: drawn, official, your own pictures, arrays.
+A data set is one tensor in memory: images, a label for each, a caption for each or none.
+A batch is a function of (seed, step) alone: a run that resumes needs no other state, and several
+processes can each take their rows of the same batch.
+`load` turns a name into a data set: drawn, official, your own pictures, arrays.
 
     python train.py --data folder:my_pictures              # any name that load knows
 """
@@ -14,6 +13,7 @@ import glob
 import gzip
 import hashlib
 import io
+import json
 import math
 import os
 import sys
@@ -49,8 +49,7 @@ class Dataset:
     def __post_init__(self):
         counts = [len(x) for x in (self.images, self.labels, self.captions) if x is not None]
         if len(set(counts)) > 1:
-            raise ValueError(f"{self.name}: the numbers of images, labels and captions must agree, "
-                             f"not {counts}")
+            raise ValueError(f"{self.name}: images, labels and captions must agree, not {counts}")
         if len(self) and self.labels.ndim == 1:
             low, high, top = *self.labels.aminmax(), max(0, self.num_classes - 1)
             if low < 0 or high > top:
@@ -64,10 +63,9 @@ class Dataset:
     @property
     def about(self):
         """One line: how many pictures, classes and captions, and what was left out."""
-        captions = "no" if self.captions is None else f"{len(self.captions):,}"
-        left_out = f"; left out: {self.left_out}" if self.left_out else ""
+        captions = "no" if self.captions is None else f"{len(self):,}"
         return (f"{self.name}: {len(self):,} pictures, {self.num_classes or 'no'} classes, "
-                f"{captions} captions{left_out}")
+                f"{captions} captions" + f"; left out: {self.left_out}" * bool(self.left_out))
 
     def __len__(self):
         return len(self.images)
@@ -165,19 +163,8 @@ def _take(whole, image_size, split, count, seed):
 
 # ---------------------------------------------------------------- official files, emoji
 
-IDX = [f"{split}-{what}-ubyte.gz" for split in ("train", "t10k")
-       for what in ("images-idx3", "labels-idx1")]
-OFFICIAL = {  # name: address, md5 of each file, class names
-    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", dict(zip(IDX, (
-        "f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
-        "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"))), [*"0123456789"]),
-    "fashion": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", dict(zip(IDX, (
-        "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
-        "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"))),
-        "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot".split(",")),
-    "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
-        "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
-        "airplane automobile bird cat deer dog frog horse ship truck".split())}
+# {name: (address, {file: md5}, class names)}
+OFFICIAL = json.loads((Path(__file__).parent / "assets/official.json").read_text())
 
 
 def _official(name, image_size, split, data_dir):
@@ -219,7 +206,7 @@ def _official_bytes(name, file, data_dir):
 
 EMOJI_FONT = "/usr/share/fonts/**/NotoColorEmoji.ttf"
 # Unicode 14's pictures of one code point each: no letters, arrows, buttons, skin tones; hexadecimal
-EMOJI = Path(__file__).parent / "assets" / "emoji.txt"
+EMOJI = Path(__file__).parent / "assets/emoji.txt"
 
 
 def _emoji():
@@ -281,12 +268,11 @@ def _read_arrays(path, kind):
                           x.is_floating_point() and x.isfinite().all()):
         raise ValueError(f"{path}: {needed[0]} must be {form}, N > 0, not {given}")
     labels, captions, names = (arrays.get(name, np.array([])) for name in LATENTS[1:])
-    if names.size and names.dtype.str[1] + str(names.ndim) != "U1":
-        raise ValueError(f"{path}: class_names must be words, not {names.dtype} {names.shape}")
-    for what, array, kinds in (("labels", labels, "iu"), ("captions", captions, "U")):
-        if array.size and (array.shape != x.shape[:1] or array.dtype.kind not in kinds):
-            raise ValueError(f"{path}: {len(x)} images need as many {what}, not {array.dtype} "
-                             f"{array.shape}")
+    for what, array, count, kinds in (("labels (numbers)", labels, len(x), "iu"),
+                                      ("captions", captions, len(x), "U"),
+                                      ("class_names", names, names.size, "U")):
+        if array.size and (array.shape != (count,) or array.dtype.kind not in kinds):
+            raise ValueError(f"{path}: give {count} {what}, not {array.dtype} {array.shape}")
     labels = torch.from_numpy(labels.astype(np.int64)) if labels.size else None
     return x, labels, captions.tolist() or None, names.tolist()
 

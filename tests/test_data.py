@@ -110,8 +110,8 @@ def test_labels_and_captions_must_fit():
     for labels, captions, names, message in (
             ([0, 1, 2], None, ["a", "b"], "labels 0 to 2, but 2 class names allow 0 to 1"),
             ([0, -1, 0], None, ["a", "b"], "labels -1 to 0"), ([0, 1, 0], None, [], "allow 0 to 0"),
-            ([0, 0], None, [], "must agree"), ([0, 0, 0], ["one"], [], "must agree"),
-            ([0, 0, 0], [], [], "must agree")):
+            ([0, 0], None, [], "captions must agree, not"), ([0, 0, 0], ["one"], [], "must agree"),
+            ([0, 0, 0], [], [], "captions must agree, not")):
         with pytest.raises(ValueError, match=message):
             data.Dataset("x", images, torch.tensor(labels), captions, names, False)
 
