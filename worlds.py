@@ -1,14 +1,12 @@
 """worlds.py: two worlds of drawn pictures, so that the first run needs no download.
 
-The idea
-    `shapes` shows one object on black, in 48 classes.  `scenes` shows one or two objects with
-    sizes, places, relations, backgrounds and a caption.  An object is the signed distance d to its
-    outline, in pixels; it covers clamp(0.5 - d, 0, 1) of a pixel: soft edges at any image size.
-    Because the program draws the pictures, it knows what is true of each of them, and evaluate.py
-    can read a sampled picture back and compare it with its caption, exactly.
-    A world is a function of (name, image size, split, count, seed, hold_out) and of nothing else.
+`shapes` shows one object on black, in 48 classes.  `scenes` shows one or two objects with sizes,
+places, relations, backgrounds and a caption.  An object is the signed distance d to its outline, in
+pixels; it covers clamp(0.5 - d, 0, 1) of a pixel: soft edges at any image size.
+Because the program draws the pictures, it knows what is true of each of them, and evaluate.py can
+read a sampled picture back and compare it with its caption, exactly.
+A world is a function of (name, image size, split, count, seed, hold_out) and of nothing else.
 
-How to use
     python train.py --data scenes --image-size 32
     images, labels, captions = draw_world("scenes", image_size=32, count=1000)
     parse_caption(captions[0])                 # {"objects": [{"shape": "ring", ...}], ...}
@@ -153,9 +151,8 @@ def parse_caption(caption):
     ground = rf"(?: on (?P<background>{'|'.join(BACKGROUNDS)}))?"
     match = re.fullmatch(one + ground, caption) or re.fullmatch(two + ground, caption)
     if match is None:
-        raise ValueError(f"not a caption of this world: {caption!r}; expected for example "
-                         '"a small red circle on the left on black" or '
-                         '"a red circle left of a blue square on gray"')
+        raise ValueError(f"not a caption of this world: {caption!r}; expected for example 'a small "
+                         "red circle at the top on black' or 'a red star above a blue ring'")
     found = {key: value for key, value in match.groupdict().items() if value is not None}
     keys = ("shape", "color", "size", "place")
     facts = {"objects": [{key: found[key] for key in keys if key in found}]}
@@ -214,9 +211,8 @@ def _scenes_world(first, second, generator, converse):
     two = torch.rand(count, generator=generator) < 0.4                               # (N,)
     small, place, upright, ground = (torch.randint(n, (count,), generator=generator)
                                      for n in (2, 5, 2, 4))
-    small = small.bool()
-    # (N,), in the order of RELATIONS
-    relation = 2 * upright + (torch.rand(count, generator=generator) < converse)
+    small, turned = small.bool(), torch.rand(count, generator=generator) < converse
+    relation = 2 * upright + turned                                     # (N,), as RELATIONS
 
     # One object: a small one has more room, so it goes further to the side.
     r1 = torch.where(small | two, _uniform(count, 4.5, 6.0, generator),
