@@ -96,13 +96,11 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
     return torch.cat(sampled), torch.cat(pictures), [torch.cat(step) for step in zip(*states)]
 
 
-# --------------------------------------------------------------------------------------------------
-# checkpoints
+# ---------------------------------------------------------------- checkpoints
 
 def load(path, device="cpu", options=None):
     """Checkpoint -> (task, model in eval mode on the device). options: for what files do not say.
-    Official files are recognised by their tensors. Raises ValueError for files that sample nothing.
-    """
+    Official files are known by their tensors. Raises ValueError for files that sample nothing."""
     options, state = options or Options(), None if is_official(path) else load_checkpoint(path)
     if state is None:
         refuse(options, "weights base scale", f"is not for {path}, an official file")
@@ -152,8 +150,7 @@ def export(path, out, note):
     save_checkpoint(out, {"made_by": EXPORTED, **small, "ema": half(state["ema"]), "note": note})
 
 
-# --------------------------------------------------------------------------------------------------
-# what to sample
+# ---------------------------------------------------------------- what to sample
 
 def choose_classes(text, names, count):
     """"3,red circle" -> [3, 0]; a name comes before a number. Raises ValueError."""
@@ -173,13 +170,11 @@ def choose_classes(text, names, count):
 def conditions(options, task):
     """What is asked for -> (y (N,) or (N, L), N names or None). Raises ValueError."""
     if task.tokenizer is not None:
-        if options.classes:
-            raise ValueError("this checkpoint was trained on captions: say --prompt, not --class")
+        refuse(options, "classes", "is for other models: say --prompt, not --class")
         asked = task.info["examples"] if options.prompt is None else options.prompt.split("|")
         asked = [*map(str.strip, asked)]
-    elif options.prompt is not None or options.negative is not None:
-        raise ValueError("this checkpoint was trained on classes: say --class, not --prompt")
     else:
+        refuse(options, "prompt negative", "is for other models: say --class, not --prompt")
         names, count = task.info["class_names"], task.model.num_classes
         some = range(min(48 if names else 8, max(1, count)))
         asked = choose_classes(options.classes, names, count) or list(some)
@@ -228,8 +223,7 @@ def sampling_options(options, task, model):
     return given
 
 
-# --------------------------------------------------------------------------------------------------
-# files, and the command
+# ---------------------------------------------------------------- files, and the command
 
 def targets(options):
     """{kind: file that will be written}. The grid: --out; or samples.png beside a run's checkpoint;
