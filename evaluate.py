@@ -132,8 +132,7 @@ def _fit(coverage, near, shape):
 
 def _find_objects(images):
     """Images (B, 3, H, W) -> ground (B, 3), distance (B, H, W) from that colour; the two largest
-    objects' area (B, 2), mask (B, 2, H, W), near: around it, not in the other; count, dusty (B,).
-    """
+    objects' area (B, 2), mask (B, 2, H, W), near: round it, not in the other; count, dusty (B,)."""
     B, _, H, W = images.shape
     # Objects may touch the border but never fill half of it, so its median is the background.
     border = torch.cat([images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]], -1)
@@ -235,10 +234,8 @@ def _judge(seen, asked):
 
 def frechet_distance(a, b):
     """Of features a (N, D) and b (M, D): |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64.
-
-    It grows as samples get fewer: compare at equal N only. Source: Heusel et al. 2017, Eq. 6.
-    """
-    a, b = _two_sets(a, b)
+    N, M > 1; fewer samples score worse: compare at equal N. Source: Heusel et al. 2017 Eq. 6."""
+    a, b = a.cpu().double(), b.cpu().double()
     S1, S2 = (torch.atleast_2d(f.T.cov()) for f in (a, b))      # (D, D)
     values, vectors = torch.linalg.eigh(S1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT  # R = S1^(1/2)
@@ -249,29 +246,17 @@ def frechet_distance(a, b):
 
 def kernel_distance(a, b):
     """Unbiased squared maximum mean discrepancy of a (N, D) and b (M, D), kernel (x . y / D + 1)^3.
-
-    Its mean is 0 for equal distributions. Source: Binkowski et al. Sec. 4; Gretton et al. Eq. 3.
-    """
-    a, b = _two_sets(a, b)
+    Its mean is 0 for equal distributions. Source: Binkowski et al. Sec. 4; Gretton et al. Eq. 3."""
+    a, b = a.cpu().double(), b.cpu().double()
     kaa, kbb, kab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     # means over (N, N), (M, M) and (N, M), without the diagonals: pairs of two different rows
     within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kaa, kbb)]
     return (within[0] + within[1] - 2 * kab.mean()).item()
 
 
-def _two_sets(a, b):
-    """Both in float64. Raises ValueError."""
-    a, b = (torch.as_tensor(f).cpu().double() for f in (a, b))
-    if not a.ndim == b.ndim == 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"need features (N, D), (M, D), N, M >= 2, not {[*a.shape]}, {[*b.shape]}")
-    return a, b
-
-
 def score_pictures(model, images, real, labels=None):
     """Classifier-FID and -KID of uint8 images (N, C, H, W), and the rate of labels (N,) if given.
-
-    real: a data.Dataset; N of its pictures make the floor, up to 10,000 others stand for it.
-    """
+    real: a data.Dataset; N of its pictures make the floor, up to 10,000 others stand for it."""
     check_comparable(images.shape, real)
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     floor, rest = order[:len(images)], order[len(images):][:10_000]     # enough for 128 x 128
@@ -308,10 +293,8 @@ def features(model, images):
 
 
 def train_classifier(dataset, steps=1000, device="cpu", seed=0):
-    """Train on nine tenths of a data.Dataset, test on the rest. Returns (model, test accuracy).
-
-    On CIFAR-10 62 % in 2.5 minutes on one core. Raises ValueError without classes.
-    """
+    """Train on nine tenths of a data.Dataset, test on the rest. Returns (model, test accuracy), on
+    CIFAR-10 62 % in 2.5 minutes on one core. Raises ValueError without classes."""
     if dataset.num_classes < 2 or dataset.images.dtype != torch.uint8:
         raise ValueError(f"the classifier needs pictures with classes, and {dataset.name} has none")
     generator = torch.Generator().manual_seed(seed)
@@ -345,7 +328,8 @@ def kept_classifier(real, folder="out", steps=1000, device="cpu"):
         print(f"training the classifier: {steps} steps")
         model, accuracy = train_classifier(real, steps, device)
         save_checkpoint(path, {"model": model.state_dict(), "accuracy": accuracy})
-    saved, model = load_checkpoint(path), make_classifier(real.images.shape[1], real.num_classes)
+    saved = load_checkpoint(path, "model", "accuracy")
+    model = make_classifier(real.images.shape[1], real.num_classes)
     load_weights(model, saved["model"], path)
     return model.to(device), saved["accuracy"], path
 
@@ -367,24 +351,22 @@ class Options:
     json: str = cli.flag(None, "also write the numbers to this file (default: not)")
 
 
-def sampled(path, n=480, cfg_scale=None, steps=None, seed=0, device="auto", source=()):
-    """n pictures of a checkpoint's classes in turn, or of held-out captions of its data, or of the
-    source {"data", "data_dir", "skip_bad"} -> (uint8 (N, C, H, W), labels (N,), captions)."""
+def sampled(path, n, config=None, device="cpu", **options):
+    """n pictures of a checkpoint's classes in turn, or of held-out captions of config["data"] ->
+    (uint8 (N, C, H, W), labels (N,), captions). config: None = the run's; others: see sample_all"""
     import sample           # here, because reading pictures needs no model
-    device, captions, labels = cli.resolve_device(device), None, None
-    task, model = sample.load(path, device)
+    (task, model), labels, captions = sample.load(path, device), None, None
     if task.tokenizer is not None:
-        run = {**load_checkpoint(path)["config"], **dict(source)}
-        captions = data.load(run["data"], run["image_size"], "test", run["data_dir"], count=n,
-                             seed=run["seed"], skip_bad=run["skip_bad"]).captions
+        config = config or load_checkpoint(path)["config"]
+        captions = data.load(config["data"], config["image_size"], "test", config["data_dir"], n,
+                             config["seed"], skip_bad=config["skip_bad"]).captions
         if captions is None:
-            raise ValueError(f"{path} samples from captions, and {run['data']} has none")
+            raise ValueError(f"{path} samples from captions, and {config['data']} has none")
         y = task.tokenizer(captions).to(device)                                         # (N, L)
     else:
         y = torch.arange(n, device=device) % max(1, len(task.info["class_names"]))      # (N,)
         labels = y.cpu() if task.info["class_names"] else None
-    images = sample.sample_all(task, model, y, seed, cfg_scale=cfg_scale, steps=steps)[1]
-    return images, labels, captions
+    return sample.sample_all(task, model, y, **options)[1], labels, captions
 
 
 @cli.one_line
@@ -408,10 +390,11 @@ def main(argv):
             file.write(json.dumps({"made_by": MADE_BY, **scores}, indent=1).encode())
 
 
-def _imitated(options, saved):
-    """What is imitated -> (name, is it a drawn world, {"data_dir", "skip_bad"}). ValueError."""
-    config = {"data": "", "data_dir": "data", "skip_bad": False} | saved.get("config", {})
-    config |= {key: flag for key, flag in vars(options).items() if flag is not None}
+def _imitated(options, config):
+    """The run's config with the flags that say what is imitated. Raises ValueError."""
+    flags = {key: getattr(options, key) for key in ("data", "data_dir", "skip_bad")}
+    config = {"data": "", "data_dir": "data", "skip_bad": False, **config}
+    config |= {key: value for key, value in flags.items() if value is not None}
     name, drawn = config["data"], config["data"] in ("shapes", "scenes")
     if not name:
         raise ValueError("say with --data what the samples imitate, for example --data shapes")
@@ -419,41 +402,42 @@ def _imitated(options, saved):
               "skip_bad": name[:7] != "folder:", "data_dir": name not in data.OFFICIAL}
     cli.refuse(options, " ".join(flag for flag in unread if unread[flag]),
                f"is not read for --data {name}: leave it out")
-    return name, drawn, {key: config[key] for key in ("data_dir", "skip_bad")}
+    return config, name, drawn
 
 
 def _score(options):
     """Score what the command line names. Returns the dict that --json writes."""
     path, device = options.ckpt or options.images, cli.resolve_device(options.device or "auto")
-    saved, asked = load_checkpoint(path) if options.ckpt else {}, {}
+    saved, asked, found = load_checkpoint(path) if options.ckpt else {}, {}, {}
     if options.ckpt and "info" not in saved:
         raise ValueError(f"{path} is no run of train.py: use sample.py --npz, then --images FILE")
-    name, drawn, where = _imitated(options, saved)
+    config, name, drawn = _imitated(options, saved.get("config", {}))
     if options.images:
         samples = data.read_npz(path)
         n, side, draw = len(samples[0]), samples[0].shape[-1], lambda n: samples
     else:
         asked = {"cfg_scale": options.cfg_scale, "steps": options.steps, "seed": options.seed or 0}
-        n, side, draw = options.n or 480, saved["info"]["image_size"], lambda n: sampled(
-            path, n, device=device, source={"data": name, **where}, **asked)
-    real = None if drawn else data.load(name, side, **where)
+        n, side = options.n or 480, saved["info"]["image_size"]
+        draw = lambda n: sampled(path, n, config, device, **asked)
+    real = None if drawn else data.load(name, side, data_dir=config["data_dir"],
+                                        skip_bad=config["skip_bad"])
     images, labels, captions = draw(1)          # what is wrong is said before all are sampled
     if drawn:
         rates(name, images, labels, captions)
     else:
         check_comparable((n, *images.shape[1:]), real)
-    names = [*worlds.CLASS_NAMES] if drawn else real.class_names
-    if name != "scenes" and labels is not None and (labels.max() >= len(names) or (
-            saved and saved["info"].get("class_names", names) != names)):
+    names = worlds.CLASS_NAMES if drawn else real.class_names
+    theirs = saved["info"]["class_names"] if saved else names
+    if name != "scenes" and labels is not None and (theirs != names or labels.max() >= len(names)):
         raise ValueError(f"{path}: its classes must be those of {name}, in the same order")
     if real:
         steps = options.classifier_steps or 1000
         model, accuracy, file = kept_classifier(real, steps=steps, device=device)
-        said = {"classifier": str(file), "classifier_accuracy": accuracy}
+        found = {"classifier": str(file), "classifier_accuracy": accuracy}
     images, labels, captions = draw(n)
-    scores = said | score_pictures(model, images, real, labels) if real else {
+    found |= score_pictures(model, images, real, labels) if real else {
         "rates": rates(name, images, labels, captions)}
-    return {"source": path, "data": name, "n": len(images), **asked, **scores}
+    return {"source": path, "data": name, "n": len(images), **asked, **found}
 
 
 def rates(name, images, labels, captions):
