@@ -1,12 +1,11 @@
 """data.py: pictures and captions in, batches to train on, grids and films out.
 
+    python train.py --data folder:my_pictures              # any name that load knows
+
 A data set is one tensor in memory: images, a label for each, a caption for each or none.
 A batch is a function of (seed, step) alone: a run that resumes needs no other state, and several
 processes can each take their rows of the same batch.
-`load` turns a name into a data set: drawn, official, your own pictures, arrays.
-
-    python train.py --data folder:my_pictures              # any name that load knows
-"""
+`load` turns a name into a data set: drawn, official, your own pictures, arrays."""
 import difflib
 import functools
 import glob
@@ -53,8 +52,7 @@ class Dataset:
         if len(self) and self.labels.ndim == 1:
             low, high, top = *self.labels.aminmax(), max(0, self.num_classes - 1)
             if low < 0 or high > top:
-                raise ValueError(f"{self.name}: labels {low} to {high}, but {self.num_classes} "
-                                 f"class names allow 0 to {top}")
+                raise ValueError(f"{self.name}: labels {low} to {high}, class names for 0 to {top}")
 
     @property
     def num_classes(self):
@@ -77,9 +75,6 @@ class Batches:
     positions [s * batch_size, (s + 1) * batch_size), which may reach into the next epoch."""
 
     def __init__(self, dataset, batch_size, device="cpu", seed=0):
-        if batch_size < 1 or len(dataset) == 0:
-            raise ValueError("need a positive batch size and some data, not "
-                             f"{batch_size} and {len(dataset)} examples")
         self.images, self.labels = dataset.images.to(device), dataset.labels.to(device)
         self.batch_size, self.flip, self.seed = batch_size, dataset.flip, seed
         self.order = functools.lru_cache(2)(self._order)  # a batch may need two epochs
@@ -127,8 +122,7 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
     count: keep this many, chosen by seed.  hold_out: see draw_world.  skip_bad: see read_folder.
     Returns a Dataset.  Raises ValueError for anything that the caller can mend."""
     if split not in ("train", "test") or image_size < 1 or (count is not None and count < 1):
-        raise ValueError("split must be train or test, image_size and count positive, not "
-                         f"{split!r}, {image_size} and {count}")
+        raise ValueError(f"say train or test, positive sizes, not {split!r}, {image_size}, {count}")
     kind, _, path = name.partition(":")
     if hold_out and name not in ("shapes", "scenes"):
         raise ValueError(f"hold_out is for shapes and scenes, not for {name}")
@@ -195,8 +189,7 @@ def _official_bytes(name, file, data_dir):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
         except Exception as error:  # no network, no such host, refused, cut off, disk full
-            raise ValueError(f"could not download {url} ({error}); fetch it elsewhere and put it "
-                             f"at {path}") from error
+            raise ValueError(f"could not download {url} ({error}): put it at {path}") from error
     raw = path.read_bytes()
     found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
     if found != md5:
