@@ -1,5 +1,7 @@
 """folders.py: a folder of pictures and captions, as people have them, to arrays.
 
+    python train.py --data folder:my_pictures
+
 No layout has to be named; the files tell.
   class folders     cat/a.png dog/b.png: the first folder is the class; numbers sort as numbers
   splits            train/, val/, valid/, validation/, test/, in any case, if there is no other
@@ -7,10 +9,7 @@ No layout has to be named; the files tell.
   tables            metadata.jsonl or metadata.csv in any folder, a row per caption: file_name and
                     text (or caption), as in Hugging Face's imagefolder; no classes then
   caption files     a.txt or a.caption beside a.png: kohya's layout; "10_sks dog" is "sks dog"
-A picture is what Pillow reads.  What is hidden is skipped.  Text is UTF-8; an empty one is none.
-
-    python train.py --data folder:my_pictures
-"""
+A picture is what Pillow reads.  What is hidden is skipped.  Text is UTF-8; an empty one is none."""
 import csv
 import io
 import json

@@ -1,16 +1,15 @@
 """worlds.py: two worlds of drawn pictures, so that the first run needs no download.
 
+    python train.py --data scenes --image-size 32
+    images, labels, captions = draw_world("scenes", image_size=32, count=1000)
+    parse_caption(captions[0])                 # {"objects": [{"shape": "ring", ...}], ...}
+
 `shapes` shows one object on black, in 48 classes.  `scenes` shows one or two objects with sizes,
 places, relations, backgrounds and a caption.  An object is the signed distance d to its outline, in
 pixels; it covers clamp(0.5 - d, 0, 1) of a pixel: soft edges at any image size.
 Because the program draws the pictures, it knows what is true of each of them, and evaluate.py can
 read a sampled picture back and compare it with its caption, exactly.
-A world is a function of (name, image size, split, count, seed, hold_out) and of nothing else.
-
-    python train.py --data scenes --image-size 32
-    images, labels, captions = draw_world("scenes", image_size=32, count=1000)
-    parse_caption(captions[0])                 # {"objects": [{"shape": "ring", ...}], ...}
-"""
+A world is a function of (name, image size, split, count, seed, hold_out) and of nothing else."""
 import math
 import re
 
@@ -151,8 +150,7 @@ def parse_caption(caption):
     ground = rf"(?: on (?P<background>{'|'.join(BACKGROUNDS)}))?"
     match = re.fullmatch(one + ground, caption) or re.fullmatch(two + ground, caption)
     if match is None:
-        raise ValueError(f"not a caption of this world: {caption!r}; expected for example 'a small "
-                         "red circle at the top on black' or 'a red star above a blue ring'")
+        raise ValueError(f"{caption!r} is not a caption such as 'a red ring above a blue star'")
     found = {key: value for key, value in match.groupdict().items() if value is not None}
     keys = ("shape", "color", "size", "place")
     facts = {"objects": [{key: found[key] for key in keys if key in found}]}
@@ -213,7 +211,6 @@ def _scenes_world(first, second, generator, converse):
                                      for n in (2, 5, 2, 4))
     small, turned = small.bool(), torch.rand(count, generator=generator) < converse
     relation = 2 * upright + turned                                     # (N,), as RELATIONS
-
     # One object: a small one has more room, so it goes further to the side.
     r1 = torch.where(small | two, _uniform(count, 4.5, 6.0, generator),
                      _uniform(count, 8.5, 10.5, generator))
@@ -221,7 +218,6 @@ def _scenes_world(first, second, generator, converse):
     jitter = _uniform((count, 2), -1.0, 1.0, generator) * torch.where(small, 1.5, 1.0)[:, None]
     alone = 16.0 + side * torch.where(small, 8.0, 5.0)[:, None] + jitter             # (N, 2) x, y
     alone = alone.clamp(r1[:, None], CANVAS - r1[:, None])  # fully inside
-
     r2 = _uniform(count, 4.5, 6.0, generator)
     pair_x, pair_y = _place_pair(relation, r1, r2, generator)                        # (N, 2) each
     cx = torch.where(two[:, None], pair_x, alone[:, :1])  # (N, 2); an absent object's is not used
