@@ -109,7 +109,6 @@ def one_line(main):
     def stop(number, frame):
         signal.signal(number, signal.SIG_DFL)
         raise KeyboardInterrupt(number)
-
     @functools.wraps(main)
     def wrapped(argv=None):
         before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}

@@ -18,8 +18,7 @@ arXiv:1706.08500; kernel version, KID: Binkowski et al. 2018, arXiv:1801.01401).
     python evaluate.py --images samples.npz --data shapes --json scores.json    # of sample.py --npz
 
 Differences from FID and KID: features of our classifier, not Inception's, so the numbers compare
-only under one classifier file and number of samples, beside what real pictures score, the floor.
-"""
+only under one classifier file and number of samples, beside what real pictures score, the floor."""
 import dataclasses
 import json
 import pathlib
@@ -57,8 +56,7 @@ def read_shapes(images, num_shapes=6):
       legible (B,) bool: one or two clean known shapes, and no dust. Raises ValueError."""
     x, eight_bit = images.detach().cpu(), images.dtype == torch.uint8
     if x.shape[1:] != (3, *2 * x.shape[-1:]) or not (eight_bit or x.is_floating_point()):
-        raise ValueError("the reader needs images (B, 3, H, H), uint8 or float in [-1, 1], not "
-                         f"{tuple(x.shape)} {x.dtype}")
+        raise ValueError(f"images must be (B, 3, H, H), uint8 or float, not {[*x.shape]} {x.dtype}")
     x = x / 255 if eight_bit else (x.float() + 1) / 2
     chunks = [_read_chunk(chunk, num_shapes) for chunk in x.split(128)]         # fit the cache
     return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}

@@ -11,8 +11,7 @@
     python sample.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "an astronaut riding a horse"
     python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse.safetensors --class 207
 
-Picture i has its own seed (--seed + i), so it is the same picture whatever the batch size.
-"""
+Picture i has its own seed (--seed + i), so it is the same picture whatever the batch size."""
 import dataclasses
 import difflib
 import math
