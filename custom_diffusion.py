@@ -21,8 +21,7 @@ Differences from the official code (adobe-research/custom-diffusion):
 2. The masked loss is a mean over valid numbers. There, it is a sum over channels: C times as much.
 3. A shrunk picture always has valid cells. There, its border of one cell can leave none (0/0).
 4. Pictures are not mirrored, as captions say left and right.
-5. Merge in float64 with a small ridge. Text states that are nearly equal count once.
-6. compress with ratio 1 keeps everything. There, the last component is lost.
+5. merge: in float64, with a small ridge; nearly equal text states count once.
 """
 import copy
 import dataclasses
@@ -48,8 +47,7 @@ PARTS = {"kv": KV, "crossattn": r"\.attn2\.", "all": r"", "none": r"(?!)"}
 
 
 def keys_and_values(unet):
-    """{name: tensor} of W_k and W_v of every cross-attention in a U-Net's state_dict. Raises
-    ValueError if there is none."""
+    """{name: tensor} of W_k and W_v in a U-Net's state_dict. Raises ValueError if none is there."""
     if found := {name: w for name, w in unet.items() if re.search(KV, name)}:
         return found
     raise ValueError("this model has no cross-attention (attn2): take a U-Net with text")
@@ -94,8 +92,7 @@ def apply_concept(model, tokenizer, W, rows):
     model.text = NewWords(model.text, {tokenizer.add_token(new): row for new, row in rows.items()})
 
 
-# --------------------------------------------------------------------------------------------------
-# merge
+# ---- merge ---------------------------------------------------------------------------------------
 
 def merge_map(C, C_reg, ridge=1e-6):
     """What Eq. 5 shares between layers, of C (s, d), C_reg (r, d) float64: (D C^T)^-1 D (s, d), and
@@ -123,8 +120,7 @@ def merge(W0, concepts, C_reg, ridge=1e-6, tolerance=1e-3):
     trace(G) / d is added to G's diagonal; tolerance: a row nearer to an earlier one than this share
     of the mean length is left out. report: rows, dropped, cond_G, cond_DCt; of all layers dW, the
     norm ||W - W0||; for each concept changes = ||W_n - W0||, and of the worst layer, all its rows,
-    constraint = ||(W - W_n) C_n^T|| / ||W_n C_n^T||. Raises ValueError if a concept keeps no row,
-    and as merge_map. Source: Eq. 4 and 5."""
+    constraint = ||(W - W_n) C_n^T|| / ||W_n C_n^T||. Raises ValueError. Source: Eq. 4, 5."""
     double = lambda tensors: {name: tensors[name].double() for name in W0}
     W0, concepts = double(W0), [(double(W), C.double()) for W, C in concepts]
     C = torch.cat([C for _, C in concepts])                                         # (s, d)
@@ -134,8 +130,7 @@ def merge(W0, concepts, C_reg, ridge=1e-6, tolerance=1e-3):
         if not kept or distance[i, kept].min() > tolerance * C.norm(dim=1).mean():
             kept.append(i)
     for n in sorted({*owner} - {owner[i] for i in kept}):
-        raise ValueError(f"concept {n + 1} keeps no row of its own: with --tolerance {tolerance:g} "
-                         "all count as equal to earlier ones, so give a smaller one")
+        raise ValueError(f"concept {n + 1} keeps no row of its own: give a smaller --tolerance")
     P, report = merge_map(C[kept], C_reg.double(), ridge)
     asked = lambda name: torch.cat([(W[name] - W0[name]) @ C.T for W, C in concepts], 1)
     # Eq. 5, (o, d), where `asked` (o, s) is V^T - W0 C^T
@@ -171,31 +166,18 @@ def prompt_rows(text, tokenizer, concept, padding=False):
     return torch.cat(caption_rows(text, tokenizer, prompts, "a" if few else "photo of a", padding))
 
 
-def weight_change(W0, W):
-    """How far each tensor of a state_dict moved, ||W - W0|| / ||W0||, but for those that were 0
-    -> ({name: change}, {kind of layer: mean}). Source: §3.1 and figure 3."""
-    change = {name: ((W[name].double() - w.double()).norm() / w.double().norm()).item()
-              for name, w in W0.items() if w.is_floating_point() and w.any()}
-    kinds = {}
-    for name, value in change.items():
-        kind = re.search(r"\.attn([12])\.|$", name)[1]
-        kinds.setdefault({"1": "self-attention", "2": "cross-attention"}.get(kind, "other"),
-                         []).append(value)
-    return change, {kind: sum(values) / len(values) for kind, values in kinds.items()}
-
-
 def compress(W, W0, ratio=0.6):
     """The change W - W0 of each matrix by its largest singular values, while they make up no more
     than `ratio` of their sum -> {name: (u (o, r), v (r, d))}; r may be 0. Source: compress.py."""
     def factors(w, w0):
         U, s, Vt = torch.linalg.svd(w.double() - w0.double(), full_matrices=False)
-        rank = int((s.cumsum(0) <= ratio * (1 + 1e-12) * s.sum()).sum())        # up to rounding
+        # up to rounding: ratio 1 keeps everything, where the official code loses the last one
+        rank = int((s.cumsum(0) <= ratio * (1 + 1e-12) * s.sum()).sum())
         return (U[:, :rank] * s[:rank]).to(w.dtype), Vt[:rank].to(w.dtype)
     return {name: factors(w, W0[name]) for name, w in W.items() if w.dim() == 2}
 
 
-# --------------------------------------------------------------------------------------------------
-# pictures and captions, and what a step is
+# ---- pictures and captions, and what a step is ---------------------------------------------------
 
 RARE = ("ktn", "pll", "ucd</w>")        # CLIP's ids 42170, 47629, 43514. Source: official code
 # prefix of a caption: none if unscaled, 1 or 2 if shrunk, 3 or 4 if enlarged. Source: official code
@@ -326,8 +308,7 @@ class ConceptTask(DiffusionTask):
         for text in dataset.captions or [self.prompt.format(category)] * len(dataset):
             captions.append(re.sub(place, rf"{word} \1", text, count=1))
             if word not in captions[-1]:
-                raise ValueError(f"{name}: the caption {text!r} has no {category}, before which the"
-                                 " new word would stand: change it, or have no captions at all")
+                raise ValueError(f"{name}: caption {text!r} has no {category}, which all must name")
         return data.to_float(dataset.images), captions
 
     @torch.no_grad()
@@ -389,8 +370,7 @@ class ConceptTask(DiffusionTask):
         return {"options": vars(self.options), **self.belongs}
 
 
-# --------------------------------------------------------------------------------------------------
-# files and commands
+# ---- files and commands --------------------------------------------------------------------------
 
 def save_concept(path, W, rows, concepts, unet):
     """Write W {name in the U-Net: tensor, or (u, v) of compress}, rows {token: row (D,)}, concepts
@@ -403,9 +383,8 @@ def save_concept(path, W, rows, concepts, unet):
 
 
 def load_concept(path, unet):
-    """A file of ours or published -> ({name: W}, {token: row}, ["<new1> dog", ...]).
-    unet: the base's state_dict. Published files give bare tokens. Raises ValueError for a file of
-    another base, and for what is no concept. Source: official get_deltas.py."""
+    """A file of ours or published -> ({name: W}, {token: row}, ["<new1> dog", or bare tokens]).
+    unet: the base's state_dict, to which it must belong: ValueError. Source: get_deltas.py."""
     if is_safetensors(path):
         raise ValueError(f"{path} is a safetensors file, such as a LoRA: a concept is .pt or .bin")
     state, known = read_torch(path), keys_and_values(unet)
@@ -538,9 +517,8 @@ def merge_files(argv):
           f"cond(G) {r['cond_G']:.3g}, cond(D C^T) {r['cond_DCt']:.3g}")
     for (_, thing), miss, change in zip(things, r["constraint"], r["changes"]):
         print(f"{thing}: constraint off by {miss:.1e}; own ||W_n - W0|| {change:.4g}")
-    print(f"||dW|| {r['dW']:.4g}; if it is far larger than those, other prompts are ruined: try a "
-          f"larger --ridge, such as 0.1\n"
-          f"python sample.py --ckpt {o.base} --concept {o.out} --prompt ...")
+    print(f"||dW|| {r['dW']:.4g}; if far larger than those, it ruins other prompts: say --ridge 0.1"
+          f"\npython sample.py --ckpt {o.base} --concept {o.out} --prompt ...")
 
 
 def compress_file(argv):

@@ -21,6 +21,7 @@ one pair with seed 0. About 35 CPU-seconds a cell on one thread; 126 single cell
 import copy
 import json
 import pathlib
+import re
 
 import torch
 from PIL import Image
@@ -30,7 +31,7 @@ import data
 import sample
 import worlds
 from cli import one_line
-from custom_diffusion import ConceptTask, gather, load_concept, save_concept, weight_change
+from custom_diffusion import ConceptTask, gather, load_concept, save_concept
 from evaluate import features, kernel_distance, prompt_accuracy, read_shapes, train_classifier
 from models import base_task
 from studies.common import (Table, compared, figure, markdown, mean_se, notice, parser, run,
@@ -61,6 +62,19 @@ def average(Ws):
 def add_changes(W0, Ws):
     """{name: W0 + sum of (W_n - W0)}. Source: task arithmetic, Ilharco et al. 2022, Eq. 2."""
     return {name: W0[name] + sum(W[name] - W0[name] for W in Ws) for name in Ws[0]}
+
+
+def weight_change(W0, W):
+    """How far each tensor of a state_dict moved, ||W - W0|| / ||W0||, but for those that were 0
+    -> ({name: change}, {kind of layer: mean}). Source: Custom Diffusion §3.1 and figure 3."""
+    change = {name: ((W[name].double() - w.double()).norm() / w.double().norm()).item()
+              for name, w in W0.items() if w.is_floating_point() and w.any()}
+    kinds = {}
+    for name, value in change.items():
+        kind = re.search(r"\.attn([12])\.|$", name)[1]
+        kinds.setdefault({"1": "self-attention", "2": "cross-attention"}.get(kind, "other"),
+                         []).append(value)
+    return change, {kind: sum(values) / len(values) for kind, values in kinds.items()}
 
 
 def folder_of(name):

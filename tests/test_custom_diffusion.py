@@ -13,6 +13,7 @@ import custom_diffusion as cd
 from checkpoint import save_checkpoint
 from conftest import fill_by_recipe, golden_case
 from diffusion import GaussianDiffusion, RectifiedFlow
+from studies.custom_concepts import weight_change
 from text import TextConditional, TextEncoder, WordTokenizer
 from unet import UNET_CONFIGS, CrossAttention, UNet
 
@@ -274,7 +275,7 @@ def test_weight_change_is_the_papers():
              for name, _, scale in tensors}
     before["zero.bias"], after["zero.bias"] = torch.zeros(3), torch.ones(3)
     before["count"] = after["count"] = torch.tensor(7)
-    change, means = cd.weight_change(before, after)
+    change, means = weight_change(before, after)
     assert list(change) == [name for name, _ in shapes]
     change = torch.tensor(list(change.values()), dtype=torch.float64)
     assert_close(change, g["per_tensor"], rtol=1e-7, atol=1e-12)
