@@ -36,6 +36,7 @@ import torch.nn.functional as F
 
 from checkpoint import built_from, mismatch, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
+from diffusion import check_name
 from models import base_flags, base_task
 from tasks import DiffusionTask, fingerprint
 from train import Config, check_out, load_data, run
@@ -56,8 +57,7 @@ class Adapter(nn.Module):
     transformer block   A(x) = up(act(down(x))), two Linear: x (B, N, d_in) -> (B, N, d_out)
     ResBlock            A(x) = up(act(down(SiLU(GN(x))))), two 3x3 convolutions:
                         x (B, d_in, H, W) -> (B, d_out, H, W)
-    Arguments as in add_adapters. Source: Xiang et al. 2023 (function form); official code (norm).
-    """
+    Arguments as in add_adapters. Source: Xiang et al. 2023 (its form); official code (norm)."""
 
     def __init__(self, block, read, add, rank, activation, scale, init):
         super().__init__()
@@ -143,10 +143,8 @@ def rank_of(rank, budget, count):
 def _make(unet, read, add, rank, activation="relu", scale=1.0, init="zero"):
     """Check everything, and make an Adapter for every block -> [(path, block, adapter)]."""
     read, add = check_placement(read, add)
-    for what, value, known in (("activation", activation, ACTIVATIONS),
-                               ("init", init, ("zero", "official"))):
-        if value not in known:
-            raise ValueError(f"{what} {value!r} is not one of {', '.join(known)}")
+    check_name("activation", activation, ACTIVATIONS)
+    check_name("init", init, ("zero", "official"))
     if not math.isfinite(scale):
         raise ValueError(f"scale {scale}: give a finite number")
     blocks = [(path, m) for path, m in unet.named_modules()
@@ -201,11 +199,10 @@ def remove_adapters(unet):
         block.adapter = None
 
 
-# --------------------------------------------------------------------------------------------------
-# files: adapter tensors only, and the base to which they belong
+# ---- files: adapter tensors only, and the base to which they belong ------------------------------
 
 def base_hash(unet):
-    """Identity of a model without its adapters, see models.fingerprint."""
+    """Identity of a model without its adapters, see tasks.fingerprint."""
     return fingerprint({name: tensor for name, tensor in unet.state_dict().items()
                         if "adapter" not in name.split(".")})
 
@@ -225,7 +222,7 @@ def load_adapters(unet, state):
     """Add the adapter that adapter_state saved. A model that it does not fit is left as it was.
     Raises ValueError with the tensors that differ, or for a base with other weights."""
     if missing := [k for k in ("spec", "base", "adapter") if k not in state]:
-        raise ValueError(f"this is not an adapter's file: it has no {' and no '.join(missing)}")
+        raise ValueError(f"this is no adapter's file: it has no {' and no '.join(missing)}")
     with built_from("this adapter's file"):
         spec = {"scale": None, **state["spec"], "rank": rank_of(state["spec"]["rank"], None, None)}
         with torch.device("meta"):                      # so the largest rank takes no memory
@@ -236,16 +233,14 @@ def load_adapters(unet, state):
         raise ValueError(f"the adapter does not fit, {len(wrong)} tensors differ: "
                          + "; ".join(wrong[:5]))
     if base_hash(unet) != state["base"]:
-        raise ValueError("the adapter belongs to a base of the same shape with other weights: load "
-                         "the checkpoint on which it was trained")
+        raise ValueError("the adapter's base has the same shape with other weights: give that one")
     made = _make(unet, **spec)
     for path, _, adapter in made:
         adapter.load_state_dict({k: state["adapter"][f"{path}.{k}"] for k in adapter.state_dict()})
     _attach(unet, made)
 
 
-# --------------------------------------------------------------------------------------------------
-# what the paper measures
+# ---- what the paper measures ---------------------------------------------------------------------
 
 @torch.no_grad()
 def prediction_difference(unet, xt, t, context_a, context_b):
@@ -298,8 +293,7 @@ def incomplete_beta(x, a, b):
     return math.exp(log_front - log_beta) / fraction
 
 
-# --------------------------------------------------------------------------------------------------
-# the task, and the command
+# ---- the task, and the command -------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Options:

@@ -388,8 +388,8 @@ def test_loading_where_it_does_not_belong_is_refused_and_changes_nothing():
 @pytest.mark.parametrize("bad,words", [
     (dict(), "rank None, budget None: give exactly one"), (dict(rank=1, budget=9), "exactly one"),
     (dict(rank=0), "rank 0"), (dict(rank=1.5), "rank 1.5"), (dict(rank=2, scale=math.nan), "nan"),
-    (dict(rank=2, activation="gelu"), "'gelu' is not one of relu, sigmoid"),
-    (dict(rank=2, init="one"), "'one' is not")])
+    (dict(rank=2, activation="gelu"), "activation 'gelu': choose one of relu, sigmoid"),
+    (dict(rank=2, init="one"), "unknown init 'one'")])
 def test_bad_arguments_are_refused(bad, words):
     model = UNet(**TINY)
     names = list(model.state_dict())
