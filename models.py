@@ -102,7 +102,7 @@ def class_conditional(Model):
 
 def text_conditional(denoiser, width, process, settings, info, first_stage):
     """The task of a denoiser that reads captions, with a new text encoder. Source: LDM §3.3."""
-    tokenizer = WordTokenizer.from_state(info["vocabulary"])
+    tokenizer = WordTokenizer(**info["vocabulary"])
     text = TextEncoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=width)
     model = TextConditional(denoiser, text, tokenizer([""])[0], settings.class_dropout)
     return DiffusionTask(settings, info, model, process, first_stage, tokenizer)
@@ -260,7 +260,7 @@ def make_task(config, settings, dataset):
             first_stage = Pixels() if name == "none" else load_first_stage(name)
         info = describe(dataset, config.model, first_stage)
         if "vocabulary" in info and "vocabulary" in known:      # words keep their rows
-            tokenizer = WordTokenizer.from_state(known["vocabulary"])
+            tokenizer = WordTokenizer(**known["vocabulary"])
             for word in [w for w in info["vocabulary"]["words"] if w not in tokenizer.ids]:
                 tokenizer.add_token(word)
             info["vocabulary"] = tokenizer.state()

@@ -10,8 +10,7 @@ reads the whole row of states, padding too: those from the end token on have see
   WordTokenizer, for data sets with a small vocabulary: one word is one token.
   CLIPTokenizer, for any string: a word is split into its bytes; then the pair of neighbours that
 comes first in a published list of 48,894 merges is joined, until no pair is in the list.
-  V*, a new word, is a parameter outside the table: forward(ids, modifiers={id: row}) uses `row`
-wherever `id` stands, so training it cannot change the vector of any other word.
+  V*, a new word, is a parameter outside the table, so training it changes no other word's vector.
 
 Both tokenizers: tokenizer([captions]) -> (B, L) int64; encode(caption) -> list of ids without start
 and end; add_token(name) -> id; ids {word: id}; vocab_size; max_length, L; open: any word has ids.
@@ -75,9 +74,8 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, L) to states (B, L, D), one per token: what cross-attention reads.
-    vocab_size, max_length: of the tokenizer; hidden_size: D, the image model's context width;
-    depth: layers. Source: CLIP §2.4; LDM §3.3."""
+    """Token ids (B, L) -> states (B, L, D), one per token, which cross-attention reads; vocab_size,
+    max_length: the tokenizer's; D, hidden_size: the context width. Source: CLIP §2.4; LDM §3.3."""
 
     def __init__(self, vocab_size, max_length, hidden_size=64, depth=2, num_heads=4, mlp_ratio=4.0):
         super().__init__()
@@ -113,9 +111,8 @@ class TextEncoder(nn.Module):
             nn.init.zeros_(layer.mlp.fc2.weight)
 
     def forward(self, ids, modifiers=None):
-        """ids (B, L) int64 -> states (B, L, D), after the final LayerNorm.
-        modifiers: {token id: row (D,)}; `row` is used in place of the table's row of that id, which
-        then gets no gradient. Source: CLIP §2.4; Custom Diffusion §3.2."""
+        """ids (B, L) int64 -> states (B, L, D). modifiers: {token id: row (D,)} in place of the
+        table's row, which then gets no gradient. Source: CLIP §2.4; Custom Diffusion §3.2."""
         if ids.shape[1] > self.max_length:
             raise ValueError(f"{ids.shape[1]} tokens, expected at most {self.max_length}: use the "
                              "tokenizer that this encoder was built for")
@@ -174,8 +171,7 @@ def _rows(captions, encode, start, end, pad, length):
 class WordTokenizer:
     """One word, one token. Ids: 0 padding, 1 start, 2 end, then the words, then free rows.
     words: list of known words; reserved: number of free rows, for add_token. A word is a run of
-    letters or digits in lower case, or a new word such as <new1> or V*; all else separates words.
-    Source: Custom Diffusion §3.2 for new words."""
+    letters or digits in lower case, or a new one such as <new1> or V*; all else separates words."""
     PAD, START, END, open = 0, 1, 2, False
     WORD = re.compile(r"<\w+>|\b[^\W\d_]\*(?!\w)|[^\W_]+")
     ROOM, RESERVED = 4, 8       # words that a prompt may have more than any caption; free rows
@@ -183,6 +179,7 @@ class WordTokenizer:
     def __init__(self, words, reserved, max_length):
         self.words, self.reserved, self.max_length = list(words), reserved, max_length
         self.ids = {word: 3 + i for i, word in enumerate(self.words)}
+        self.vocab_size = 3 + len(self.words) + reserved        # rows of the table, named and free
 
     @classmethod
     def from_captions(cls, captions):
@@ -207,11 +204,6 @@ class WordTokenizer:
                              f"{self.max_length - 2}: shorten {caption!r}")
         return [self.ids[word] for word in words]
 
-    @property
-    def vocab_size(self):
-        """Rows of the embedding table, named and free."""
-        return 3 + len(self.words) + self.reserved
-
     def add_token(self, name):
         """Give the next free row a name, such as <new1> or V*. Source: Custom Diffusion §3.2."""
         name = name.lower()
@@ -225,13 +217,8 @@ class WordTokenizer:
         return self.ids[name]
 
     def state(self):
-        """The vocabulary as plain values, for a checkpoint."""
+        """The vocabulary as plain values: WordTokenizer(**state) is the same again."""
         return {"words": list(self.words), "reserved": self.reserved, "max_length": self.max_length}
-
-    @classmethod
-    def from_state(cls, state):
-        """The tokenizer whose `state()` this is."""
-        return cls(**state)
 
 
 class CLIPTokenizer:
@@ -257,8 +244,7 @@ class CLIPTokenizer:
         self.pattern = self._pattern()
 
     def __call__(self, captions):
-        """Prints what is cut of the first caption that is too long. Raises ValueError for a new
-        word that would be cut."""
+        """Prints what the first too long caption loses. Raises ValueError if it is a new word."""
         room, lost, symbols = self.max_length - 2, [], list(self.ids)   # start and end stay
 
         def cut(caption):
