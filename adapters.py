@@ -118,8 +118,7 @@ def add_adapters(unet, read, add, rank=None, budget=None, activation="relu", sca
     """Put an adapter into every block, in place, and freeze everything else.
     unet: a UNet, or a module that holds one; read, add: names of taps; rank: width of the adapter,
     or budget: its parameters over the whole U-Net, from which the rank follows; activation: one of
-    ACTIVATIONS; scale: strength; init: zero or official. Raises ValueError for an illegal placement
-    or value, and if there are adapters already. Source: Xiang et al. 2023 figure 4."""
+    ACTIVATIONS; scale: strength; init: zero or official. Source: Xiang et al. 2023 figure 4."""
     rank = rank_of(rank, budget, lambda r: sum(
         p.numel() for *_, adapter in _make(unet, read, add, r) for p in adapter.parameters()))
     _attach(unet, _make(unet, read, add, rank, activation, scale, init))
@@ -240,28 +239,17 @@ def load_adapters(unet, state):
     _attach(unet, made)
 
 
-# ---- what the paper measures ---------------------------------------------------------------------
-
-@torch.no_grad()
-def prediction_difference(unet, xt, t, context_a, context_b):
-    """Where two prompts make the model predict differently: rms over channels, (B, H, W).
-    xt (B, C, H, W) a noised picture, t (B,), contexts (B, L, D_ctx), such as those of "a photo of
-    V* dog" and "a photo of dog". Source: Xiang et al. 2023 (probe)."""
-    difference = unet(xt, t, context_a) - unet(xt, t, context_b)                    # (B, C, H, W)
-    return difference.float().square().mean(dim=1).sqrt()                           # (B, H, W)
-
+# ---- analysis of variance ------------------------------------------------------------------------
 
 def anova(groups):
     """One-way analysis of variance -> (F, p): do groups differ by more than their inner scatter?
-    groups: one sequence of numbers per level of a factor, of any sizes. F = MSB / MSE, the mean
-    squares between and within groups; p: the chance of an F at least as large. Raises ValueError
-    where F is not defined. Source: Fisher 1925."""
+    groups: one sequence of numbers per level of a factor. F = MSB / MSE, the mean squares between
+    and within groups, ValueError if undefined; p: the chance of a larger F. Source: Fisher 1925."""
     groups = [[float(y) for y in group] for group in groups]
-    values = [y for group in groups for y in group]
-    n, k = len(values), len(groups)
-    if k < 2 or not all(groups) or n <= k:
-        raise ValueError(f"ANOVA compares two groups or more, none empty, one with two values or "
-                         f"more: got sizes {[*map(len, groups)]}")
+    values, sizes = [y for group in groups for y in group], [*map(len, groups)]
+    n, k = sum(sizes), len(sizes)
+    if k < 2 or not all(sizes) or n <= k:
+        raise ValueError(f"ANOVA needs 2 groups, none empty, one larger than 1, not sizes {sizes}")
     if not all(map(math.isfinite, values)):
         raise ValueError("some values are not finite: leave failed runs out")
     if all(min(group) == max(group) for group in groups):

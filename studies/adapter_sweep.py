@@ -41,6 +41,15 @@ CORNERS = ("ca_c-ca_c", "sa_out-trans_out", "ffn_in-trans_out")
 TABLE = Table("adapter_sweep", ["task", "method", "activation", "scale", "seed"])
 
 
+@torch.no_grad()
+def prediction_difference(unet, xt, t, context_a, context_b):
+    """Where two prompts make the model predict differently: rms over channels, (B, H, W).
+    xt (B, C, H, W) a noised picture, t (B,), contexts (B, L, D_ctx), such as those of "a photo of
+    V* dog" and "a photo of dog". Source: Xiang et al. 2023 (its probe)."""
+    difference = unet(xt, t, context_a) - unet(xt, t, context_b)                    # (B, C, H, W)
+    return difference.float().square().mean(dim=1).sqrt()                           # (B, H, W)
+
+
 def learn(world, method, seed=0, activation="relu", scale=1.0, steps=STEPS):
     """Train an adapter (READ-ADD), "lora" or "full" on a World -> (averaged model, facts)."""
     task = copy.copy(world.task)

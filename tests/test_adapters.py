@@ -22,11 +22,11 @@ import sample
 import train
 from adapters import (LEGAL, PLACEMENTS, Adapter, adapter_parameters, adapter_state,
                       add_adapters, anova, base_hash, check_placement, enable,
-                      incomplete_beta, load_adapters, prediction_difference, remove_adapters,
-                      set_scale)
+                      incomplete_beta, load_adapters, remove_adapters, set_scale)
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, assert_same, fill_by_recipe, golden_case
 from models import base_task
+from studies.adapter_sweep import prediction_difference
 from studies.lora import LowRank, add_lora
 from tasks import DiffusionTask
 from unet import UNET_CONFIGS, ResBlock, TransformerBlock, UNet
