@@ -31,13 +31,11 @@ from text import TextEncoder
 from unet import UNet
 from vae import AutoencoderKL, first_stage_from
 
-# --------------------------------------------------------------------------------------------------
-# sizes, and the modules
+# ---- sizes, and the modules ----------------------------------------------------------------------
 
 def infer_unet(state):
-    """Constructor arguments of the UNet whose state_dict this is. Raises ValueError for another.
-    Heads: 8 as in SD v1, or of 64 channels when the context is 1024 wide, as in SD 2.
-    Source: LDM table 15; v2-inference.yaml of SD 2."""
+    """Arguments of the UNet with this state_dict. Heads: 8 as in SD v1, or of 64 channels if the
+    context is 1024 wide, as in SD 2. Source: LDM table 15; v2-inference.yaml of SD 2."""
     shape = _shapes(state, "a U-Net of the Stable Diffusion family")
     if any(name.startswith(("add_embedding.", "label_emb.")) for name in state):
         raise ValueError("a U-Net with a second embedding, as in Stable Diffusion XL: give v1's")
@@ -60,8 +58,7 @@ def infer_unet(state):
 
 
 def infer_vae(state):
-    """Constructor arguments of the AutoencoderKL whose state_dict this is; the scale is SD v1's.
-    Raises ValueError for another state_dict. Source: LDM appendix G."""
+    """Arguments of the AutoencoderKL with this state_dict; scale: SD v1. Source: LDM appendix G."""
     shape = _shapes(state, "an AutoencoderKL")
     channels, in_channels = shape("encoder.conv_in.weight", 4)[:2]
     widths = [shape(f"encoder.down.{level}.block.0.conv1.weight", 4)[0]
@@ -72,13 +69,11 @@ def infer_vae(state):
 
 
 def infer_text(state):
-    """Constructor arguments of the TextEncoder whose state_dict this is; width / 64 heads.
-    Raises ValueError for another state_dict, SD 2's and XL's included. Source: CLIP §2.4."""
+    """Arguments of the TextEncoder with this state_dict; width / 64 heads. Source: CLIP §2.4."""
     shape = _shapes(state, "CLIP's text encoder")
     vocab_size, width = shape("text_model.embeddings.token_embedding.weight", 2)
-    if width in (1024, 1280):
-        raise ValueError(f"a text encoder of width {width}, Stable Diffusion 2's or XL's, has "
-                         "another activation than TextEncoder: only v1's (width 768) can be built")
+    if width in (1024, 1280):               # with another activation
+        raise ValueError(f"a text encoder of width {width}, Stable Diffusion 2's or XL's: give v1")
     mlp_hidden = shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0]
     return dict(vocab_size=vocab_size, hidden_size=width, num_heads=max(1, width // 64),
                 max_length=shape("text_model.embeddings.position_embedding.weight", 2)[0],
@@ -87,10 +82,9 @@ def infer_text(state):
 
 
 def infer_dit(state):
-    """Constructor arguments of the adaln_zero DiT whose state_dict this is, as in official files.
-    Heads: from the paper's table by width, else width / 32. Raises ValueError for another
-    state_dict, SiT's included, which has these names and shapes, and predicts a velocity: there the
-    weights of the variance never got a gradient and are 0. Source: DiT Table 1; SiT's code."""
+    """Arguments of the adaln_zero DiT with this state_dict. Heads: from the paper's table by
+    width, else width / 32. Not of a SiT, with the same names and shapes, which predicts a velocity:
+    its weights of the variance never got a gradient and are 0. Source: DiT Table 1; SiT's code."""
     shape = _shapes(state, "an adaln_zero DiT")
     width, in_channels, patch, _ = shape("x_embedder.proj.weight", 4)
     shape("blocks.0.adaLN_modulation.1.weight", 2)          # it is there
@@ -98,8 +92,7 @@ def infer_dit(state):
     learn_sigma, final = out_channels == 2 * in_channels, state["final_layer.linear.weight"]
     variance = final.view(patch ** 2, -1, width)[:, in_channels:]
     if learn_sigma and final.any() and not variance.any():
-        raise ValueError("a SiT, or another DiT whose variance was never trained: its velocities "
-                         "would be taken for noise, so it is not read")
+        raise ValueError("a SiT, or another DiT whose variance was never trained, is not read here")
     heads = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DIT_CONFIGS.values()}
     return dict(input_size=round(shape("pos_embed", 3)[1] ** 0.5) * patch, patch_size=patch,
                 in_channels=in_channels, hidden_size=width, depth=_count(state, r"blocks\.(\d+)\."),
@@ -109,7 +102,7 @@ def infer_dit(state):
 
 
 def _shapes(state, what):
-    """shape(name, axes): the shape of a tensor that must be there, with so many axes."""
+    """shape(name, axes): of a tensor that must be there, with so many axes, else ValueError."""
     def shape(name, axes):
         if name not in state or state[name].dim() != axes:
             found = f"has shape {tuple(state[name].shape)}" if name in state else "is not there"
@@ -165,8 +158,7 @@ def load_first_stage(path):
     return build({"vae": parts["vae"]}, torch.float32)["vae"].eval().requires_grad_(False)
 
 
-# --------------------------------------------------------------------------------------------------
-# names: one CompVis file, three models
+# ---- names: one CompVis file, three models -------------------------------------------------------
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
             "text": "cond_stage_model.transformer."}
@@ -188,10 +180,9 @@ def is_official(path):
 
 
 def split_compvis(state):
-    """Names of a CompVis file -> {"unet": state, "vae": state, "text": state}, what is there.
-    A file of one part (such as vae-ft-mse-840000-ema-pruned) may come without prefixes. The EMA
-    copy, the schedule, the first stage's training loss and position_ids are left out.
-    Raises ValueError if no part is there, or what v1 has not. Source: LDM's code."""
+    """Names of a CompVis file -> {"unet": state, "vae": state, "text": state}, what is there; one
+    part (such as vae-ft-mse-840000-ema-pruned) may lack the prefixes. Left out: the EMA copy, the
+    schedule, the first stage's training loss and position_ids. Source: LDM's code."""
     if any(name.startswith(("cond_stage_model.model.", "conditioner.")) for name in state):
         raise ValueError("it has the text encoder of Stable Diffusion 2 or XL: give a file of v1")
     if "v_pred" in state or any("lora_" in name.lower() for name in state):
@@ -202,14 +193,12 @@ def split_compvis(state):
     parts = {}
     for part, prefix in prefixes.items():
         kept = re.compile(re.escape(prefix) + r"(?!loss\.|model_ema\.)")
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items()
-                   if kept.match(name)}
-        if tensors:
+        if tensors := {name.removeprefix(prefix): tensor for name, tensor in state.items()
+                       if kept.match(name)}:
             parts[part] = _text_names(tensors) if part == "text" else _as_convolutions(tensors)
     if not parts:
         raise ValueError("no part of Stable Diffusion in this file: names such as "
-                         f"{', '.join(list(state)[:3])}; expected prefixes "
-                         f"{', '.join(PREFIXES.values())} (for a diffusers folder: read_diffusers)")
+                         f"{', '.join(list(state)[:3])} (for a diffusers folder: read_diffusers)")
     return parts
 
 
@@ -227,8 +216,7 @@ def _text_names(state):
             for name, tensor in state.items() if not name.endswith("position_ids")}
 
 
-# --------------------------------------------------------------------------------------------------
-# names: a diffusers folder
+# ---- names: a diffusers folder -------------------------------------------------------------------
 
 # ours by diffusers' name: the layers outside blocks, then those inside each kind of block
 UNET_ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
@@ -320,10 +308,9 @@ def check_configs(folder):
 
 
 def read_diffusers(folder):
-    """A diffusers folder -> {"unet": state, "vae": state, "text": state}, the parts it has.
-    Parts are the sub-folders unet, vae, text_encoder; a folder that itself holds the weights of a
-    U-Net or autoencoder (such as sd-vae-ft-ema) is one part. Raises ValueError if nothing is
-    there. Source: diffusers' layout of a saved pipeline."""
+    """A diffusers folder -> {"unet": state, "vae": state, "text": state}, the parts it has:
+    sub-folders unet, vae, text_encoder, or itself, if a U-Net's or autoencoder's weights are in it
+    (such as sd-vae-ft-ema). Raises ValueError if it has none. Source: diffusers' saved pipeline."""
     folder, parts = pathlib.Path(folder), {}
     check_configs(folder)
     if file := _find(folder):
@@ -400,8 +387,6 @@ def read_safetensors(path):
         with open(path, "rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         start = 8 + int.from_bytes(buffer[:8], "little")        # the first byte of the data
-        if start > len(buffer):
-            raise ValueError(f"its {len(buffer)} bytes announce a header of {start - 8}")
         header, last, tensors = json.loads(buffer[8:start]), start, {}
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
