@@ -13,8 +13,7 @@ patch a token, and let a Vision Transformer (ViT) denoise them. Two questions re
   How does quality grow?  With compute: more depth and width, or smaller patches (half the side is
   four times the tokens). In the paper's comparison adaln_zero is the best of the four.
 
-Contents: the blocks, their layers, DiT, its embedders, the twelve sizes. (CFG: Ho & Salimans 2022.)
-A model is model(x (B, C, H, W), t (B,), y (B,)) -> (B, C or 2C, H, W).
+A model is model(x (B, C, H, W), t (B,), y (B,)) -> (B, C or 2C, H, W). (CFG: Ho & Salimans 2022.)
 
     python train.py                                    # a tiny DiT on 8x8 latents, minutes on a CPU
     python train.py --model DiT-S/2 --data cifar10     # the paper's smallest width, on one GPU
@@ -107,8 +106,7 @@ BLOCKS = {"in_context": Block, "cross_attention": CrossAttentionBlock, "adaln": 
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D). Source: Vaswani et al. 2017 Eq. 1.
     qk_norm: RMSNorm of each query and each key over its head width d, one learned weight (d,) for
-    queries and one for keys, shared by the heads. Source: Stable Diffusion 3 (2403.03206) Fig. 2.
-    """
+    queries and one for keys, for all heads. Source: Stable Diffusion 3 (2403.03206) Fig. 2."""
 
     def __init__(self, hidden_size, num_heads, qk_norm=False):
         super().__init__()
@@ -166,12 +164,11 @@ def make_modulation(width, count):
 
 class DiT(nn.Module):
     """Diffusion transformer. The defaults are DiT-XL/2.
-    input_size: height = width of x, in pixels or latent cells; patch_size: side of a token;
-    in_channels: C of x; num_classes: 0 = no classes, y is always the null class 0;
-    class_dropout_prob: share of the labels that training hides; above 0 there is a null class,
-    y = num_classes, which guidance needs; learn_sigma: 2C channels out, prediction then variance;
-    conditioning: a key of BLOCKS; norm: of NORMS; "rms" has no bias, and a weight exactly where
-    "layer" has one; qk_norm: see Attention. Source: DiT §3, Fig. 3, Table 1."""
+    input_size: side of x, in pixels or latent cells; patch_size: of a token; in_channels: C of x;
+    num_classes: 0 = no classes, y is always the null class 0; class_dropout_prob: share of the
+    labels that training hides; above 0 there is a null class, num_classes, which guidance needs;
+    learn_sigma: 2C channels out, prediction then variance; conditioning: a key of BLOCKS; norm: of
+    NORMS, "rms" without bias; qk_norm: see Attention. Source: DiT §3, Fig. 3, Table 1."""
     matrices = r"blocks\."          # Muon's share (optim.py); embedders and last layer: AdamW
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,

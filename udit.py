@@ -12,7 +12,6 @@ every token with every other. Token-downsampling attention:
 Four changes are added: cosine attention, rotary positions in 2-D, a depth-wise convolution in the
 MLP, and extra branches in it while training; for inference they are added into one, at no cost.
 
-Contents: attention, three MLPs, UDiT (the ablations are its arguments), fold, sizes, map layers.
 A model is model(x (B, C, H, W), t (B,), y (B,)) -> (B, C or 2C, H, W); maps inside: (B, H, W, D).
 
     python train.py --model udit-tiny                     # on 8x8 latents, minutes on a laptop
@@ -74,9 +73,8 @@ class Downsampler(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention on downsampled tokens, (B, side, side, D) -> the same.
-    downsample "tokens": tokens attend within each of the f*f groups; "kv": every token of the
-    unfiltered map is a query, keys and values are group 0 of the filtered map. Others: see UDiT.
-    Source: U-DiT §3.2, Tables 1 and 9."""
+    downsample "tokens": tokens attend within each of the f*f groups; "kv": every unfiltered token
+    asks, keys and values are group 0 of the filtered map. Source: U-DiT §3.2, Tables 1 and 9."""
 
     def __init__(self, dim, side, num_heads, down_factor=2, downsample="tokens", cosine=True,
                  rope=True, kernel_size=5, shortcut=True):
@@ -237,13 +235,12 @@ class Resample(nn.Module):
 class UDiT(nn.Module):
     """U-shaped diffusion transformer; the defaults are U-DiT-S.
     input_size: side S of x, a multiple of 4 * down_factor; hidden_size: width D of the first level;
-    depth: blocks in encoder 1, encoder 2, latent, decoder 2, decoder 1, where the side is S, S/2,
-    S/4, S/2, S and the width D, 2D, 4D, 2D, 2D; num_heads: at every level; others: as in DiT.
-    The ablations: down_factor: f of the attention, 1 = full attention; downsample: "tokens", or
-    "kv" = keys and values only; cosine: else dot products; rope: rotary positions; mlp: of MLPS;
-    kernel_size: of the filter before the split, odd, or 0 = no filter; shortcut: add the filter's
-    input to its output. Vanilla U-DiT is cosine=False, rope=False, mlp="basic"; DiT-UNet is that
-    with down_factor=1, kernel_size=0. Source: U-DiT §3, Fig. 2, Tables 1, 7, 9."""
+    depth: blocks in encoders 1, 2, latent, decoders 2, 1, of side S, S/2, S/4, S/2, S and width D,
+    2D, 4D, 2D, 2D; num_heads: at every level; others: as in DiT. Ablations: down_factor: f of the
+    attention, 1 = full; downsample: "tokens", or "kv" = keys and values only; cosine: else dot
+    products; rope: rotary positions; mlp: of MLPS; kernel_size: of the filter, odd, or 0 = none;
+    shortcut: add its input to its output. Vanilla U-DiT is cosine=False, rope=False, mlp="basic";
+    DiT-UNet is that with down_factor=1, kernel_size=0. Source: U-DiT §3, Fig. 2, Tables 1, 7, 9."""
     # Muon's share: the matrices between first convolution and final layer, no depth-wise kernels
     matrices = r"(?!.*(downsampler|dwconv|logit_scale))(enc|down|latent|up|reduce|dec|output)"
 
@@ -337,8 +334,7 @@ class UDiT(nn.Module):
 
 
 def fold(model):
-    """A copy of a UDiT with the equal depthwise_mlp for every RepMlp: a UDiT(mlp="dw").
-    The model is unchanged. Source: RepVGG §3.3."""
+    """A copy of a UDiT with the equal depthwise_mlp for every RepMlp. Source: RepVGG §3.3."""
     folded = copy.deepcopy(model)
     for name, module in list(folded.named_modules()):
         if isinstance(module, RepMlp):
@@ -358,8 +354,7 @@ UDIT_CONFIGS = {
     "U-DiT-B": dict(hidden_size=192, num_heads=8),      # 231, 204
     "U-DiT-L": dict(hidden_size=384, num_heads=16),     # 916, 810
     "udit-tiny": dict(hidden_size=32, num_heads=2, depth=(1, 1, 1, 1, 1)),      # 1.6, 1.4
-    "udit-small": dict(hidden_size=48, num_heads=2, depth=(1, 2, 2, 2, 1)),     # 5.3, 4.7
-}
+    "udit-small": dict(hidden_size=48, num_heads=2, depth=(1, 2, 2, 2, 1))}     # 5.3, 4.7
 
 
 def infer_config(state):

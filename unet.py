@@ -12,8 +12,6 @@ on smaller and wider maps; on the way up, each block also gets the map of its si
                    the words (cross-attention). Only to_k and to_v read the words:
                    custom_diffusion.py trains just these, adapters.py adds to the blocks.
 
-Contents: attention, transformer block, ResBlock, their layers, UNet, UNET_CONFIGS.
-
     python train.py --model unet-tiny --data scenes    # captions to pictures of shapes, on a CPU
 
 Differences from the official code (CompVis/latent-diffusion; same names, order and numbers):
@@ -36,9 +34,8 @@ from diffusion import timestep_embedding
 # ---- attention and the transformer ---------------------------------------------------------------
 
 class CrossAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v in several heads: x (B, N, query_dim) -> like x.
-    q comes from x, k and v from context (B, L, context_dim), which is x in self-attention.
-    Source: LDM §3.3; Vaswani et al. 2017 Eq. 1."""
+    """softmax(q k^T / sqrt(d)) v in heads, x (B, N, query_dim) -> like x. q comes from x, k and v
+    from context (B, L, context_dim), x if self-attention. Source: LDM §3.3; Vaswani 2017 Eq. 1."""
 
     def __init__(self, query_dim, context_dim, num_heads, head_dim):
         super().__init__()
@@ -74,7 +71,6 @@ class Tapped(nn.Module):
 
 class TransformerBlock(Tapped):
     """Self-attention, cross-attention, MLP, each on a LayerNorm and added: (B, N, D) -> (B, N, D).
-
         sa_out  = attn1(LN(sa_in))         ca_in     = sa_out + sa_in
         ca_out  = attn2(LN(ca_in), ca_c)   ffn_in    = ca_out + ca_in
         ffn_out = ff(LN(ffn_in))           trans_out = ffn_out + ffn_in
@@ -174,12 +170,11 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """The conditional U-Net. The defaults are Stable Diffusion v1.
     channel_mult: width of each level in units of model_channels, the largest map first;
-    num_res_blocks: ResBlocks per level on the way down (one more on the way up);
-    attention_resolutions: down-sampling factors (1, 2, 4, ...) of the levels with transformers
-    (the middle always has one); num_heads: attention heads at every width, or -1 and then
-    num_head_channels: channels per head; transformer_depth: blocks per transformer;
-    context_dim: width D_ctx of a text state; norm_groups: of each GroupNorm, divides every width.
-    Raises ValueError for sizes that do not fit together. Source: LDM Eq. 3, §3.3, Table 15."""
+    num_res_blocks: ResBlocks per level on the way down, one more on the way up;
+    attention_resolutions: down-sampling factors (1, 2, 4, ...) of the levels with transformers, the
+    middle always has one; num_heads: at every width, or -1 and then num_head_channels: channels per
+    head; transformer_depth: blocks per transformer; context_dim: width D_ctx of a text state;
+    norm_groups: of each GroupNorm, divides every width. Source: LDM Eq. 3, §3.3, Table 15."""
     # what Muon (optim.py) trains: all but the first and last convolution and the timestep MLP
     matrices = r"(?:input_blocks\.(?!0\.)|middle_block\.|output_blocks\.)"
 
@@ -276,17 +271,15 @@ class UNet(nn.Module):
 
 def check_sizes(model_channels, channel_mult, attention_resolutions, num_heads, num_head_channels,
                 norm_groups):
-    """Raises ValueError for sizes that do not fit together; as in UNet. Source: LDM Table 15."""
+    """Raises ValueError for sizes of UNet that do not fit together. Source: LDM Table 15."""
     if (num_heads == -1) == (num_head_channels == -1):
-        raise ValueError(f"num_heads {num_heads}, num_head_channels {num_head_channels}: "
-                         "exactly one must be -1")
+        raise ValueError("of num_heads and num_head_channels exactly one must be -1")
     heads = max((num_heads, "num_heads"), (num_head_channels, "num_head_channels"))  # the other: -1
     checks = [(mult, norm_groups, "norm_groups") for mult in (1, *channel_mult)]
     for mult, divisor, name in checks + [(mult, *heads) for mult in channel_mult]:
         if mult * model_channels % divisor:
             raise ValueError(f"{mult * model_channels:g} channels are not a multiple of {name} "
-                             f"{divisor}: change it, model_channels {model_channels} or "
-                             f"channel_mult {tuple(channel_mult)}")
+                             f"{divisor}: change it, a width or model_channels {model_channels}")
     factors = [2 ** level for level in range(len(channel_mult))]
     if not set(attention_resolutions) <= set(factors):
         raise ValueError(f"attention_resolutions {tuple(attention_resolutions)} must be down-"
@@ -299,5 +292,4 @@ LITTLE = dict(model_channels=64, num_res_blocks=1, attention_resolutions=(1, 2),
 UNET_CONFIGS = {
     "SD-v1": dict(),        # the defaults: for 64x64x4 latents, 77 CLIP states; 860 M parameters
     "unet-tiny": dict(LITTLE, channel_mult=(1, 1.5)),       # 2.8 M parameters
-    "unet-small": dict(LITTLE, channel_mult=(1, 2)),        # 4.2 M: the lower level is wider
-}
+    "unet-small": dict(LITTLE, channel_mult=(1, 2))}        # 4.2 M: the lower level is wider

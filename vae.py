@@ -33,10 +33,9 @@ LATENT_WEIGHT = 1e-4     # of the L2 pull (tiny-ae) and the KL term (kl-ae), per
 
 class FirstStage(nn.Module):
     """What every first stage answers; pictures x are (B, C, H, W), float in [-1, 1].
-    encode(x) -> latents z, standardised; decode(z) -> pictures; objective(x, draws) -> (training
-    loss, metrics), draws as from draw(); factor: f, a picture's side over its latents'; matrices:
-    regular expression of the names of Muon's weights; noisy: the objective reads noise;
-    standardised: False until standardise(x)."""
+    encode(x) -> latents z, standardised; decode(z) -> pictures; objective(x, draw()) -> (training
+    loss, metrics), noisy: reads noise; factor: f, a picture's side over its latents'; matrices:
+    which names are Muon's weights; standardised: False until standardise(x)."""
     kind, noisy, standardised = "", True, True
     matrices = r"(en|de)coder\.\d+\.conv"               # the convolutions of the residual blocks
 
@@ -181,9 +180,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors, keep, step):
-        """After each optimizer step: start the codes once `warmup` steps are done, then move them.
-        vectors (n, D): of the whole batch; keep: 0-dim tensor, 0 = the step was not finite, so
-        nothing changes; step: from 0. Source: VQ-VAE Eq. 6-8."""
+        """Start the codes when `warmup` steps are done, then move them after each. vectors (n, D):
+        the whole batch's; keep: 0-dim, 0 = the step was not finite. Source: VQ-VAE Eq. 6-8."""
         self._has_started = self._has_started or bool(self.started)
         if not self._has_started:
             if step + 1 >= self.warmup and keep:

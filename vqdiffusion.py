@@ -13,7 +13,6 @@ that into a step back, p(x_s | x_t), for any s < t. A [MASK] marks an unknown to
 replacements also force the network to re-check unmasked tokens.
 
 Tokens are (B, N) int64, row by row; a model is model(tokens, t (B,), cond) -> logits (B, N, K).
-Contents: MaskReplace (the process), VQTransformer, official_state, VQ_CONFIGS.
 
     python train.py --model vq-tiny --data scenes     # a VQ-VAE, then text to image on its tokens
 
@@ -154,14 +153,13 @@ class MaskReplace:
 
     @torch.no_grad()
     def trajectory(self, model, shape, cond=None, uncond=None, sampler=None, steps=None, **options):
-        """Sample tokens; yields (xt, likeliest x0) after each network call, both (B, N) = shape.
+        """Yields (xt, likeliest x0) after each network call, both (B, N) = shape.
         sampler: "posterior", or "fewer" and "purity", which only fill in [MASK]s, equally many per
-        call: "fewer" anywhere, "purity" mostly where the network is sure. steps: network calls, at
-        most T, for the latter two N; None: 25, or that limit. cfg_scale: guidance of the logits, 1
-        = none (Improved's s + 1). truncation, top_k: see guess. x_init (B, N) with mask (B, N), 1 =
-        paint here: inpainting; with strength < 1: start from x_init after that share of the chain.
-        start (B, N): tokens to start from. stride: see jumps. purity: r of Improved Eq. 11, 0.5-2.
-        Source: VQ-Diffusion algorithm 2; Improved §3, algorithm 1."""
+        call: "fewer" anywhere, "purity" mostly where the network is sure. steps: calls, at most T,
+        for the latter two N; None: 25. cfg_scale: guidance of the logits, Improved's s + 1.
+        truncation, top_k: see guess. x_init (B, N) with mask (B, N), 1 = paint here: inpainting;
+        with strength < 1: start from x_init after that share of the chain. start (B, N): the first
+        tokens. stride: see jumps. Source: VQ-Diffusion algorithm 2; Improved §3, Eq. 11."""
         sampler = sampler or self.default_sampler
         check_options(self, sampler, options)
         o = SimpleNamespace(**{**SAMPLING, "stride": "exact", "purity": 1.0, **options})
@@ -186,9 +184,8 @@ class MaskReplace:
             yield xt, p0.argmax(-1)
 
     def reveal(self, p0, xt, count, purity=None, generator=None):
-        """Replace count (B,) of the [MASK]s in xt (B, N) by codes from p0 (B, N, K+1) -> (B, N).
-        purity None: at random places; r: mostly where the network is sure, from p0 to the power
-        1 + r * sureness. Source: Improved Eq. 9-11."""
+        """Replace count (B,) of the [MASK]s in xt (B, N) by codes from p0 (B, N, K+1). purity r:
+        mostly where p0 is sure, from p0^(1 + r sure); None: anywhere. Source: Improved Eq. 9-11."""
         top = p0.amax(-1)                                                       # (B, N)
         sure = torch.ones_like(top) if purity is None else top / (top.amax(1, keepdim=True) + 1e-10)
         power = 1 + (purity or 0.0) * sure[..., None]                           # (B, N, 1)
