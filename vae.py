@@ -397,9 +397,6 @@ class Pixels(FirstStage):
 
     decode = latent_shape = shrink_mask = encode
 
-    def objective(self, x, draws):
-        raise ValueError("pixels have no weights to train: choose tiny-ae, kl-ae or vq-vae")
-
 
 FIRST_STAGES = {stage.kind: stage for stage in (Pixels, TinyAutoencoder, AutoencoderKL, VQVAE)}
 
