@@ -1,0 +1,224 @@
+"""No silent flag: another legal value changes what a command does, or is refused with the reason.
+
+Every flag of every options class is found by itself, and set beside a line of each context that
+accepts it (a family of models, a kind of checkpoint). What a command did is: the tensors, pictures,
+rows and words it wrote, the files it made, its steps, saves and compilations. Copies of the flags
+themselves (config.json, "config" in a checkpoint) do not count.
+
+    python -m pytest tests/test_flags.py
+"""
+import dataclasses
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from test_fuzz import DIT, MAINS, PLAIN, SHORT, TEXT, fields_of, shop, split  # noqa: F401 (fixture)
+
+import bench
+import train
+from cli import flag
+
+RECORDS = ("config", "settings", "options")             # of a checkpoint: the flags themselves
+BOLD = "--steps 2 --warmup 0 --lr 0.05"          # so that two steps change a model for all to see
+LONG = DIT.replace("--steps 1", BOLD), TEXT.replace("--steps 1", BOLD)
+LEARN = SHORT.replace("--steps 1", BOLD)
+OFFICIAL = f"--image-size 64 --n 2 --prompt low --bpe in/merges.txt {PLAIN}"
+CONTEXTS = {        # name: (command line, what it is)
+    "train dit": f"train {LONG[0]} --data folder:in/pictures --out new",
+    "train dit linear": f"train {LONG[0]} --data folder:in/pictures --schedule linear --out new",
+    "train dit latent": f"train {LONG[0]} --data folder:in/pictures --model DiT-32x1/2 "
+                        "--first-stage in/ae/ckpt.pt --out new",
+    "train dit new": f"train {LONG[0]} --data folder:in/pictures --model DiT-32x1/2 --first-stage "
+                     "new --first-stage-steps 1 --out new",
+    "train udit": f"train --model udit-nano {LONG[1]} --data folder:in/pictures --out new",
+    "train unet": f"train --model unet-nano {LONG[1]} --data folder:in/jsonl --first-stage none "
+                  "--out new",
+    "train vq": f"train --model vq-nano {LONG[1]} --data folder:in/jsonl --first-stage "
+                "in/vqvae/ckpt.pt --out new",
+    "train tiny-ae": f"train --model tiny-ae {LONG[1]} --data folder:in/pictures --out new",
+    "train kl-ae": f"train --model kl-ae {LONG[1]} --data folder:in/pictures --out new",
+    "train vq-vae": f"train --model vq-vae {LONG[1]} --data folder:in/pictures --codes 8 "
+                    "--factor 2 --out new",
+    "sample pixels": f"sample --ckpt in/dit/ckpt.pt --n 2 {PLAIN}",
+    "sample gauss": f"sample --ckpt in/gauss/ckpt.pt --n 2 {PLAIN}",
+    "sample latents": f"sample --ckpt in/latent/ckpt.pt --n 2 {PLAIN}",
+    "sample text": f"sample --ckpt in/base.pt --prompt dog --n 2 {PLAIN}",
+    "sample tokens": f"sample --ckpt in/vq/ckpt.pt --prompt dog --n 2 {PLAIN}",
+    "sample photo": f"sample --ckpt in/latent/ckpt.pt --init in/photo.png --n 2 {PLAIN}",
+    "sample adapter": "sample --ckpt in/adapter/adapter.pt --base in/base.pt --prompt dog --n 2 "
+                      + PLAIN,
+    "sample official": f"sample --ckpt in/dit.bin --vae in/vae.safetensors --class 1 {PLAIN}",
+    "sample stable": f"sample --ckpt in/sd.safetensors {OFFICIAL}",
+    "sample export": "sample --ckpt in/dit/ckpt.pt --export new.pt --device cpu",
+    "evaluate run": "evaluate --ckpt in/dit/ckpt.pt --n 2 --steps 2 --device cpu",
+    "evaluate images": "evaluate --images in/few.npz --data folder:in/pictures --device cpu",
+    "evaluate shapes": "evaluate --images in/shapes.npz --data shapes --device cpu",
+    "bench": "bench --models tiny-ae --steps 1 --batch-size 2 --image-size 8 --device cpu",
+    "bench overfit": "bench --models tiny-ae --overfit --steps 2 --batch-size 2 --image-size 8 "
+                     "--device cpu",
+    "adapters": f"adapters learn --base in/base.pt --data folder:in/jsonl --rank 2 {LEARN} "
+                "--out new",
+    "concepts": "custom_diffusion learn --base in/base.pt --concept folder:in/thing --category dog "
+                f"--prior folder:in/jsonl {LEARN} --batch-size 8 --out new",
+    "merge": "custom_diffusion merge in/concept/concept.pt in/other/concept.pt --base in/base.pt "
+             "--captions in/captions.txt --ridge 0.1 --out new.pt",
+    "compress": "custom_diffusion compress in/concept/concept.pt --base in/base.pt --out new.pt"}
+
+# another legal value for flags whose type does not tell one
+OTHER = {"model": "DiT-32x1/1", "data": "npz:in/samples.npz", "data_dir": "in/official",
+         "image_size": "16", "batch_size": "4", "steps": "3", "lr": "0.7", "grad_clip": "0.001",
+         "ema": "0.05", "out": "elsewhere", "init": "in/exported.pt", "save_latents": "z.npz",
+         "first_stage": "in/vqvae/ckpt.pt", "ckpt": "in/udit/ckpt.pt", "classes": "pear",
+         "prompt": "cat", "negative": "cat", "cfg_interval": "0,0.4", "base": "in/unet/ckpt.pt",
+         "concept": "in/concept/concept.pt", "vae": "in/vae.safetensors", "bpe": "in/captions.txt",
+         "export": "small.pt", "note": "words", "mask": "in/mask.png", "json": "scores.json",
+         "images": "in/samples.npz", "models": "DiT-32x1/2", "category": "cat", "prior": "none",
+         "files": "in/small.pt", "sampler": "ddim", "codes": "16",
+         "factor": "2", "n": "3", "log_every": "1", "sample_every": "1", "save_every": "1",
+         "warmup": "9", "cfg_channels": "1"}
+INSIDE = {("train vq-vae", "factor"): "4", ("train vq", "first_stage"): "in/ae/ckpt.pt",
+          ("train kl-ae", "model"): "tiny-ae", ("sample gauss", "sampler"): "ddpm",
+          ("sample official", "sampler"): "ddpm", ("sample stable", "sampler"): "ddpm",
+          ("sample photo", "init"): "in/mask.png", ("sample official", "vae"): "in/photo.png",
+          ("sample stable", "vae"): "in/photo.png",
+          ("merge", "captions"): "in/more.txt",
+          ("sample", "init"): "in/photo.png", ("sample", "out"): "other.png",
+          ("sample", "image_size"): "128", ("concepts", "concept"): "folder:in/txt",
+          ("merge", "out"): "other.pt", ("compress", "out"): "other.pt",
+          ("bench", "image_size"): "16", ("evaluate", "data"): "folder:in/txt"}
+EXCUSED = {         # flag, or "context flag": why it may change nothing
+    "device": "a machine without a GPU has one device",
+    "accum": "the same result by its definition: test_registry_runs.py compares",
+    "data_dir": "a place to look for official files: test_official_files_are_looked_for",
+    "skip_bad": "a permission: test_skip_bad",
+    "batch_size": "of sampling: picture i has its own seed; its passes are counted in one context"}
+
+
+# a refusal may name what no longer fits in place of these, which choose or change all else
+CHOOSERS = ("model", "ckpt", "models", "images", "files", "padding")
+
+
+def legal(where, command, name, field):
+    """Other legal values of a flag, as words of a command line."""
+    word = "--" + ("class" if name == "classes" else name.replace("_", "-"))
+    if field.type is bool:
+        return [[word], ["--no-" + word[2:]]]
+    if field.metadata["choices"]:
+        choices = field.metadata["choices"]
+        return [[word, choice] for choice in choices[:: max(1, len(choices) // 6)]]
+    value = INSIDE.get((where, name)) or INSIDE.get((command, name)) or OTHER.get(name)
+    if value is None:
+        value = {int: "3", float: "0.7", str: "x", tuple: "x"}[field.type]
+    return [[word, value]]
+
+
+def digest(path):
+    """What stands in a file, without copies of the flags and without times."""
+    if path.suffix == ".pt":
+        state = torch.load(path, weights_only=True)
+        state = {k: v for k, v in state.items() if k not in RECORDS}
+        return hashlib.sha256(repr(flat(state)).encode()).hexdigest()
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return {name: (arrays[name].shape, arrays[name].tobytes()) for name in arrays.files}
+    if path.name == "log.csv":
+        rows = [line.split(",") for line in path.read_text().split()]
+        keep = [k for k, name in enumerate(rows[0] if rows else ()) if name != "seconds"]
+        return [[row[k] for k in keep] for row in rows]
+    return path.read_bytes()
+
+
+def flat(value):
+    """A tree of tensors and plain values -> something that repr tells apart."""
+    if torch.is_tensor(value):
+        return tuple(value.shape), value.detach().float().numpy().tobytes()
+    if isinstance(value, dict):
+        return [(k, flat(v)) for k, v in value.items()]
+    return [flat(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.fixture(scope="module")
+def did(shop):                                                                  # noqa: F811
+    """did(command, argv) -> (exit code, error, evidence); the box is put right again."""
+    notes = []
+
+    def noting(name, function):
+        def noted(*given, **how):
+            notes.append((name, given[-1] if name == "save" else given[1].images.shape))
+            return function(*given, **how)
+        return noted
+
+    def run(command, argv):
+        notes.clear()
+        done = shop(command, argv, 20)
+        files = {path: digest(shop.box / path) for path in {*done.new, *done.changed}
+                 if (shop.box / path).is_file() and not path.endswith("config.json")}
+        shop.restore(done)
+        words = re.sub(r"[-\d.e+]+", "", done.out) if command == "bench" else done.out
+        return done.code, done.err + done.trace, (files, words, list(notes), shop.count, done.code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "compile_or_warn", lambda *given: notes.append("compiled"))
+        patch.setattr(train, "save", noting("save", train.save))
+        patch.setattr(bench, "make_step", noting("shape", bench.make_step))
+        yield run
+
+
+def silent(did, where, line, only=()):
+    """The flags of a context that change nothing and are not refused, each with what was said."""
+    command, argv = split(line)
+    code, error, plain = did(command, argv)
+    assert code in (0, 1), f"{where}: {error}"
+    assert did(command, argv)[2] == plain, f"{where}: the same line does two things"
+    found = {}
+    for word, field in fields_of(command, argv).items():
+        name, results = field.name, []
+        if name in EXCUSED or only and name not in only:
+            continue
+        for words in legal(where, command, name, field):
+            code, error, evidence = did(command, [*argv, *words])
+            named = re.search(rf"{name}|{name.replace('_', '-')}|{word}\b", error) or (
+                words[-1] in error)
+            if code == 2 and not named and name not in CHOOSERS:
+                results.append(f"refused without its name: {error.strip()[-160:]}")
+            elif code == 2 or code in (0, 1) and evidence != plain:
+                results.append("")
+            else:
+                results.append(f"silent: {words}" if code in (0, 1) else error.strip()[-300:])
+        # one of the choices is what there was, and auto is the same as another
+        choices = field.metadata["choices"] or ()
+        may_be_silent = 1 + ("auto" in choices) if choices or field.type is bool else 0
+        if sum(map(bool, results)) > may_be_silent or not any(result == "" for result in results):
+            found[word] = max(results, key=bool)
+    return found
+
+
+@pytest.mark.parametrize("where", CONTEXTS)
+def test_no_flag_is_silent(did, where):
+    found = silent(did, where, CONTEXTS[where])
+    assert not found, f"{where}: {len(found)} flags\n" + "\n".join(
+        f"  {word}: {why}" for word, why in found.items())
+
+
+def test_a_planted_silent_flag_is_noticed(did, monkeypatch):
+    """A new flag that nobody reads, and one that is refused without its name."""
+    planted = dataclasses.make_dataclass("Config", [
+        ("silent", int, flag(1, "read by nobody", "[1, inf)")),
+        ("quiet", bool, flag(False, "read by nobody"))], bases=(train.Config,),
+        namespace={"__doc__": "flags of the loop"})
+    monkeypatch.setattr(train, "Config", planted)
+    found = silent(did, "train dit", CONTEXTS["train dit"], ("silent", "quiet", "seed", "steps"))
+    assert found.keys() == {"--silent", "--quiet"} and "silent: ['--silent', '3']" in (
+        found["--silent"])
+
+
+def test_one_flag_has_one_range():
+    """A flag that several commands have means the same, so its range is the same."""
+    found = {}
+    for line in CONTEXTS.values():
+        for word, field in fields_of(*split(line)).items():
+            if field.type in (int, float):
+                found.setdefault((word, field.type), {})[field.metadata["within"]] = line[:20]
+    assert not {key: ranges for key, ranges in found.items() if len(ranges) > 1}
