@@ -215,6 +215,7 @@ class Workshop:
                 except Enough:
                     long = True
                 except Hang:
+                    disarm()
                     code, trace = "hang", traceback.format_exc()
                 except BaseException:
                     code, trace = "traceback", traceback.format_exc()
@@ -269,6 +270,12 @@ def native_stderr():
             said.append(file.read().decode(errors="replace"))
 
 
+def disarm():
+    """No more alarms."""
+    for timer in (signal.ITIMER_REAL, signal.ITIMER_PROF) if hasattr(signal, "setitimer") else ():
+        signal.setitimer(timer, 0)
+
+
 @contextlib.contextmanager
 def limited(seconds):
     """Hang after so many seconds of CPU time, or three times as many on the clock, as a shared
@@ -276,12 +283,12 @@ def limited(seconds):
     def stop(*given):
         raise Hang
     with contextlib.ExitStack() as undo:
-        if hasattr(signal, "SIGALRM"):
+        if hasattr(signal, "setitimer"):
             for timer, n, limit in ((signal.ITIMER_REAL, signal.SIGALRM, 3 * seconds),
                                     (signal.ITIMER_PROF, signal.SIGPROF, seconds)):
                 undo.callback(signal.signal, n, signal.signal(n, stop))
-                undo.callback(signal.setitimer, timer, 0)
-                signal.setitimer(timer, limit, 1)          # again, if it was swallowed
+                signal.setitimer(timer, limit, 1)               # again, if it was swallowed
+            undo.callback(disarm)                               # before the handlers go
         if os.path.exists("/proc/self/statm"):
             import resource
             pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
@@ -629,16 +636,29 @@ def fields_of(command, argv):
             for cls in options_of(command, argv) for f in dataclasses.fields(cls)}
 
 
+def plausible(field, rng):
+    """Words that a flag may take."""
+    if field.type is bool:
+        return []
+    if field.metadata["choices"]:
+        return [rng.choice(list(field.metadata["choices"]))]
+    some = {int: ("1", "2", "3", "4", "8", "16", "64"), float: ("0", "0.001", "0.3", "1", "7")}
+    return [rng.choice(some.get(field.type, VALUES))]
+
+
 def mutated(command, argv, rng):
     """A valid command line with one to three changes."""
-    words, flags = list(argv), [*fields_of(command, argv), "--no-such-flag", "--n", "--help"]
+    words, fields = list(argv), fields_of(command, argv)
+    flags = [*fields, "--no-such-flag", "--n", "--help"]
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         i = rng.randrange(len(words)) if words else 0
         values = [k for k, word in enumerate(words) if not word.startswith("--")]
         how = rng.choice(("drop", "double", "swap", "value", "value", "value", "any", "flag",
                           "flag", "letter", "join"))
         if how == "flag" or not words:
-            words[i:i] = [rng.choice(flags)] + [rng.choice(VALUES)] * (rng.random() < 0.8)
+            flag = rng.choice(flags)
+            words += [flag, *plausible(fields[flag], rng)] if flag in fields and (
+                rng.random() < 0.7) else [flag] + [rng.choice(VALUES)] * (rng.random() < 0.8)
         elif how == "drop":
             del words[i]
         elif how == "double":
