@@ -168,6 +168,7 @@ def did(shop):                                                                  
     tokenizer = functools.cache(models.CLIPTokenizer)       # slow to make
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "CLIPTokenizer", lambda path: copy.deepcopy(tokenizer(path)))
+        patch.setattr(train, "macs", lambda task: 0)
         patch.setattr(train, "compile_or_warn", lambda *given: notes.append("compiled"))
         patch.setattr(train, "save", noting("save", train.save))
         patch.setattr(bench, "make_step", noting("shape", bench.make_step))
@@ -183,7 +184,8 @@ def silent(did, where, line, only=()):
     found = {}
     for word, field in fields_of(command, argv).items():
         name, results = field.name, []
-        again = name in LOOP and where[:5] == "train" and where != "train dit" and not MANY
+        again = name in LOOP and where not in ("train dit", "adapters") and not MANY and (
+            where[:5] in ("train", "conce"))
         if name in EXCUSED or again or only and name not in only:
             continue
         for words in legal(where, command, name, field):

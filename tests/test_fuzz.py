@@ -462,7 +462,7 @@ def write_official(root):
         (root / "official" / "mnist" / file).write_bytes(gzip.compress(body, mtime=0))
     torch.manual_seed(0)
     unet = fill_by_recipe(UNet(4, 4, 32, (1,), 1, (1,), num_heads=8, context_dim=64))
-    vae = fill_by_recipe(AutoencoderKL(32, (1, 1), 1))
+    vae = fill_by_recipe(AutoencoderKL(32, (1, 1, 1, 1), 1))       # 8 times smaller per side
     text = fill_by_recipe(TextEncoder(CLIPTokenizer(TINY_MERGES).vocab_size, 77, hidden_size=64,
                                       depth=1, num_heads=1))
     parts = {"model.diffusion_model.": unet, "first_stage_model.": vae,
