@@ -389,7 +389,9 @@ def add_row(table, row):
 def plot_loss(table, path):
     """log.csv -> a picture of the loss of single batches, faint, and of its running mean."""
     from matplotlib.figure import Figure        # not pyplot, whose backend belongs to the caller
-    rows = csv.DictReader(pathlib.Path(table).read_text().splitlines())
+    rows = [*csv.DictReader(pathlib.Path(table).read_text().splitlines())]
+    if not rows:                                # a preview before the first row
+        return
     (steps, losses), means = zip(*((int(row["step"]), float(row["loss"])) for row in rows)), []
     for loss in losses:
         last = means[-1] if means and math.isfinite(means[-1]) else loss
