@@ -39,7 +39,7 @@ from cli import flag, one_line, parse, resolve_device
 from diffusion import check_name
 from models import base_flags, base_task
 from tasks import DiffusionTask, fingerprint
-from train import Config, check_out, load_data, run
+from train import Config, check_out, load_data, micro_size, run
 from unet import Tapped
 
 LEGAL = {       # read -> add to; Source: Xiang et al. 2023 figure 4
@@ -325,6 +325,7 @@ def learn(argv):
     options, config = parse(argv, __doc__, Options, Config, presets=lambda given: base_flags(
         {"base": Options.base, "out": "out/adapter", **given}, ours, paper))
     config.device = resolve_device(config.device)
+    micro_size(config)
     check_out(config)
     dataset = load_data(config)
     torch.manual_seed(config.seed)

@@ -39,7 +39,7 @@ from cli import flag, one_line, parse, resolve_device
 from models import base_flags, base_task
 from pretrained import is_safetensors, read_delta
 from tasks import DiffusionTask, fingerprint
-from train import Config, check_out, load_data, run
+from train import Config, check_out, load_data, micro_size, run
 
 KV = r"\.attn2\.to_[kv]\.weight$"
 # what learns in the U-Net: Custom Diffusion; its choice for faces; DreamBooth; textual inversion
@@ -50,7 +50,7 @@ def keys_and_values(unet):
     """{name: tensor} of W_k and W_v in a U-Net's state_dict. Raises ValueError if none is there."""
     if found := {name: w for name, w in unet.items() if re.search(KV, name)}:
         return found
-    raise ValueError("this model has no cross-attention (attn2): take a U-Net with text")
+    raise ValueError("this model has no cross-attention (attn2) for a --concept: take a U-Net")
 
 
 def detach_first_token(unet):
@@ -474,6 +474,7 @@ def read_flags(argv):
 def learn(argv):
     """`learn`: teach a base new things."""
     options, config = read_flags(argv)
+    micro_size(config)
     check_out(config)
     dataset, base = load_data(config), base_task(options.base, options.bpe, config.image_size)
     task = ConceptTask(base, dataset, options, config)
