@@ -41,8 +41,8 @@ def captioned(name):
     """A data set with classes, written as a folder of pictures with captions -> folder:PATH."""
     folder = OUT / "captioned"
     if not (folder / "metadata.jsonl").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         photos = data.load(name)
+        folder.mkdir(parents=True, exist_ok=True)
         mean = photos.images.float().mean((2, 3))                               # (N, 3)
         tones = torch.stack([mean.mean(1), mean[:, 0] - mean[:, 2]])          # (2, N) light, warmth
         low, high = tones.quantile(torch.tensor([1 / 3, 2 / 3]), dim=1)         # (2,) each
