@@ -26,8 +26,8 @@ class Options:
     models: tuple = flag(("DiT-128x4/2", "udit-tiny", "unet-tiny", "vq-tiny", "tiny-ae", "vq-vae"),
                          "names of models, see train.py")
     steps: int = flag(None, "steps to time (default: 10), or to --overfit (200)", "[1, inf)")
-    batch_size: int = flag(None, "pictures per step (default: as in training)", "[1, inf)")
-    image_size: int = flag(None, "side of the pictures (default: as in training)", "[1, inf)")
+    batch_size: int = flag(None, "pictures per step (default: as in training)", "[1, 1e9]")
+    image_size: int = flag(None, "side of the pictures (default: as in training)", "[1, 65536]")
     overfit: bool = flag(False, "train on one batch: its loss must fall below 5 %%")
     device: str = flag("auto", "where to run", "", ["auto", "cpu", "cuda", "mps"])
     compile: str = flag("auto", "torch.compile; auto: on cuda", "", ["auto", "on", "off"])
