@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 import data
 from cli import flag, one_line, parse, resolve_device
-from models import FAMILIES, PRESETS, find_model, make_task, resolve_first_stage, settings_class
-from train import Config, make_step
+from models import FAMILIES, find_model, make_task
+from train import make_step, read_flags
 
 
 @dataclasses.dataclass
@@ -33,22 +33,21 @@ class Options:
     compile: str = flag("auto", "torch.compile; auto: on cuda", "", ["auto", "on", "off"])
 
 
-def run_of(model, options, **changes):
+def run_of(model, options, *flags):
     """(config, task, data set) of a model as train.py trains it, on an untrained first stage."""
-    family = find_model(model)[0]
-    given = {k: v for k, v in vars(options).items() if v and k not in ("models", "steps")}
-    flags = {**PRESETS.get(model, {}), **given, "device": resolve_device(options.device),
-             "model": model, "data": "scenes" if FAMILIES[family].captions else "shapes", **changes}
-    config, settings = (cls(**{f.name: flags[f.name] for f in dataclasses.fields(cls)
-                               if f.name in flags}) for cls in (Config, settings_class(family)))
-    resolve_first_stage(config, settings)
+    world = "scenes" if FAMILIES[find_model(model)[0]].captions else "shapes"
+    for name in ("batch_size", "image_size", "device", "compile"):
+        if getattr(options, name):
+            flags += f"--{name.replace('_', '-')}", str(getattr(options, name))
+    config, settings = read_flags(["--model", model, "--data", world, *flags])
+    config.device = resolve_device(config.device)
     dataset = data.load(config.data, config.image_size, count=max(512, config.batch_size))
     return config, make_task(config, settings, dataset), dataset
 
 
 def overfit(model, options):
     """Train on one batch with fixed noise -> (first, last loss). A sound model gets below 5 %."""
-    config, task, dataset = run_of(model, options, warmup=0, lr_decay="constant")
+    config, task, dataset = run_of(model, options, "--warmup", "0", "--lr-decay", "constant")
     step = make_step(config, dataset, task)
     losses = [step(0)[0]["loss"] for _ in tqdm(range(options.steps), desc=f"{model}, one batch")]
     return losses[0].item(), losses[-1].item()

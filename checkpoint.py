@@ -7,8 +7,6 @@ The idea. A checkpoint is a dict of tensors and plain values, saved by torch.sav
          checksums are compared first: a flipped bit would otherwise load as a wrong number.
   check  keys and types against FORMS, names and shapes against the model, before any is used.
 
-Contents: save_checkpoint, load_checkpoint, load_weights, mismatch, and what they are made of.
-
     save_checkpoint("out/ckpt.pt", {"step": 100, "model": model.state_dict()})
     load_weights(model, load_checkpoint("out/ckpt.pt")["model"], "out/ckpt.pt")
     python -m pytest tests/test_checkpoint.py
@@ -53,10 +51,8 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path, *needed):
     """A file of save_checkpoint as it was saved; an official file as {"model", "ema"}, the same.
-
     needed: keys that must be there. Raises ValueError for a file that is missing, damaged, unsafe,
-    of another format, or not as FORMS says.
-    """
+    of another format, or not as FORMS says."""
     if not pathlib.Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}: train first (python train.py)")
     state = read_torch(path)
@@ -68,30 +64,29 @@ def load_checkpoint(path, *needed):
     wrong = [key for key in needed if key not in state]
     wrong += [key for key, form in FORMS.items() if key in state and not form(state[key])]
     if wrong:
-        raise ValueError(f"{path} is damaged, or not of the kind that is needed here: no good "
-                         f"{', '.join(wrong)} in it")
+        raise ValueError(f"{path} is damaged or of another kind: no good {', '.join(wrong)} in it")
     return state
 
 
 @contextlib.contextmanager
 def built_from(source):
-    """While something is built by the file or flag `source`: a ValueError instead of what fails."""
+    """While something is built by the file `source`, "" for none: a ValueError if that fails."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        if "memory" in str(error):                  # of this machine
+        if not source or "memory" in str(error):    # the program's fault, or this machine's
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:100]
-        raise ValueError(f"nothing can be built by {source} ({reason}): it is damaged, not written "
-                         "by this code, or has a number out of range") from error
+        raise ValueError(f"nothing can be built by {source} ({reason}): it is damaged or of another"
+                         " version") from error
 
 
 def load_weights(model, weights, path):
     """Copy a state_dict, read from `path`, into model. Raises ValueError if it does not fit."""
     wrong = mismatch(model.state_dict(), weights)
     if wrong:
-        raise ValueError(f"{path} does not fit this model, {len(wrong)} tensors differ: "
-                         + "; ".join(wrong[:5]))
+        words = f"{path} does not fit this model, {len(wrong)} tensors differ: "
+        raise ValueError(words + "; ".join(wrong[:5]))
     model.load_state_dict(weights)
 
 
@@ -104,10 +99,8 @@ def mismatch(have, given):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """A binary file to write to, which takes the place of `path` if the block ends without error.
-
-    Otherwise nothing changes and nothing is left behind. Raises ValueError for a failed write.
-    """
+    """A binary file to write to, which takes the place of `path` if the block ends without error;
+    else nothing changes and nothing is left behind. Raises ValueError for a failed write."""
     part = pathlib.Path(f"{path}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +110,8 @@ def written_whole(path):
             os.fsync(file.fileno())     # on the disk before the old file goes
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
-        raise ValueError(f"could not write {path} ({str(error).splitlines()[0]}); the previous "
-                         "file, if any, is intact") from error
+        raise ValueError(f"could not write {path} ({str(error).splitlines()[0]}); what was there "
+                         "is intact") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -141,23 +134,20 @@ def read_torch(path):
         # "operand": bytes that are no pickle; what else the unpickler refuses is code or a class
         refused = isinstance(error, pickle.UnpicklingError)
         if refused and "Unsupported operand" not in str(error):
-            raise ValueError(f"{path} holds more than tensors and plain values, may run code: take"
-                             " its .safetensors edition, or if you trust it, x = torch.load(path, "
+            raise ValueError(f"{path} holds more than tensors, may run code: take its .safetensors"
+                             " edition, or if you trust it, x = torch.load(path, "
                              "weights_only=False); torch.save({k: x[k] for k in x if k in "
                              "('ema', 'model', 'state_dict')}, new)") from error
         reason = type(error).__name__ if refused else str(error).partition("\n")[0][:120]
-        raise ValueError(f"{path} is damaged, truncated or no torch file ({reason}): copy or "
-                         "download it again") from error
+        raise ValueError(f"{path} is damaged or no torch file ({reason}): get it again") from error
 
 
 def named_tensors(state, path):
-    """The state_dict in what a file held, without the prefixes of DDP and compile.
-
-    Of {"ema" | "model" | "state_dict": ...} the first there is. Raises ValueError if there is none.
-    """
+    """The state_dict in what a file held, without the prefixes of DDP and compile; of several, the
+    first of "ema", "model" and "state_dict". Raises ValueError if there is none."""
     state = state if isinstance(state, dict) else {}
-    wrappers = ("ema", "model", "state_dict")
-    state = next((state[key] for key in wrappers if isinstance(state.get(key), dict)), state)
+    wrapped = [state[key] for key in ("ema", "model", "state_dict") if key in state]
+    state = next((inner for inner in wrapped if isinstance(inner, dict)), state)
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()
              if isinstance(name, str) and torch.is_tensor(tensor)}
     if not state:

@@ -42,15 +42,13 @@ FLAGS = {
     "schedule": (str, flag("flow", "flow (straight lines, predicts a velocity) or a Gaussian one",
                            choices=["flow", "linear", "cosine", "scaled_linear"])),
     "flow_shift": (float, flag(None, "flow: above 1 = more at high noise; default: 1", "(0, 1e4]")),
-    "prediction": (str, flag(None, "Gaussian schedules: what is predicted (default: eps)",
-                             choices=["eps", "v", "x0"])),
+    "prediction": (str, flag(None, "what Gaussian ones predict (eps)", "", ["eps", "v", "x0"])),
     "learn_sigma": (bool, flag(False, "Gaussian schedules: also learn the variance")),
     "conditioning": (str, flag("adaln_zero", "kind of block", choices=[
         "adaln_zero", "adaln", "cross_attention", "in_context"])),
     "norm": (str, flag("layer", "LayerNorm or RMSNorm", choices=["layer", "rms"])),
     "qk_norm": (bool, flag(False, "normalise queries and keys")),
-    "aux_weight": (float, flag(1.0, "weight of the cross-entropy in the loss; the paper's 5e-4 is "
-                               "for long runs", "[0, inf)"))}
+    "aux_weight": (float, flag(1.0, "weight of the cross-entropy; long runs: 5e-4", "[0, inf)"))}
 TINY = ("latent_channels", "latent_noise", "factor")
 CONTINUOUS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", *TINY, "schedule",
               "flow_shift", "prediction")
@@ -75,17 +73,17 @@ def readers_of(flag_name):
 # --------------------------------------------------------------------------------------------------
 # builders: (sizes of the model, settings, info, first stage) -> task
 
-def gaussian_or_flow(settings, learn_sigma=False):
+def gaussian_or_flow(settings):
     """The process of a continuous model. Raises ValueError for a flag its schedule ignores."""
-    if settings.schedule == "flow":
-        if settings.prediction or learn_sigma:
-            raise ValueError(f"--{'prediction' if settings.prediction else 'learn-sigma'} belongs "
-                             "to a Gaussian schedule: add --schedule linear or cosine")
+    flow = settings.schedule == "flow"
+    for name in ("prediction", "learn_sigma") if flow else ("flow_shift",):
+        if getattr(settings, name, None):
+            raise ValueError(f"--{name.replace('_', '-')} needs --schedule "
+                             f"{'linear or cosine' if flow else 'flow'}, not {settings.schedule}")
+    if flow:
         return RectifiedFlow(settings.flow_shift or 1.0)
-    if settings.flow_shift:
-        raise ValueError(f"--flow-shift belongs to --schedule flow, not to {settings.schedule}")
     return GaussianDiffusion(schedule=settings.schedule, prediction=settings.prediction or "eps",
-                             learn_sigma=learn_sigma)
+                             learn_sigma=getattr(settings, "learn_sigma", False))
 
 
 def class_conditional(Model):
@@ -95,8 +93,7 @@ def class_conditional(Model):
         more = {k: v for k, v in vars(settings).items() if k not in CONTINUOUS}
         model = Model(input_size=size, in_channels=channels, num_classes=len(info["class_names"]),
                       class_dropout_prob=settings.class_dropout, **sizes, **more)
-        process = gaussian_or_flow(settings, getattr(settings, "learn_sigma", False))
-        return DiffusionTask(settings, info, model, process, first_stage)
+        return DiffusionTask(settings, info, model, gaussian_or_flow(settings), first_stage)
     return build_model
 
 
@@ -202,8 +199,7 @@ def build_task(model, settings, info, first_stage):
     row, shape = FAMILIES[family], first_stage.latent_shape(image_shape(info))
     if len(shape) != row.axes:
         wants = "tokens, from a vq-vae" if row.axes == 1 else "numbers, from a tiny-ae or kl-ae"
-        raise ValueError(f"{model} works on {wants}, and this --first-stage gives {shape}: name a "
-                         "checkpoint of that kind, or leave --first-stage out")
+        raise ValueError(f"{model} works on {wants}; --first-stage gives {shape}: leave it out")
     task = row.build(sizes, settings, info, first_stage)
     task.family = family
     return task
@@ -222,8 +218,7 @@ def describe(dataset, model, first_stage):
     info = {"name": dataset.name, "class_names": list(dataset.class_names), "channels": channels,
             "image_size": side}
     if captions == "needed" and dataset.captions is None:
-        raise ValueError(f"{model} wants captions, and {dataset.name} has none: try --data scenes, "
-                         "or a folder with metadata.jsonl")
+        raise ValueError(f"{model} wants captions, and {dataset.name} has none: try --data scenes")
     if captions and dataset.captions is not None:
         info |= {"vocabulary": WordTokenizer.from_captions(dataset.captions).state(),
                  "examples": dataset.captions[::max(1, len(dataset) // 24)][:24]}   # maybe sorted
@@ -250,7 +245,7 @@ def make_task(config, settings, dataset):
     path = f"{config.out}/ckpt.pt" if config.resume else config.init
     start = load_checkpoint(path, "ema") if path else {}
     known = start.get("info", {})
-    with built_from(path or f"--model {config.model}, --first-stage {name}"):
+    with built_from(path or ("" if name in ("new", "none") else name)):
         if config.resume:
             first_stage = first_stage_from(start.get("first_stage"), path)
         elif name == "new":
@@ -301,8 +296,8 @@ def task_from(state, path, weights="ema"):
     """A loaded checkpoint of train.py -> its task, with averaged or raw ("model") weights.
     Raises ValueError for other files, and for weights that are not there."""
     if state.get("task") not in FAMILIES or "sizes" in state:
-        raise ValueError(f"{path} does not sample by itself: give a diffusion model's checkpoint; "
-                         "for an adapter or a concept, the adapter.pt or concept.pt beside it")
+        raise ValueError(f"{path} does not sample by itself: give a diffusion model's checkpoint, "
+                         "or the adapter.pt or concept.pt beside it")
     if weights not in state:
         raise ValueError(f"{path} was exported with averaged weights alone: leave out --weights")
     with built_from(path):
@@ -400,8 +395,7 @@ def check_read(given, config, settings=None):
     for name in given:
         used, by = read.get(name, (True, ""))
         if not used and given[name] is not False:
-            raise ValueError(f"--{name.replace('_', '-')} {given[name]} is for {by}, nothing would "
-                             "read it here: leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]} is for {by}: leave it out")
 
 
 def base_flags(given, ours, paper):

@@ -91,11 +91,8 @@ def load_moments(optimizer, saved):
         wanted = ({"momentum": (count, *shape)} if "momentum" in optimizer.defaults else
                   {"step": (), "exp_avg": shape, "exp_avg_sq": shape})
         if {name: value.shape for name, value in held.items()} != wanted:
-            raise ValueError(f"the optimizer state of weight {i} is not {wanted}: start a new run "
-                             "with --init")
-    for group, then in zip(optimizer.param_groups, saved["param_groups"]):
-        then |= {key: value for key, value in group.items() if key != "params"}
-    optimizer.load_state_dict(saved)
+            raise ValueError(f"optimizer state of weight {i} is not {wanted}: start with --init")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
 
 
 def learning_rate(step, config):

@@ -24,14 +24,12 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import zlib
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import (built_from, load_checkpoint, load_weights, save_checkpoint,
-                        written_whole)
+from checkpoint import built_from, load_checkpoint, load_weights, save_checkpoint, written_whole
 from data import check_target, save_grid, to_float, to_uint8
 from diffusion import seeds
 from optim import load_moments
@@ -43,6 +41,7 @@ class DiffusionTask:
     with a tokenizer caption ids (B, L); process: its noise; first_stage: see vae.py.
     shape: of one example in model space, (C, H, W) or (N,). Source: DiT §3; LDM §3."""
     frozen = frozenset()            # names of tensors that do not learn, and are not saved again
+    check_batch = finish = lambda self, *given: None                        # nothing to do
 
     def __init__(self, settings, info, model, process, first_stage, tokenizer=None):
         self.settings, self.info, self.model, self.process = settings, info, model, process
@@ -50,9 +49,6 @@ class DiffusionTask:
         self.shape = first_stage.latent_shape(image_shape(info))
         self.on_pixels = self.shape == image_shape(info)        # the first stage is the identity
         self.at_once = max(1, 1_024_000 // info["image_size"] ** 2)     # pictures in memory
-
-    def check_batch(self, batch_size):
-        pass
 
     @torch.no_grad()
     def prepare(self, dataset, device):
@@ -90,8 +86,7 @@ class DiffusionTask:
         if cfg_scale is None:
             cfg_scale = self.settings.cfg_scale if model.can_guide else 1.0
         elif cfg_scale != 1 and not model.can_guide:
-            raise ValueError(f"--cfg-scale {cfg_scale:g}: this model was trained without hidden "
-                             "conditions (--class-dropout), so there is nothing to guide by")
+            raise ValueError(f"--cfg-scale {cfg_scale:g}: no --class-dropout, nothing to guide by")
         null = model.null_condition(len(y), y.device) if null is None else null
         if self.tokenizer is not None:      # encode the words once, not at every step
             y, null = model.text(y), model.text(null)                       # (B, L, D_ctx)
@@ -132,9 +127,6 @@ class DiffusionTask:
         scale = None if names else max(1, 64 // self.info["image_size"])
         save_grid(torch.cat(made), path, nrow=8, captions=names, scale=scale)
 
-    def finish(self, model, dataset, device):
-        pass
-
     def state(self):
         stage = self.first_stage
         return {} if self.on_pixels else {"first_stage": {
@@ -153,10 +145,8 @@ class AutoencoderTask:
     def __init__(self, settings, info, model):
         self.settings, self.info, self.model = settings, info, model
         self.sizes = model.sizes            # for the checkpoint, measured anew at the end
+        self.check_batch = model.check_batch
         model.latent_shape(image_shape(info))                           # raises if it cannot fit
-
-    def check_batch(self, batch_size):
-        self.model.check_batch(batch_size)
 
     def prepare(self, dataset, device):
         return dataset
@@ -263,24 +253,19 @@ def default_out(model, data_name):
     return f"out/{model.replace('/', '-')}-{name}{mark}"
 
 
-LEFT = re.compile(              # what a run leaves that ended before its first checkpoint
-    r"(first_stage(/|$))?((config\.json|log\.csv)(\.part)?|ckpt\.pt\.part|loss\.png|lock|samples"
-    r"(/\d+\.png)?)?")
-
-
 def check_out(config):
     """Refuse an output folder that holds something else, or no run to resume; config.resume becomes
     False where the run ended before its first checkpoint. Raises ValueError or OSError."""
     out = pathlib.Path(config.out)
     check_target(out / "samples" / "000000.png", b"")
-    begun = [(out / file).is_file() for file in ("ckpt.pt", "first_stage/ckpt.pt")]
+    has = lambda name: any((out / file).is_file() for file in (name, f"first_stage/{name}"))
     if config.resume and not out.is_dir():
-        raise ValueError(f"--resume: there is no checkpoint in {out}; leave the flag out to start")
-    for path in () if config.resume and any(begun) else out.rglob("*"):
-        if not LEFT.fullmatch(path.relative_to(out).as_posix()):
-            raise ValueError(f"{out} exists and is not empty, it holds {path.name}: choose another "
-                             "--out, or add --resume if a run with a checkpoint is there")
-    config.resume = config.resume and begun[0]
+        raise ValueError(f"--resume: no checkpoint is in {out}; leave the flag out to start")
+    known = config.resume if has("ckpt.pt") else has("lock")    # a lock: a run that was not saved
+    for path in () if known else filter(pathlib.Path.is_file, out.rglob("*")):
+        raise ValueError(f"{out} exists and is not empty, it holds {path.name}: choose another "
+                         "--out, or add --resume if a run with a checkpoint is there")
+    config.resume = config.resume and (out / "ckpt.pt").is_file()
 
 
 def lock(folder):
@@ -293,39 +278,29 @@ def lock(folder):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         pid = pathlib.Path(folder, "lock").read_text()
-        raise ValueError(f"another run, process {pid}, works in {folder}: wait for its end, or "
-                         "choose another --out") from error
+        raise ValueError(f"process {pid} works in {folder}: choose another --out") from error
     file.truncate(0), file.write(str(os.getpid())), file.flush()
     return file
 
 
 def check_fit(config, task):
     """Multiply-accumulates per picture. Raises ValueError for a task that cannot be trained so, or
-    is not that of the checkpoint to go on with, or whose checkpoints do not fit on the disk."""
+    is not that of the checkpoint to go on with."""
     task.check_batch(config.batch_size)
-    path = f"{config.out}/ckpt.pt"
-    need = 12 * sum(p.numel() for p in task.model.parameters() if p.requires_grad)  # and 2 averages
-    there = next(p for p in pathlib.Path(path).absolute().parents if p.exists())
-    if (free := shutil.disk_usage(there).free) < need:
-        raise ValueError(f"a checkpoint takes {need / 1e9:.3g} GB or more, the disk of {path} has "
-                         f"{free / 1e9:.3g} GB left: make room, or choose another --out")
     if config.resume:
+        path = f"{config.out}/ckpt.pt"
         state = load_checkpoint(path, "step", "info", "model", "ema", "opt")
         check_same(identity(state["info"], state), identity(task.info, task.state()), path,
                    f"give the same --data, or start a new run with --init {path}")
-        if state["step"] > config.steps:
-            raise ValueError(f"{path} is at step {state['step']} already, beyond --steps "
-                             f"{config.steps}: give a larger one, or another --out")
+        if (s := state["step"]) > config.steps:
+            raise ValueError(f"{path} is at step {s}: --steps {config.steps} is less, give more")
     return macs(task)
 
 
 def begin_files(config, task, s):
-    """Write config.json, and log.csv as it was at step s. A folder in their place goes aside."""
-    table, flags = pathlib.Path(config.out, "log.csv"), pathlib.Path(config.out, "config.json")
-    for path in filter(pathlib.Path.is_dir, (table, flags)):
-        path.rename(f"{path}.{os.getpid()}.old")
-    keep_rows(table, s)
-    with written_whole(flags) as file:
+    """Write config.json, and log.csv as it was at step s."""
+    keep_rows(pathlib.Path(config.out, "log.csv"), s)
+    with written_whole(pathlib.Path(config.out, "config.json")) as file:
         values = {**dataclasses.asdict(config), **vars(task.settings)}
         file.write(json.dumps(values, indent=1).encode())
 
@@ -340,9 +315,9 @@ def save(path, config, task, step, s):
         raise ValueError(f"the weights of step {s} are not finite and were not saved; the previous "
                          "checkpoint, if any, is intact: lower --lr (and --muon-lr)")
     save_checkpoint(path, {
-        "format": 2, "task": task.family, "config": dataclasses.asdict(config),
-        "settings": dict(vars(task.settings)), "info": task.info, "step": s, **nets,
-        "opt": [optimizer.state_dict() for optimizer in step.optimizers], **task.state()})
+        "task": task.family, "config": dataclasses.asdict(config), "info": task.info, "step": s,
+        "settings": dict(vars(task.settings)), "opt": [o.state_dict() for o in step.optimizers],
+        **nets, **task.state()})
 
 
 def resume(path, task, step):
@@ -350,8 +325,7 @@ def resume(path, task, step):
     Raises ValueError if the file does not fit."""
     state = load_checkpoint(path)
     if len(state["opt"]) != len(step.optimizers):
-        raise ValueError(f"{path} holds no run with these optimizers: use the same --optimizer as "
-                         f"then, or start a new run with --init {path}")
+        raise ValueError(f"{path} lacks an optimizer: start a new run with --init {path}")
     for net, learned in ((task.model, state["model"]), (step.ema, state["ema"])):
         frozen = {k: v for k, v in net.state_dict().items() if k in task.frozen}
         load_weights(net, {**frozen, **learned}, path)
@@ -363,27 +337,22 @@ def resume(path, task, step):
 
 def keep_rows(table, step):
     """Drop what log.csv holds beyond a step; damaged rows too. The file is written whole."""
-    def whole(line):
-        try:
-            numbers = [float(number) for number in line.split(",")]
-        except ValueError:
-            return False
-        return len(numbers) == header.count(",") + 1 and numbers[0] <= step
     lines = []
     if step and os.path.isfile(table):
         header, *lines = pathlib.Path(table).read_text(errors="replace").split("\n")
-        lines = [header, *filter(whole, lines)] if header.startswith("step,loss,") else []
+        number = r"-?(\d+\.?\d*(e[-+]\d+)?|nan|inf)"          # as add_row writes it
+        row = re.compile(rf"(\d+)(,{number}){{{header.count(',')}}}")
+        kept = [line for line in lines if (m := row.fullmatch(line)) and int(m[1]) <= step]
+        lines = [header, *kept] if header.startswith("step,loss,") else []
     with written_whole(table) as file:
-        file.write("".join(f"{line}\r\n" for line in lines).encode())
+        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def add_row(table, row):
     """Append {column: number} to log.csv, with a header if it is empty."""
-    with open(table, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow({name: f"{value:.9g}" for name, value in row.items()})
+    with open(table, "a") as file:
+        header = "" if file.tell() else ",".join(row) + "\n"
+        file.write(header + ",".join(f"{value:.9g}" for value in row.values()) + "\n")
 
 
 def plot_loss(table, path):

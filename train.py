@@ -21,7 +21,7 @@ import pathlib
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -53,11 +53,9 @@ def micro_size(config):
 
 def make_step(config, dataset, task):
     """One training step as a function: step(s) -> (metrics, gradient norm, 1 if taken else 0).
-
     config: the loop's flags, see Config; dataset: data.Dataset; task: see tasks.py. Everything that
     trains a model calls this: train, bench.py, the studies. step.ema is the averaged model,
-    step.optimizers its optimizers. Raises ValueError if the batch does not split.
-    """
+    step.optimizers its optimizers. Raises ValueError if the batch does not split."""
     device, model = config.device, task.model.to(config.device)
     (rank, world), size = ranks(), micro_size(config)
     task.check_batch(config.batch_size)
@@ -127,9 +125,13 @@ def train(config, dataset, task, caught, bar):
                 values /= world
             *values, skipped, signum = values.tolist()  # the one place where the host waits
             caught += [math.ceil(signum)] if signum and not caught else []
+            if skipped >= 10:
+                raise ValueError(f"loss or gradient not finite ten times in a row, up to step {s}; "
+                                 "the last checkpoint is intact: lower --lr (and --muon-lr)")
             if skipped:
                 worst = torch.zeros_like(bad)
-                warn_of_skipped(int(skipped), s, values[0])
+                tqdm.write(f"step {s}: loss or gradient not finite (loss {values[0]}), "
+                           f"{skipped:.0f} step(s) in a row skipped", file=sys.stderr)
             if rank == 0:
                 bar.set_postfix_str(f"loss {values[0]:.4f}", refresh=False)
                 rates = [optimizer.param_groups[0]["lr"] for optimizer in step.optimizers]
@@ -179,26 +181,6 @@ def compile_or_warn(net, one_loss):
     net.zero_grad(set_to_none=True)
 
 
-@contextmanager
-def signals(handle):
-    """Call handle(number, frame) on Ctrl-C and SIGTERM while the block runs."""
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        [signal.signal(n, handler) for n, handler in before.items()]
-
-
-def warn_of_skipped(skipped, s, loss):
-    """Say that steps had no effect. Raises ValueError for ten of them in a row."""
-    if skipped >= 10:
-        raise ValueError(f"loss or gradient not finite ten times in a row, up to step {s}. No "
-                         "weight was updated with one, and the last checkpoint is intact: lower "
-                         "--lr (and --muon-lr), or look at the data")
-    tqdm.write(f"step {s}: loss or gradient not finite (loss {loss}), {skipped} step(s) in a row "
-               "skipped", file=sys.stderr)
-
-
 # --------------------------------------------------------------------------------------------------
 # flags of the loop; those of a model's family are in models.py
 
@@ -206,8 +188,7 @@ def warn_of_skipped(skipped, s, loss):
 class Config:
     """flags of the loop"""
     model: str = flag("DiT-128x4/2", "DiT-S/2 ... DiT-XL/8, DiT-WxD/p (width, depth, patch size), "
-                      "U-DiT-S/B/L, udit-tiny, unet-tiny, unet-small, vq-tiny, vq-small, VQ-S, ... "
-                      "or a first stage: tiny-ae, kl-ae, vq-vae")
+                      "U-DiT-S, udit-tiny, unet-tiny, vq-tiny, VQ-S, ..., tiny-ae, kl-ae, vq-vae")
     data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, emoji, folder:PATH, "
                      "npz:FILE, latents:FILE")
     data_dir: str = flag("data", "where official files are looked for, and downloaded to")
@@ -260,9 +241,9 @@ def read_flags(argv):
         saved = resumed_flags(given, path, "settings") if path else {
             **start.get("settings", {}), "first_stage": "auto", "model": model}
         flags = {**paper, **PRESETS.get(model, {}), **saved, "resume": False, "out": out}
-        if {**flags, **given}.get("schedule", "flow") == "flow":        # what the other kind reads
-            return {**flags, "prediction": None, "learn_sigma": False}
-        return {**flags, "flow_shift": None}
+        flow = {**flags, **given}.get("schedule", "flow") == "flow"
+        unread = {"prediction": None, "learn_sigma": False} if flow else {"flow_shift": None}
+        return {**flags, **unread}
     family = settings_class(find_model(model)[0])
     config, settings = parse(argv, __doc__, Config, family, presets=presets, other=readers_of)
     resolve_first_stage(config, settings)
@@ -281,15 +262,15 @@ def load_data(config):
 def train_first_stage(config, settings, dataset):
     """--first-stage new: train it in OUT/first_stage, or go on with that -> its checkpoint."""
     model = FAMILIES[find_model(config.model)[0]].first_stage
-    flags = settings_class(model)
-    same = ("data", "data_dir", "image_size", "hold_out", "skip_bad", "seed", "device", "compile")
-    loop = Config(**{**PRESETS[model], "steps": settings.first_stage_steps, "model": model,
-                     "out": f"{config.out}/first_stage", **{k: getattr(config, k) for k in same}})
-    path = pathlib.Path(loop.out, "ckpt.pt")
-    loop.resume = path.is_file()
-    flags = flags(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(flags)})
-    if loop.resume:
-        resumed_flags({**{k: getattr(config, k) for k in same}, **vars(flags)}, path, "settings")
+    same = {name: getattr(config, name) for name in (
+        "data", "data_dir", "image_size", "hold_out", "skip_bad", "seed", "device", "compile")}
+    loop = Config(**{**PRESETS[model], **same, "steps": settings.first_stage_steps, "model": model,
+                     "out": f"{config.out}/first_stage"})
+    read = settings_class(model)
+    flags = read(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(read)})
+    if os.path.isfile(path := f"{loop.out}/ckpt.pt"):
+        resumed_flags({**same, **vars(flags)}, path, "settings")
+        loop.resume = True
     return str(run(loop, make_task(loop, flags, dataset), dataset))
 
 
@@ -304,10 +285,14 @@ def run(config, task, dataset):
               f"{config.steps} steps of {config.batch_size}, {config.device} -> {config.out}")
         pathlib.Path(config.out, "samples").mkdir(parents=True, exist_ok=True)
     handle = lambda n, frame: os._exit(128 + n) if caught else caught.append(n)   # twice: at once
-    with nullcontext() if rank else lock(config.out), signals(handle), tqdm(
-            total=config.steps, disable=rank > 0, unit="step", dynamic_ncols=True,
-            desc=config.model) as bar:
-        return train(config, dataset, task, caught, bar)
+    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with nullcontext() if rank else lock(config.out), tqdm(desc=config.model, unit="step",
+                total=config.steps, disable=rank > 0, dynamic_ncols=True) as bar:
+            return train(config, dataset, task, caught, bar)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 @one_line
@@ -315,17 +300,16 @@ def main(argv):
     """The command line. What can be refused is refused before a first stage is trained."""
     config, settings = read_flags(argv)
     config.device, (rank, world) = resolve_device(config.device), ranks()
+    if config.save_latents:
+        return save_encoded(config, settings, load_data(config))
     micro_size(config)
-    if not config.save_latents:
-        check_out(config)
+    check_out(config)
     if world > 1:
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")
     dataset = load_data(config)
-    if config.save_latents:
-        return save_encoded(config, settings, dataset)
     task = make_task(config, settings, dataset)
     if getattr(settings, "first_stage", "") == "new" and not config.resume:
         check_fit(config, task)                                 # raises if the parts do not fit

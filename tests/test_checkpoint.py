@@ -109,7 +109,7 @@ def test_damaged_files_are_refused(tmp_path):
     for content in (b"", b"hello", b"garbage", raw[:len(raw) // 2], raw[:-300], raw[2000:],
                     bytes(flipped), other):
         (tmp_path / "bad.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="bad.pt is damaged, truncated or no torch") as error:
+        with pytest.raises(ValueError, match="bad.pt is damaged or no torch") as error:
             load_checkpoint(tmp_path / "bad.pt")
         assert one_line(error)
     with pytest.raises(ValueError, match="train first"):
@@ -131,7 +131,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, zipped):
     torch.save({"ema": {"w": torch.ones(2)}, "args": argparse.Namespace(a=1)}, "dit.pt",
                _use_new_zipfile_serialization=zipped)
     for name in ("a.ckpt", "dit.pt"):
-        with pytest.raises(ValueError, match=f"{name} holds more than tensors .*torch.save") as err:
+        with pytest.raises(ValueError, match=f"{name} holds more than tensors.*torch.save") as err:
             load_checkpoint(name)
         assert one_line(err)
     pathlib.Path("evil.pkl").write_bytes(pickle.dumps(Evil(), protocol=2))

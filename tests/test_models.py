@@ -74,7 +74,7 @@ def test_a_flag_that_the_schedule_ignores_is_refused():
     flow = gaussian_or_flow(dit(flow_shift=2.5))
     assert isinstance(flow, RectifiedFlow) and flow.shift == 2.5
     assert gaussian_or_flow(dit()).shift == 1.0
-    process = gaussian_or_flow(dit(schedule="cosine", prediction="v"), learn_sigma=True)
+    process = gaussian_or_flow(dit(schedule="cosine", prediction="v", learn_sigma=True))
     assert isinstance(process, GaussianDiffusion)
     assert process.prediction == "v" and process.learn_sigma
     assert torch.equal(process.betas, GaussianDiffusion(schedule="cosine").betas)
@@ -82,7 +82,7 @@ def test_a_flag_that_the_schedule_ignores_is_refused():
     with pytest.raises(ValueError, match="--prediction.*--schedule linear"):
         gaussian_or_flow(dit(prediction="v"))
     with pytest.raises(ValueError, match="--learn-sigma.*--schedule linear"):
-        gaussian_or_flow(dit(), learn_sigma=True)
+        gaussian_or_flow(dit(learn_sigma=True))
     with pytest.raises(ValueError, match="--flow-shift.*cosine"):
         gaussian_or_flow(dit(schedule="cosine", flow_shift=2.0))
 
@@ -211,7 +211,7 @@ def test_a_base_must_read_captions_and_hands_its_flags_over(tmp_path):
     save_checkpoint(path, {"task": "udit", "config": {"model": "udit-tiny"}, "info": info,
                            "settings": vars(settings), "model": other, "ema": other})
     with pytest.raises(ValueError, match="does not read captions: try assets"):
-        base_task(path, "")
+        base_task(path)
 
 
 # --------------------------------------------------------------------------------------------------
