@@ -3,8 +3,6 @@
     python bench.py                               # time of a step, share of the machine's limit
     python bench.py --models DiT-S/2 unet-tiny --steps 20
     python bench.py --overfit --steps 200 --models udit-tiny    # self-check: one batch, same noise
-
-Torch counts the operations of a step: forward, backward and optimizer. The limit: see `limit`.
 """
 import dataclasses
 import sys

@@ -59,8 +59,7 @@ def load_checkpoint(path, *needed):
     if not isinstance(state, dict) or "format" not in state:
         state = dict.fromkeys(("model", "ema"), named_tensors(state, path))
     elif str(state["format"]) != str(FORMAT):
-        raise ValueError(f"{path} has format {str(state['format'])[:20]}, expected {FORMAT} (1 was "
-                         "the first edition's): train again, or export it anew with this code")
+        raise ValueError(f"{path} has format {str(state['format'])[:20]}, expected 2: train again")
     wrong = [key for key in needed if key not in state]
     wrong += [key for key, form in FORMS.items() if key in state and not form(state[key])]
     if wrong:
@@ -77,8 +76,7 @@ def built_from(source):
         if not source or "memory" in str(error):    # the program's fault, or this machine's
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:100]
-        raise ValueError(f"nothing can be built by {source} ({reason}): it is damaged or of another"
-                         " version") from error
+        raise ValueError(f"nothing can be built by {source} ({reason}): damaged or old?") from error
 
 
 def load_weights(model, weights, path):

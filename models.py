@@ -129,10 +129,10 @@ def build_vq(sizes, settings, info, first_stage):
 
 
 NEW_STAGES = {          # kl-ae is a small AutoencoderKL, 4 times smaller per side
-    "tiny-ae": lambda s, info: TinyAutoencoder(info["channels"], s.latent_channels, s.factor,
-                                               latent_noise=s.latent_noise),
-    "kl-ae": lambda s, info: AutoencoderKL(32, (1, 2, 2), 1, info["channels"], s.latent_channels,
-                                           scale=1.0),
+    "tiny-ae": lambda s, info: TinyAutoencoder(
+        info["channels"], s.latent_channels, s.factor, latent_noise=s.latent_noise),
+    "kl-ae": lambda s, info: AutoencoderKL(
+        32, (1, 2, 2), 1, info["channels"], s.latent_channels, scale=1.0),
     "vq-vae": lambda s, info: VQVAE(info["image_size"], info["channels"], s.codes, s.factor)}
 
 
@@ -244,7 +244,7 @@ def make_task(config, settings, dataset):
     row, name = FAMILIES[find_model(config.model)[0]], getattr(settings, "first_stage", "none")
     path = f"{config.out}/ckpt.pt" if config.resume else config.init
     start = load_checkpoint(path, "ema") if path else {}
-    known = start.get("info", {})
+    known = start.get("info", {}).get("vocabulary")
     with built_from(path or ("" if name in ("new", "none") else name)):
         if config.resume:
             first_stage = first_stage_from(start.get("first_stage"), path)
@@ -254,15 +254,15 @@ def make_task(config, settings, dataset):
         else:
             first_stage = Pixels() if name == "none" else load_first_stage(name)
         info = describe(dataset, config.model, first_stage)
-        if "vocabulary" in info and "vocabulary" in known:      # words keep their rows
-            tokenizer = WordTokenizer(**known["vocabulary"])
+        if "vocabulary" in info and known:                      # words keep their rows
+            tokenizer = WordTokenizer(**known)
             for word in [w for w in info["vocabulary"]["words"] if w not in tokenizer.ids]:
                 tokenizer.add_token(word)
             info["vocabulary"] = tokenizer.state()
         task = build_task(config.model, settings, info, first_stage)
     if config.init and not config.resume:
-        if known:
-            check_init(task, identity(known, start), path)
+        if "info" in start:
+            check_init(task, identity(start["info"], start), path)
         load_weights(task.model, start["ema"], path)
     return task
 
@@ -284,8 +284,7 @@ def save_encoded(config, settings, dataset):
     data.check_target(out, data.LATENTS_MARK)
     task = DiffusionTask(settings, describe(dataset, config.model, stage), None, None, stage)
     if len(task.shape) != 3 or dataset.images.dtype != torch.uint8:
-        raise ValueError("--save-latents needs pictures as --data, and as --first-stage FILE an "
-                         "autoencoder of numbers, not of tokens")
+        raise ValueError("--save-latents needs --data of pictures, --first-stage of numbers")
     z = task.prepare(dataclasses.replace(dataset, flip=False), config.device).images.half().cpu()
     data.save_latents(out, z, dataset.labels, dataset.captions, dataset.class_names)
     print(f"{len(z):,} latents of {tuple(z.shape[1:])}; train on them with\n--data latents:{out} "
@@ -296,8 +295,7 @@ def task_from(state, path, weights="ema"):
     """A loaded checkpoint of train.py -> its task, with averaged or raw ("model") weights.
     Raises ValueError for other files, and for weights that are not there."""
     if state.get("task") not in FAMILIES or "sizes" in state:
-        raise ValueError(f"{path} does not sample by itself: give a diffusion model's checkpoint, "
-                         "or the adapter.pt or concept.pt beside it")
+        raise ValueError(f"{path} does not sample by itself: give a model, an adapter or a concept")
     if weights not in state:
         raise ValueError(f"{path} was exported with averaged weights alone: leave out --weights")
     with built_from(path):
@@ -404,13 +402,12 @@ def base_flags(given, ours, paper):
     if given.get("resume") and os.path.isfile(path := f"{given['out']}/ckpt.pt"):
         said = {name: value for name, value in given.items() if name != "base"}
         return {**resumed_flags(said, path, "options"), "out": given["out"]}
-    taken, rates = {"model": "SD-v1", "image_size": 512}, paper
-    unread = {"model", "init", "recipe", "save_latents"}
-    unread |= set() if given.get("optimizer") == "muon" else {"muon_lr"}
-    for name in (unread if is_official(given["base"]) else unread | {"image_size"}) & given.keys():
-        raise ValueError(f"--{name.replace('_', '-')} is not read here: leave it out")
+    unread, taken, rates = "", {"model": "SD-v1", "image_size": 512}, paper
     if not is_official(given["base"]):
-        config, rates = load_checkpoint(given["base"]).get("config", {}), ours
+        config, rates, unread = load_checkpoint(given["base"]).get("config", {}), ours, "image_size"
         taken = {k: config[k] for k in ("model", "data", "image_size") if k in config}
+    muon = "" if given.get("optimizer") == "muon" else "muon_lr"
+    for name in given.keys() & {"model", "init", "recipe", "save_latents", unread, muon}:
+        raise ValueError(f"--{name.replace('_', '-')} is not read here: leave it out")
     return {"steps": 250, "optimizer": "adamw", "warmup": 0, "ema": 0.9, "sample_every": 0,
             **taken, **rates, "out": given["out"]}

@@ -229,8 +229,8 @@ def identity(info, state):
     """What a run is, {key of IDENTITY: value}, by its info and a checkpoint or task.state(). A task
     over a frozen base has in its state "base", a fingerprint, and "data", its pictures' name."""
     stage = state["first_stage"]["model"] if "first_stage" in state else {}
-    return {**info, "words": info.get("vocabulary", {}).get("words"), "base": state.get("base"),
-            "data": state.get("data"), "first_stage": fingerprint(stage)}
+    return {**info, "words": (info.get("vocabulary") or {}).get("words"),
+            "base": state.get("base"), "data": state.get("data"), "first_stage": fingerprint(stage)}
 
 
 def check_same(was, now, path, cure, keys=IDENTITY):

@@ -1,7 +1,6 @@
 """Training: one loop for every model of this repository.
 
     python train.py                                  # a DiT on `shapes`: three minutes on a laptop
-    python train.py --recipe paper                   # the same as the DiT paper trains it
     python train.py --model unet-tiny --data scenes  # text to image; vq-tiny: the same on tokens
     python train.py --model udit-tiny --help         # the flags that a U-DiT reads
     python train.py --data folder:my_pictures --out out/mine --steps 20000
@@ -44,11 +43,10 @@ def ranks():
 
 def micro_size(config):
     """Pictures in a micro-batch of one process. Raises ValueError if the batch does not split."""
-    parts = ranks()[1] * config.accum
-    if config.batch_size % parts:
-        raise ValueError(f"--batch-size {config.batch_size} does not split into {parts} parts "
-                         "(processes x --accum): give a multiple of it")
-    return config.batch_size // parts
+    size, parts = config.batch_size, ranks()[1] * config.accum
+    if size % parts:
+        raise ValueError(f"--batch-size {size} does not split into {parts}, processes x --accum")
+    return size // parts
 
 
 def make_step(config, dataset, task):
@@ -87,7 +85,11 @@ def make_step(config, dataset, task):
                     loss, metrics = task.loss(net, **micro_batch(s, micro))
                 (loss / config.accum).backward()
             if "vectors" in metrics:            # what a codebook learns from, in the batch's order
-                vectors += all_ranks(metrics.pop("vectors"), world)
+                mine = metrics.pop("vectors").contiguous()
+                parts = [mine.clone() for _ in range(world)]            # of rank 0, rank 1, ...
+                if world > 1:
+                    dist.all_gather(parts, mine)
+                vectors += parts
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.float() / config.accum
         seen = torch.cat(vectors) if vectors else None
@@ -157,16 +159,6 @@ def train(config, dataset, task, caught, bar):
               file=sys.stderr)
         raise SystemExit(128 + caught[0])
     return out / "ckpt.pt"
-
-
-# --------------------------------------------------------------------------------------------------
-# what the loop needs
-
-def all_ranks(vectors, world):
-    """[vectors of rank 0, of rank 1, ...], on every rank."""
-    parts = [torch.empty_like(vectors) for _ in range(world)]
-    dist.all_gather(parts, vectors.contiguous()) if world > 1 else parts[0].copy_(vectors)
-    return parts
 
 
 def compile_or_warn(net, one_loss):

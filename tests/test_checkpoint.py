@@ -143,7 +143,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, zipped):
 @pytest.mark.parametrize("found", [1, 3])
 def test_files_of_other_formats_are_refused(tmp_path, found):
     torch.save({"format": found, "model": {}}, tmp_path / "old.pt")
-    with pytest.raises(ValueError, match=f"has format {found}, expected 2 .*train again") as error:
+    with pytest.raises(ValueError, match=f"has format {found}, expected 2.*train again") as error:
         load_checkpoint(tmp_path / "old.pt")
     assert one_line(error)
 
