@@ -111,7 +111,8 @@ def written_whole(path):
         raise ValueError(f"could not write {path} ({str(error).splitlines()[0]}); what was there "
                          "is intact") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):          # it was moved, or never made
+            part.unlink()
 
 
 def read_torch(path):

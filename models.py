@@ -70,8 +70,7 @@ def readers_of(flag_name):
     return f"it is read by the families {', '.join(families)} alone" if families else None
 
 
-# --------------------------------------------------------------------------------------------------
-# builders: (sizes of the model, settings, info, first stage) -> task
+# ---- builders: (sizes of the model, settings, info, first stage) -> task -------------------------
 
 def gaussian_or_flow(settings):
     """The process of a continuous model. Raises ValueError for a flag its schedule ignores."""
@@ -339,8 +338,7 @@ def official_task(path, vae, dtype, bpe, image_size):
     return DiffusionTask(settings, info, model, process, first_stage)
 
 
-# --------------------------------------------------------------------------------------------------
-# what adapters.py and custom_diffusion.py build on
+# ---- what adapters.py and custom_diffusion.py build on -------------------------------------------
 
 def base_task(path, bpe=None, image_size=512):
     """A text-to-image checkpoint of ours, or Stable Diffusion v1 -> its task, in float32."""

@@ -208,8 +208,7 @@ def macs(task):
     return (flops[1] - flops[0]) // 2
 
 
-# --------------------------------------------------------------------------------------------------
-# what belongs together
+# ---- what belongs together -----------------------------------------------------------------------
 
 IDENTITY = ("name", "class_names", "words", "image_size", "channels", "base", "data", "first_stage")
 
@@ -243,8 +242,7 @@ def check_same(was, now, path, cure, keys=IDENTITY):
                          f"{str(a)[:80]}, and here it is {str(b)[:80]}; {cure}")
 
 
-# --------------------------------------------------------------------------------------------------
-# the files of a run: its folder, checkpoint, log, plot
+# ---- the files of a run: its folder, checkpoint, log, plot ---------------------------------------
 
 def default_out(model, data_name):
     """out/MODEL-DATA; letters of all alphabets stay, and other signs add a checksum of the name."""

@@ -173,8 +173,7 @@ def compile_or_warn(net, one_loss):
     net.zero_grad(set_to_none=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# flags of the loop; those of a model's family are in models.py
+# ---- flags of the loop; those of a model's family are in models.py -------------------------------
 
 @dataclasses.dataclass
 class Config:
