@@ -138,7 +138,8 @@ def read_torch(path):
                              "weights_only=False); torch.save({k: x[k] for k in x if k in "
                              "('ema', 'model', 'state_dict')}, new)") from error
         reason = type(error).__name__ if refused else str(error).partition("\n")[0][:120]
-        raise ValueError(f"{path} is damaged or no torch file ({reason}): get it again") from error
+        raise ValueError(f"{path} is damaged, truncated or no torch file ({reason}): get it "
+                         "again") from error
 
 
 def named_tensors(state, path):
