@@ -77,8 +77,8 @@ def gaussian_or_flow(settings):
     flow = settings.schedule == "flow"
     for name in ("prediction", "learn_sigma") if flow else ("flow_shift",):
         if getattr(settings, name, None):
-            raise ValueError(f"--{name.replace('_', '-')} needs --schedule "
-                             f"{'linear or cosine' if flow else 'flow'}, not {settings.schedule}")
+            kind = "a Gaussian schedule: --schedule linear or cosine" if flow else "--schedule flow"
+            raise ValueError(f"--{name.replace('_', '-')} needs {kind}, not {settings.schedule}")
     if flow:
         return RectifiedFlow(settings.flow_shift or 1.0)
     return GaussianDiffusion(schedule=settings.schedule, prediction=settings.prediction or "eps",

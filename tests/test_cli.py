@@ -302,6 +302,7 @@ def test_a_used_folder_is_refused_and_kept(capsys, tmp_path, small):
     assert (tmp_path / "precious.txt").read_text() == "mine"
     begun = tmp_path / "begun"                          # stopped before its first checkpoint
     begun.mkdir()
+    (begun / "lock").touch()                            # which every run makes first
     (begun / "config.json").write_text("{}")
     (begun / "log.csv").write_text("step,loss\n1,0.5\n")
     train.main([*small, "--out", str(begun)])
