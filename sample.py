@@ -140,7 +140,7 @@ def add_concept(path, task):
 def export(path, out, note):
     """A checkpoint of ours -> one for sampling and --init alone: half precision, no optimizer."""
     state = load_checkpoint(path)
-    if "opt" not in state:
+    if not {"opt", "ema"} <= state.keys():
         raise ValueError(f"{path} is not the checkpoint of a run: there is nothing to export")
     half = lambda weights: {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     small = {k: v for k, v in state.items() if k not in ("model", "opt")}
