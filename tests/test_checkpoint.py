@@ -109,7 +109,7 @@ def test_damaged_files_are_refused(tmp_path):
     for content in (b"", b"hello", b"garbage", raw[:len(raw) // 2], raw[:-300], raw[2000:],
                     bytes(flipped), other):
         (tmp_path / "bad.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="bad.pt is damaged or no torch") as error:
+        with pytest.raises(ValueError, match="bad.pt is damaged, truncated or no torch") as error:
             load_checkpoint(tmp_path / "bad.pt")
         assert one_line(error)
     with pytest.raises(ValueError, match="train first"):
