@@ -77,7 +77,6 @@ class Adapter(nn.Module):
 
     def initialize_weights(self, init):
         """init "zero" or "official". Source: official code; Houlsby et al. 2019 §2.1.
-
         | what | how                          | why                                     |
         | down | uniform +-1/sqrt(fan_in)     | PyTorch's own                           |
         | up   | zero: 0; official: as `down` | 0: A(x) = 0 at first, yet `up` learns   |

@@ -226,7 +226,6 @@ class DiT(nn.Module):
 
     def initialize_weights(self):
         """Every initial value of the model, in one place. Source: DiT §3.2 and its released code.
-
         | what                               | how                     | why                       |
         | Linear layers, patch projection    | Xavier uniform, bias 0  | as ViT, conv = its matrix |
         | norms that have a weight           | weight 1, bias 0        | only normalise at first   |

@@ -294,7 +294,8 @@ def task_from(state, path, weights="ema"):
     """A loaded checkpoint of train.py -> its task, with averaged or raw ("model") weights.
     Raises ValueError for other files, and for weights that are not there."""
     if state.get("task") not in FAMILIES or "sizes" in state:
-        raise ValueError(f"{path} does not sample by itself: give a model, an adapter or a concept")
+        raise ValueError(f"{path} does not sample by itself: give a model's checkpoint, or "
+                         "the adapter.pt or concept.pt beside it")
     if weights not in state:
         raise ValueError(f"{path} was exported with averaged weights alone: leave out --weights")
     with built_from(path):
@@ -404,8 +405,12 @@ def base_flags(given, ours, paper):
     if not is_official(given["base"]):
         config, rates, unread = load_checkpoint(given["base"]).get("config", {}), ours, "image_size"
         taken = {k: config[k] for k in ("model", "data", "image_size") if k in config}
-    muon = "" if given.get("optimizer") == "muon" else "muon_lr"
-    for name in given.keys() & {"model", "init", "recipe", "save_latents", unread, muon}:
+    sources = " ".join([given.get("data") or taken.get("data", ""), given.get("prior") or "",
+                        *given.get("concept", ())])
+    read = {"muon_lr": given.get("optimizer") == "muon", "skip_bad": "folder:" in sources,
+            "data_dir": any(name in sources for name in data.OFFICIAL)}
+    unread = {"model", "init", "recipe", "save_latents", unread, *(k for k in read if not read[k])}
+    for name in given.keys() & unread:
         raise ValueError(f"--{name.replace('_', '-')} is not read here: leave it out")
     return {"steps": 250, "optimizer": "adamw", "warmup": 0, "ema": 0.9, "sample_every": 0,
             **taken, **rates, "out": given["out"]}

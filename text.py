@@ -93,7 +93,6 @@ class TextEncoder(nn.Module):
 
     def initialize_weights(self):
         """Every initial value of the model. Source: CLIP's released code, except difference 3.
-
         | what                       | how             | why                               |
         | token and position vectors | normal(0, 0.02) | word and position weigh the same  |
         | out_proj, fc2              | 0               | each layer starts as the identity |

@@ -286,7 +286,6 @@ class UDiT(nn.Module):
 
     def initialize_weights(self):
         """Every initial value of the model, in one place. Source: U-DiT §4.1 (as in DiT).
-
         | what                  | how                  | why                                       |
         | Linear and Conv2d     | Xavier, bias 0; the  | depth-wise kernels are tiny then, so the  |
         |                       | first as a matrix    | downsampler starts as its shortcut        |

@@ -253,7 +253,6 @@ class UNet(nn.Module):
 
     def initialize_weights(self):
         """Every initial value of the model, in one place. Source: DDPM's and LDM's code.
-
         | what                              | how                      | why                     |
         | Linear and Conv2d                 | uniform +-1/sqrt(fan_in) | PyTorch's, as published |
         | norms                             | weight 1, bias 0         | only normalise at first |

@@ -401,7 +401,6 @@ class VQTransformer(nn.Module):
 
     def initialize_weights(self):
         """Every initial value of the model. Source: VQ-Diffusion's code.
-
         | what                  | how             | why                                         |
         | Linear layers, tables | normal(0, 0.02) | as in GPT; AdaLN starts near a plain norm   |
         | biases; LayerNorms    | 0; scale 1      |                                             |

@@ -305,3 +305,14 @@ def test_a_run_goes_on_with_its_own_base_and_pictures_alone(kind, things, tmp_pa
         refused(flags)
     (folder / "0.png").write_bytes((folder / "1.png").read_bytes())
     refused([])
+
+
+@pytest.mark.parametrize("flag", [["--skip-bad"], ["--data-dir", "elsewhere"]])
+def test_what_only_other_data_need_is_refused(flag, things, tmp_path, capsys):
+    """The drawn data of the base have no files; a folder has pictures that may be unreadable."""
+    for main, more in ((adapters.main, []), (cd.main, ["--concept", "npz:x", "--category", "dog"])):
+        with pytest.raises(SystemExit) as stop:
+            main(["learn", *SHORT, *more, *flag, "--out", str(tmp_path / "run")])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and f"{flag[0]} is not read here" in err
+    assert not (tmp_path / "run").exists()
