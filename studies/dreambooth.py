@@ -58,12 +58,17 @@ def captioned(name):
     return f"folder:{folder}"
 
 
-def subject(folder, category):
-    """A subject's photographs with captions -> folder:PATH."""
-    mine, text = OUT / folder.name, f"a photo of a {category}"
+def photographs(folder):
+    """The pictures of a subject. Raises ValueError if there is none."""
     files = sorted([*folder.glob("*.png"), *folder.glob("*.jpg")])
     if not files:
         raise ValueError(f"--subjects: there is no .png or .jpg in {folder}")
+    return files
+
+
+def subject(folder, category):
+    """A subject's photographs with captions -> folder:PATH."""
+    mine, text, files = OUT / folder.name, f"a photo of a {category}", photographs(folder)
     mine.mkdir(parents=True, exist_ok=True)
     for path in files:
         (mine / path.name).unlink(missing_ok=True)
@@ -119,9 +124,12 @@ def main(argv):
     p.add_argument("--subjects", default="dreambooth128", help="folder with dog6 and cat2")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
-    concepts = {name: subject(pathlib.Path(args.subjects) / name, category)
-                for name, category in SUBJECTS.items()}
-    out, files = run(train.main, "base", "--data", captioned(args.cifar), *BASE), {}
+    folders = {name: pathlib.Path(args.subjects) / name for name in SUBJECTS}
+    for folder in folders.values():
+        photographs(folder)                     # raises, before a folder is made
+    classes = captioned(args.cifar)
+    concepts = {name: subject(folders[name], category) for name, category in SUBJECTS.items()}
+    out, files = run(train.main, "base", "--data", classes, *BASE), {}
     base = str(out / "ckpt.pt")
     for name, category in SUBJECTS.items():
         given = ["--base", base, "--concept", concepts[name],
