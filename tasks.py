@@ -255,7 +255,8 @@ def check_out(config):
     """Refuse an output folder that holds something else, or no run to resume; config.resume becomes
     False where the run ended before its first checkpoint. Raises ValueError or OSError."""
     out = pathlib.Path(config.out)
-    check_target(out / "samples" / "000000.png", b"")
+    for name in ("samples/000000.png", "config.json", "log.csv"):
+        check_target(out / name, b"")
     has = lambda name: any((out / file).is_file() for file in (name, f"first_stage/{name}"))
     if config.resume and not out.is_dir():
         raise ValueError(f"--resume: no checkpoint is in {out}; leave the flag out to start")

@@ -548,7 +548,9 @@ def shop(tmp_path_factory):
             stir(root, done.new)
         shutil.rmtree(shop.kept)
         shop.keep()
+        around = surroundings()
         yield shop
+        assert surroundings() == around, "a command wrote outside its folder"
 
 
 def split(line):
@@ -741,7 +743,7 @@ def test_the_lines_are_valid_and_the_judge_is_strict(shop, monkeypatch):
 
 def test_mutated_command_lines(shop):
     findings = Findings()
-    for case in numbers(400):
+    for case in numbers(150):
         rng = random.Random(f"line {case}")
         command, argv = split(rng.choice(LINES))
         argv = mutated(command, argv, rng)
@@ -868,7 +870,7 @@ def try_file(shop, findings, case, path, line, write, judge=lambda done: []):
 def test_mutated_files(shop):
     findings, paths = Findings(), sorted(READERS)
     whole = {path: (shop.kept / path).read_bytes() for path in paths}
-    for case in numbers(400):
+    for case in numbers(150):
         rng = random.Random(f"file {case}")
         path = paths[case % len(paths)]
         line = rng.choice(READERS[path].splitlines())
@@ -907,7 +909,7 @@ def hand_made(state, rng):
 def test_hand_made_files(shop):
     findings = Findings()
     paths = [path for path in sorted(READERS) if path.endswith((".pt", ".ckpt", ".bin"))]
-    for case in numbers(200):
+    for case in numbers(100):
         rng = random.Random(f"hand {case}")
         path = paths[case % len(paths)]
         line = rng.choice(READERS[path].splitlines())
@@ -970,7 +972,7 @@ def test_a_value_out_of_range_of_every_flag(shop):
             tried.add((flag, str(field.metadata)))
             values = [f"{flag}={value}" for value in refused(field)]
             values += [f"{flag}=1", f"--no-{flag[2:]}=x"] if field.type is bool else []
-            for word in values if new or MANY else rng.sample(values, min(2, len(values))):
+            for word in values if new or MANY else rng.sample(values, min(1, len(values))):
                 done, more = shop(command, [*argv, word]), []
                 if done.code == 0:
                     more = [f"{word} is accepted"]
