@@ -108,8 +108,8 @@ def written_whole(path):
             os.fsync(file.fileno())     # on the disk before the old file goes
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
-        raise ValueError(f"could not write {path} ({str(error).splitlines()[0]}); what was there "
-                         "is intact") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"could not write {path} ({reason}); the old one is intact") from error
     finally:
         with contextlib.suppress(OSError):          # it was moved, or never made
             part.unlink()
@@ -138,8 +138,7 @@ def read_torch(path):
                              "weights_only=False); torch.save({k: x[k] for k in x if k in "
                              "('ema', 'model', 'state_dict')}, new)") from error
         reason = type(error).__name__ if refused else str(error).partition("\n")[0][:120]
-        raise ValueError(f"{path} is damaged, truncated or no torch file ({reason}): get it "
-                         "again") from error
+        raise ValueError(f"{path} is damaged, truncated or no torch file ({reason})") from error
 
 
 def named_tensors(state, path):

@@ -297,8 +297,7 @@ def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg
     guide only the first so many channels of xt (None: all); variance channels are those of cond.
     Source: Ho & Salimans 2022 Eq. 6; interval: Kynkaanniemi et al. 2024."""
     if cfg_scale != 1.0 and uncond is None:
-        raise ValueError(f"cfg_scale {cfg_scale} needs an unconditional input: train with label "
-                         "dropout")
+        raise ValueError("cfg_scale needs an unconditional input: 1, or train with label dropout")
     def denoise(xt, t, level):
         k = cfg_channels or xt.shape[1]
         if k > xt.shape[1]:

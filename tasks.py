@@ -134,8 +134,8 @@ class DiffusionTask:
 
     def inputs(self, count):
         dtype = torch.float32 if len(self.shape) == 3 else torch.int64      # or tokens
-        x, t = torch.zeros(count, *self.shape, dtype=dtype), torch.zeros(count, dtype=torch.int64)
-        return x.to("meta"), t.to("meta"), self.model.null_condition(count).to("meta")
+        x = torch.zeros(count, *self.shape, dtype=dtype, device="meta")
+        return x, x.new_zeros(count).long(), self.model.null_condition(count, "meta")
 
 
 class AutoencoderTask:
@@ -181,9 +181,8 @@ class AutoencoderTask:
 
     def inputs(self, count):
         shape = image_shape(self.info)
-        draws = self.model.draw(count, shape, None, "cpu")
-        return (torch.zeros(count, *shape, device="meta"),
-                {name: value.to("meta") for name, value in draws.items()})
+        x = torch.zeros(count, *shape, device="meta")
+        return x, self.model.draw(count, shape, None, "meta")
 
 
 def image_shape(info):
@@ -284,8 +283,11 @@ def lock(folder):
 
 def check_fit(config, task):
     """Multiply-accumulates per picture. Raises ValueError for a task that cannot be trained so, or
-    is not that of the checkpoint to go on with."""
+    is not that of the checkpoint to go on with, RuntimeError if a batch exceeds the memory."""
     task.check_batch(config.batch_size)
+    n, draws = config.batch_size, task.draw(config.batch_size, None, "meta")
+    batch = [task.inputs(n)[0], *draws.values()]
+    torch.empty(sum(x.nbytes for x in batch), dtype=torch.uint8, device=config.device)
     if config.resume:
         path = f"{config.out}/ckpt.pt"
         state = load_checkpoint(path, "step", "info", "model", "ema", "opt")

@@ -271,7 +271,7 @@ def run(config, task, dataset):
     if rank == 0:
         count = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         unread = dataset.captions is not None and getattr(task, "tokenizer", None) is None
-        print(f"{config.model} on {dataset.about}{', which this model does not read' * unread}: "
+        print(f"{config.model} on {dataset.about}{' (not read by this model)' * unread}: "
               f"{count / 1e6:.2f} M parameters, {cost / 1e6:.1f} M MACs per picture, "
               f"{config.steps} steps of {config.batch_size}, {config.device} -> {config.out}")
         pathlib.Path(config.out, "samples").mkdir(parents=True, exist_ok=True)

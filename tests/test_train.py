@@ -605,9 +605,9 @@ def test_a_preset_is_not_a_given_flag():
 def test_unread_captions_are_said(tmp_path, scenes, pictures, capsys):
     flags = ["--model", "DiT-32x1/4", *LOOP, "--first-stage", "none", "--steps", "1"]
     main(tmp_path / "a", scenes, *flags)
-    assert "24 captions, which this model does not read" in capsys.readouterr().out
+    assert "24 captions (not read by this model)" in capsys.readouterr().out
     main(tmp_path / "b", pictures, *flags)
-    assert "does not read" not in capsys.readouterr().out
+    assert "not read" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv,words", [
@@ -681,6 +681,14 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(run, pictures, monkeyp
     assert "No space left" in line
     state = load_checkpoint(run / "ckpt.pt")
     assert which == "preview" and state["step"] == 3 or (run / "ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("model", ["DiT-32x1/2", "tiny-ae", "vq-vae"])
+def test_a_batch_beyond_the_memory_is_refused_at_once(model, pictures, tmp_path, capsys):
+    """Else the system ends the process without a word, when its pages are used one by one."""
+    line = refused(capsys, "--model", model, "--data", f"folder:{pictures}", "--image-size", "8",
+                   "--batch-size", "1000000000", "--out", tmp_path / "run")
+    assert "not enough memory for" in line and "fewer" in line and not (tmp_path / "run").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(run, pictures, capsys, monkeypatch):
