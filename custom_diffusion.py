@@ -344,9 +344,9 @@ class ConceptTask(DiffusionTask):
 
     @torch.no_grad()
     def prepare(self, dataset, device):
-        """All pictures of the run, augmented and encoded at once, so that no step encodes any."""
+        """The run's pictures, 8,192 targets at most (then again), augmented and encoded at once."""
         config, rows, generator = self.config, [], torch.Generator().manual_seed(self.config.seed)
-        total = -(-config.steps * config.batch_size // (2 if self.prior else 1))    # of targets
+        total = min(8192, -(-config.steps * config.batch_size // (2 if self.prior else 1)))
         words = SIZE_WORDS if self.tokenizer.open else ()
         for first in range(0, total, 500):
             x, captions, mask = mix(self.pictures, self.prior, min(500, total - first),
