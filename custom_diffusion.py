@@ -344,7 +344,7 @@ class ConceptTask(DiffusionTask):
 
     @torch.no_grad()
     def prepare(self, dataset, device):
-        """The run's pictures, 8,192 targets at most (then again), augmented and encoded at once."""
+        """All pictures, augmented and encoded at once; 8,192 targets at most, which then repeat."""
         config, rows, generator = self.config, [], torch.Generator().manual_seed(self.config.seed)
         total = min(8192, -(-config.steps * config.batch_size // (2 if self.prior else 1)))
         words = SIZE_WORDS if self.tokenizer.open else ()

@@ -49,6 +49,7 @@ FLAGS = {
     "norm": (str, flag("layer", "LayerNorm or RMSNorm", choices=["layer", "rms"])),
     "qk_norm": (bool, flag(False, "normalise queries and keys")),
     "aux_weight": (float, flag(1.0, "weight of the cross-entropy; long runs: 5e-4", "[0, inf)"))}
+MERGES = "data/bpe_simple_vocab_16e6.txt.gz"            # CLIP's list of merges, if not given
 TINY = ("latent_channels", "latent_noise", "factor")
 CONTINUOUS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", *TINY, "schedule",
               "flow_shift", "prediction")
@@ -346,8 +347,8 @@ def base_task(path, bpe=None, image_size=512):
     official = is_official(path)
     if bpe and not official:
         raise ValueError(f"--bpe is for Stable Diffusion: {path} brings its own words")
-    task = official_task(path, None, torch.float32, bpe or "data/bpe_simple_vocab_16e6.txt.gz",
-                         image_size) if official else task_from(load_checkpoint(path), path)
+    task = official_task(path, None, torch.float32, bpe or MERGES, image_size) if official else (
+        task_from(load_checkpoint(path), path))
     if task.tokenizer is None:
         raise ValueError(f"{path} does not read captions: try assets/unet-scenes.pt")
     return task

@@ -30,11 +30,10 @@ from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from diffusion import interpolated_noise, seeds
-from models import official_task, task_from
+from models import MERGES, official_task, task_from
 from pretrained import is_official
 from udit import fold
 
-MERGES = "data/bpe_simple_vocab_16e6.txt.gz"
 MADE_BY, EXPORTED = "made by sample.py", "sample.py --export"   # marks in files: data.check_target
 
 

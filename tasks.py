@@ -225,7 +225,7 @@ def fingerprint(tensors):
 
 def identity(info, state):
     """What a run is, {key of IDENTITY: value}, by its info and a checkpoint or task.state(). A task
-    over a frozen base has in its state "base", a fingerprint, and "data", its pictures' name."""
+    over a frozen base has in its state the fingerprints "base" and "data" (of its pictures)."""
     stage = state["first_stage"]["model"] if "first_stage" in state else {}
     return {**info, "words": (info.get("vocabulary") or {}).get("words"),
             "base": state.get("base"), "data": state.get("data"), "first_stage": fingerprint(stage)}
@@ -284,9 +284,9 @@ def lock(folder):
 def check_fit(config, task):
     """Multiply-accumulates per picture. Raises ValueError for a task that cannot be trained so, or
     is not that of the checkpoint to go on with, RuntimeError if a batch exceeds the memory."""
-    task.check_batch(config.batch_size)
-    n, draws = config.batch_size, task.draw(config.batch_size, None, "meta")
-    batch = [task.inputs(n)[0], *draws.values()]
+    task.check_batch(n := config.batch_size)
+    # ask for a batch's memory now: used bit by bit, too much of it ends the process without a word
+    batch = [task.inputs(n)[0], *task.draw(n, None, "meta").values()]
     torch.empty(sum(x.nbytes for x in batch), dtype=torch.uint8, device=config.device)
     if config.resume:
         path = f"{config.out}/ckpt.pt"
