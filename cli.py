@@ -49,7 +49,7 @@ def check(options):
         for other in field.metadata["needs"].split():
             how, other = "is not read beside" if other[0] == "!" else "needs", other.strip("!")
             if (getattr(options, other) is None) == (how == "needs"):
-                refuse(options, field.name, f"{how} --{other}")
+                refuse(options, field.name, f"{how} --{other.replace('_', '-')}")
     return options
 
 
@@ -100,7 +100,9 @@ def resolve_device(name):
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     if name not in ("auto", "cpu", *there):
         raise ValueError(f"--device {name}: not here, or not in this torch; say --device cpu")
-    return [*there, "cpu"][0] if name == "auto" else name
+    if (device := [*there, "cpu"][0] if name == "auto" else name) == "cuda":
+        torch.set_float32_matmul_precision("high")        # float32 products in TF32
+    return device
 
 
 def one_line(main):

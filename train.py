@@ -299,7 +299,6 @@ def main(argv):
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.set_float32_matmul_precision("high")
     dataset = load_data(config)
     task = make_task(config, settings, dataset)
     if getattr(settings, "first_stage", "") == "new" and not config.resume:

@@ -16,7 +16,7 @@ import adapters
 import custom_diffusion
 import train
 from checkpoint import load_checkpoint
-from cli import flag, in_one_line, one_line, parse
+from cli import flag, in_one_line, one_line, parse, resolve_device
 from conftest import ONE_THREAD, ROOT
 
 
@@ -282,6 +282,19 @@ def test_sizes_that_clash_are_refused_before_a_first_stage_is_trained(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_asked_for_but_absent(capsys, tmp_path):
     assert "--device cpu" in refuse(capsys, "--device", "cuda", "--out", str(tmp_path / "run"))
+
+
+def test_on_cuda_float32_products_are_in_tf32_and_elsewhere_nothing_changes(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("cpu") == "cpu" and not said
+    assert resolve_device("auto") == resolve_device("cuda") == "cuda" and said == ["high"] * 2
+
+
+def test_checkpointing_is_for_models_with_blocks(capsys):
+    assert "--checkpointing True is for models with blocks" in refuse(
+        capsys, "--model", "tiny-ae", "--checkpointing")
 
 
 # --------------------------------------------------------------------------------------------------
