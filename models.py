@@ -357,7 +357,7 @@ def base_task(path, bpe=None, image_size=512):
 # flags that may change when a run goes on; the others say what the run is
 MAY_CHANGE = """steps batch_size accum lr muon_lr word_lr weight_decay warmup lr_decay grad_clip ema
     class_dropout cfg_scale flow_shift aux_weight log_every sample_every save_every device compile
-    data_dir skip_bad flip out resume bpe""".split()
+    data_dir skip_bad flip out resume bpe checkpointing""".split()
 
 
 def resumed_flags(given, path, part):
@@ -380,6 +380,7 @@ def check_read(given, config, settings=None):
     read = {
         "save_latents": (stage not in ("new", "none"), "--first-stage FILE"),
         "muon_lr": (config.optimizer == "muon", "--optimizer muon"),
+        "checkpointing": (FAMILIES[find_model(config.model)[0]].first_stage, "models with blocks"),
         "data_dir": (kind in data.OFFICIAL, f"--data {', '.join(data.OFFICIAL)}"),
         "skip_bad": (kind == "folder", "--data folder:PATH"),
         "image_size": (kind != "latents", "pictures, not latents"),

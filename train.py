@@ -21,9 +21,11 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -49,6 +51,12 @@ def micro_size(config):
     return size // parts
 
 
+def blocks_of(module):
+    """The blocks of a model: what stands in its lists of modules, the outermost ones."""
+    for child in module.children():
+        yield from child if isinstance(child, torch.nn.ModuleList) else blocks_of(child)
+
+
 def make_step(config, dataset, task):
     """One training step as a function: step(s) -> (metrics, gradient norm, 1 if taken else 0).
     config: the loop's flags, see Config; dataset: data.Dataset; task: see tasks.py. Everything that
@@ -59,6 +67,10 @@ def make_step(config, dataset, task):
     task.check_batch(config.batch_size)
     batches = data.Batches(task.prepare(dataset, device), config.batch_size, device, config.seed)
     ema, optimizers = average_of(model), make_optimizers(config, model)
+    if config.checkpointing:                    # of the class, so that a second call adds nothing
+        for block in blocks_of(model):
+            block.forward = partial(checkpoint, partial(type(block).forward, block),
+                                    use_reentrant=False, preserve_rng_state=False)
     autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()
     generator = torch.Generator(device)
 
@@ -191,6 +203,7 @@ class Config:
     steps: int = flag(1000, "optimizer steps", "[1, inf)")
     batch_size: int = flag(64, "pictures per optimizer step, over all devices", "[1, 1e9]")
     accum: int = flag(1, "micro-batches per batch: less memory, same result", "[1, inf)")
+    checkpointing: bool = flag(False, "compute blocks again in backward: less memory, same result")
     optimizer: str = flag("muon", "muon: on the blocks, adamw elsewhere", "", ["muon", "adamw"])
     lr: float = flag(2e-3, "learning rate of AdamW", "(0, inf)")
     muon_lr: float = flag(0.02, "learning rate of Muon", "(0, inf)")

@@ -97,6 +97,7 @@ INSIDE = {("train vq-vae", "factor"): "4", ("train vq", "first_stage"): "in/ae/c
 EXCUSED = {         # flag, or "context flag": why it may change nothing
     "device": "a machine without a GPU has one device",
     "accum": "the same result by its definition: test_registry_runs.py compares",
+    "checkpointing": "the same result by its definition: test_registry_runs.py compares",
     "data_dir": "a place to look for official files: test_official_files_are_looked_for",
     "skip_bad": "a permission: test_skip_bad",
     "batch_size": "of sampling: picture i has its own seed; its passes are counted in one context"}
@@ -165,7 +166,7 @@ def did(shop):                                                                  
         files = {path: digest(shop.box / path) for path in {*done.new, *done.changed}
                  if (shop.box / path).is_file() and not path.endswith("config.json")}
         shop.restore(done)
-        words = re.sub(r"[-\d.e+]+", "", done.out) if command == "bench" else done.out
+        words = re.sub(r"[-\s\d.e+]+", "", done.out) if command == "bench" else done.out
         return done.code, done.err + done.trace, (files, words, list(notes), shop.count, done.code)
     tokenizer = functools.cache(models.CLIPTokenizer)       # slow to make
     with pytest.MonkeyPatch.context() as patch:

@@ -98,6 +98,28 @@ def test_every_draw_of_a_step_is_read_and_a_loss_is_pure(family):
         assert loss_of(task, 4, **{name: other[name]})[0] != plain, f"{name} is not read"
 
 
+@pytest.mark.parametrize("family", DENOISERS)
+def test_blocks_that_are_computed_again_give_the_same_weights(family, monkeypatch):
+    """Each block's forward runs twice; bit-equal weights and averages, under the same names."""
+    found, calls = [], []
+    task = task_of(family)
+    for kind in {type(block) for block in train.blocks_of(task.model)}:
+        monkeypatch.setattr(kind, "forward", lambda block, *given, forward=kind.forward: (
+            calls.append(block), forward(block, *given))[1])
+    for again in (False, True):
+        task = task_of(family)
+        config = Config(model=smallest(family), device="cpu", batch_size=4, checkpointing=again)
+        for _ in range(1 + again):              # twice on one model is not four times
+            step = make_step(config, DATA["captions"], task)
+        calls.clear()
+        step(0)
+        found.append((len(calls), task.model.state_dict(), step.ema.state_dict()))
+    (once, *plain), (twice, *recomputed) = found
+    assert 1.9 * once < twice <= 2 * once           # but blocks that need no gradient: once
+    for a, b in zip(plain, recomputed):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_micro_batches_are_one_batch_and_a_batch_is_learned(family):
     """Gradients (the optimizers' first moments) and codebooks agree to float32 rounding."""

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import bench
 import data
 import optim
 import pretrained
@@ -369,18 +368,6 @@ def test_a_failing_compiler_is_one_warning(monkeypatch, capsys):
     assert "going on without it" in capsys.readouterr().err
 
 
-def test_bench_measures_and_checks(capsys):
-    common = ["--models", "DiT-64x2/4", "--batch-size", "8", "--device", "cpu"]
-    for flags, words in ((["--steps", "2"], "pictures/s"), (["--steps", "150", "--overfit"], "ok")):
-        with pytest.raises(SystemExit) as done:
-            bench.main([*common, *flags])
-        printed = capsys.readouterr().out
-        assert done.value.code == 0 and words in printed and "NOT ok" not in printed
-    with pytest.raises(SystemExit) as done:
-        bench.main([*common, "--steps", "1", "--overfit"])
-    assert done.value.code == 1 and "NOT ok" in capsys.readouterr().out
-
-
 def test_paper_recipe_is_the_papers():
     c, s = train.read_flags(["--recipe", "paper"])
     assert (c.optimizer, c.lr, s.schedule, s.prediction, s.learn_sigma) == (
@@ -449,7 +436,8 @@ def run(begun, tmp_path):
 
 KEPT = ["steps", "data_dir", "skip_bad", "flip", "batch_size", "accum", "lr", "muon_lr",
         "weight_decay", "warmup", "lr_decay", "grad_clip", "ema", "log_every", "sample_every",
-        "save_every", "class_dropout", "cfg_scale", "flow_shift", "device", "compile"]
+        "save_every", "class_dropout", "cfg_scale", "flow_shift", "device", "compile",
+        "checkpointing"]
 
 
 def another(field):
