@@ -1,34 +1,45 @@
 """How fast is it, and does it learn at all? Measured against what this machine can do.
 
-    python bench.py                               # time of a step, share of the machine's limit
-    python bench.py --models DiT-S/2 unet-tiny --steps 20
+    python bench.py --models DiT-S/2 unet-tiny --steps 20       # default: one model of each kind
     python bench.py --overfit --steps 200 --models udit-tiny    # self-check: one batch, same noise
+    python bench.py --grow                      # time and memory with depth, width, tokens, batch
+    python bench.py --against PATH              # beside a checkout of the official DiT or U-DiT
+    python bench.py --proof DIR                 # what one GPU has to show, in nine minutes
+
+The limit is the rate of a large matrix product by the fastest way that this machine has. A
+convolution is a product too, and no library is the fastest on every machine. Columns: other, the
+share of a step outside forward, backward and optimizers (data, random numbers, clipping, average);
+sample, one picture and one step of the default sampler, guided (first stages: encode and decode);
+GiB, peak of the process, on cuda of the device. On one thread of a CPU, times are CPU time.
 """
 import dataclasses
-import sys
-import time
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 from cli import flag, one_line, parse, resolve_device
 from models import FAMILIES, find_model, make_task
+from studies.meters import best, clock, limit, memory, outside, sampling
 from train import make_step, read_flags
+
+DEFAULT = ("DiT-128x4/2", "udit-tiny", "unet-tiny", "vq-tiny", "tiny-ae", "vq-vae")
+TABLE = "!models !batch_size !image_size !compile !overfit"     # what only the table reads
 
 
 @dataclasses.dataclass
 class Options:
     """what to measure"""
-    models: tuple = flag(("DiT-128x4/2", "udit-tiny", "unet-tiny", "vq-tiny", "tiny-ae", "vq-vae"),
-                         "names of models, see train.py")
+    models: tuple = flag(None, "names of models, see train.py (default: one of each kind)")
     steps: int = flag(None, "steps to time (default: 10), or to --overfit (200)", "[1, inf)")
     batch_size: int = flag(None, "pictures per step (default: as in training)", "[1, 1e9]")
     image_size: int = flag(None, "side of the pictures (default: as in training)", "[1, 65536]")
-    overfit: bool = flag(False, "train on one batch: its loss must fall below 5 %%")
+    overfit: bool = flag(None, "train on one batch: its loss must fall below 5 %%")
     device: str = flag("auto", "where to run", "", ["auto", "cpu", "cuda", "mps"])
-    compile: str = flag("auto", "torch.compile; auto: on cuda", "", ["auto", "on", "off"])
+    compile: str = flag(None, "torch.compile (default: auto, on cuda)", "", ["auto", "on", "off"])
+    grow: bool = flag(None, "time and memory against size", needs=f"{TABLE} !against !proof")
+    against: str = flag(None, "folder of the official code", needs=f"{TABLE} !proof")
+    proof: str = flag(None, "folder for the proof; on a CPU tiny", needs=f"{TABLE} !steps")
 
 
 def run_of(model, options, *flags):
@@ -51,70 +62,56 @@ def overfit(model, options):
     return losses[0].item(), losses[-1].item()
 
 
-def limit(device, seconds=0.5):
-    """Operations per second of a large matrix product: bfloat16 on cuda, float32 elsewhere."""
-    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    a @ b                                           # the first product takes longer
-    start, count = clock(device), 0
-    while clock(device) - start < seconds:
-        a @ b
-        count += 1
-    return 2 * n ** 3 * count / (clock(device) - start)
-
-
-def clock(device):
-    """Seconds, after the device has finished what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def measure(model, options):
-    """Time a model's training step -> {"ms", "pictures/s", "TFLOP/s", "limit", "share", "GiB"}.
-    Steps and the limit are measured in turns, as a machine's speed changes with its other work."""
+    """A model's row of the table, {column: number}, and the limit, {way: TFLOP/s}. Steps and limit
+    are measured in turns, as a machine's speed changes with its other work."""
+    memory(device := resolve_device(options.device), anew=True)
     config, task, dataset = run_of(model, options)
-    step, device, best, seconds = make_step(config, dataset, task), config.device, 0.0, []
+    step, rates, seconds = make_step(config, dataset, task), {}, []
     with FlopCounterMode(display=False) as counter:
         step(0)
     for s in range(3):                              # compile, allocate, settle
         step(s)
     for s in range(options.steps):
-        best = max(best, limit(device)) if s % 5 == 0 else best
+        for way, rate in limit(device).items() if s % 5 == 0 else ():
+            rates[way] = max(rates.get(way, 0), rate / 1e12)
         start = clock(device)
         step(s)
         seconds.append(clock(device) - start)
-    median = sorted(seconds)[len(seconds) // 2]
-    rate = counter.get_total_flops() / median
-    return {"ms": 1000 * median, "pictures/s": config.batch_size / median, "TFLOP/s": rate / 1e12,
-            "limit": best / 1e12, "share": rate / best, "GiB": memory(device) / 2 ** 30}
-
-
-def memory(device):
-    """Peak memory in bytes: of the device on cuda, else of this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource                                 # absent on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    median, peak = sorted(seconds)[len(seconds) // 2], memory(device)
+    rate = counter.get_total_flops() / median / 1e12
+    return {"batch": config.batch_size, "step ms": 1000 * median,
+            "pictures/s": config.batch_size / median, "TFLOP/s": rate,
+            "share %": 100 * rate / best(rates, device)[0],
+            "other %": 100 * outside(step, task, device),
+            "sample ms": 1000 * sampling(task, step.ema, dataset, device),
+            "GiB": peak / 2 ** 30}, rates
 
 
 @one_line
 def main(argv):
     """The command. --overfit exits with 1 if a model did not learn its batch."""
     (options,), failed = parse(argv, __doc__, Options), 0
+    if options.grow or options.against or options.proof:
+        from studies.speed import command           # not at the top: it imports this file
+        return command(options)
     options.steps = options.steps or (200 if options.overfit else 10)
-    for model in options.models:            # what is wrong with the last is said before the first
+    models = options.models or DEFAULT
+    for model in models:                    # what is wrong with the last is said before the first
         run_of(model, options)
-    for model in options.models:
+    for model in models:
         if options.overfit:
             first, last = overfit(model, options)
             failed += not (learned := last < 0.05 * first)              # False for nan too
             print(f"{model}: loss {first:.4f} -> {last:.4f} ({last / first:.1%}), "
                   f"{'ok' if learned else 'NOT ok'}")
-        else:
-            row = measure(model, options)
-            print(f"{model:14}" + ", ".join(f"{name} {value:.3g}" for name, value in row.items()))
+            continue
+        row, rates = measure(model, options)
+        if model == models[0]:
+            named = sorted(rates.items(), key=lambda pair: -pair[1])
+            print("limit in TFLOP/s: " + ", ".join(f"{way} {rate:.3g}" for way, rate in named))
+            print(f"{'model':14}" + "".join(f"{name:>12}" for name in row))
+        print(f"{model:14}" + "".join(f"{value:12.3g}" for value in row.values()))
     raise SystemExit(int(failed > 0))
 
 

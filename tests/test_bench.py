@@ -1,14 +1,18 @@
 """bench.py: the row of a model, and the exit code of the self-check."""
 import itertools
 import re
+import sys
+import types
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import data
 import train
 from models import make_task
+from studies import gpu_proof, meters, speed
 from tasks import macs
 
 COMMON = ["--models", "DiT-64x2/4", "--batch-size", "8", "--device", "cpu"]
@@ -22,22 +26,36 @@ def exit_code(*flags):
 
 def test_a_row_holds_the_numbers_of_a_step(capsys):
     assert exit_code("--steps", "2") == 0
-    row = capsys.readouterr().out
-    assert row.startswith("DiT-64x2/4 ") and row.count("\n") == 1
-    of = lambda name: float(re.search(rf"\b{name} (\S+?)[,\n]", row)[1])
-    assert of("pictures/s") == pytest.approx(8 / (of("ms") / 1000), rel=0.02)   # three digits each
-    assert of("share") == pytest.approx(of("TFLOP/s") / of("limit"), rel=0.02)
-    assert 0 < of("share") < 1 and of("GiB") > 0.1
+    limit, heading, row = capsys.readouterr().out.splitlines()
+    names, cells = re.split("  +", heading), row.split()
+    assert names[0] == "model" and cells[0] == "DiT-64x2/4" and len(names) == len(cells)
+    of = dict(zip(names[1:], map(float, cells[1:])))            # three digits each
+    assert of["pictures/s"] == pytest.approx(8 / (of["step ms"] / 1000), rel=0.02)
+    rates = {way: float(rate) for way, rate in re.findall(r"([\w ]+) ([\d.e-]+)(?:,|$)",
+                                                          limit.removeprefix("limit in TFLOP/s: "))}
+    best = max(rate for way, rate in rates.items() if "bfloat16" not in way)
+    assert of["share %"] == pytest.approx(100 * of["TFLOP/s"] / best, rel=0.02)
+    assert {" product", " 1x1 convolution", " 3x3 convolution"} <= {f" {way.strip()}"
+                                                                    for way in rates}
+    assert 0 < of["share %"] < 150 and 0 < of["other %"] < 100 and of["sample ms"] > 0
+    assert of["GiB"] > 0.1 and of["batch"] == 8
+
+
+def test_two_models_have_one_heading(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure", lambda model, options: ({"step ms": 1.5}, {"product": 2}))
+    assert exit_code("--models", "udit-tiny") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "limit", "model", "DiT-64x2/4", "udit-tiny"]
 
 
 def test_the_operations_of_a_picture_are_those_of_forward_and_backward(monkeypatch):
     ticks = iter(range(10_000))
     monkeypatch.setattr(bench, "clock", lambda device: float(next(ticks)))      # a step: 1 second
-    monkeypatch.setattr(bench, "limit", lambda device: 1e12)
+    monkeypatch.setattr(bench, "limit", lambda device: {"product": 1e12})
     measure = lambda n: bench.measure("DiT-64x2/4", bench.Options(
-        steps=1, device="cpu", batch_size=n))
+        steps=1, device="cpu", batch_size=n))[0]
     one, two = measure(32), measure(64)
-    assert one["ms"] == 1000 and one["pictures/s"] == 32
+    assert one["step ms"] == 1000 and one["pictures/s"] == 32
     more = 1e12 * (two["TFLOP/s"] - one["TFLOP/s"]) / 32        # without those of the optimizer
     config, settings = train.read_flags(["--model", "DiT-64x2/4", "--first-stage", "new"])
     task = make_task(config, settings, data.load("shapes", count=8))
@@ -48,20 +66,90 @@ def test_a_step_takes_the_median_of_its_times(monkeypatch):
     """Five steps of 1, 1, 2, 8 and 9 seconds: 2, whatever the slowest and the fastest take."""
     moments = iter([0, 8, 8, 9, 9, 11, 11, 20, 20, 21])
     monkeypatch.setattr(bench, "clock", lambda device: float(next(moments)))
-    monkeypatch.setattr(bench, "limit", lambda device: 1e12)
+    monkeypatch.setattr(bench, "limit", lambda device: {"product": 1e12})
     options = bench.Options(steps=5, device="cpu", batch_size=4, image_size=16)
-    assert bench.measure("DiT-32x1/4", options)["ms"] == 2000
+    assert bench.measure("DiT-32x1/4", options)[0]["step ms"] == 2000
 
 
-def test_the_limit_counts_a_product_and_a_sum_for_each_pair(monkeypatch):
-    moments = itertools.count()
-    monkeypatch.setattr(bench, "clock", lambda device: float(next(moments)))
-    with FlopCounterMode(display=False) as counter:
-        rate = bench.limit("meta", seconds=5)
-    first, last = 0, next(moments) - 1
-    products = 1 + 4                # one before the clock starts, then at 1, 2, 3 and 4 seconds
-    assert rate * (last - first) == pytest.approx(counter.get_total_flops() * 4 / products)
+# --------------------------------------------------------------------------------------------------
+# the limit, and the parts of a step
 
+def test_every_way_to_multiply_counts_its_products_and_sums():
+    """In torch's counter, or by the result of the one that the counter does not know."""
+    ways = meters.ways("cpu")
+    for way, (operations, product) in ways.items():
+        with FlopCounterMode(display=False) as counter:
+            result = product()
+        if way == "oneDNN product":
+            torch.testing.assert_close(result, ways["product"][1](), rtol=1e-4, atol=1e-3)
+            assert operations == ways["product"][0]
+        else:
+            assert operations == counter.get_total_flops() > 0, way
+    image = ways["1x1 convolution"][1]()                        # pixels are the rows of the product
+    torch.testing.assert_close(image.movedim(1, 3).reshape(1024, 1024), ways["product"][1](),
+                               rtol=1e-4, atol=1e-3)
+
+
+def test_a_machine_without_bfloat16_or_onednn_has_the_other_ways(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "old"}, raising=False)
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())
+    assert list(meters.ways("cpu")) == ["product", "1x1 convolution", "3x3 convolution"]
+
+
+@pytest.mark.parametrize("device, at_once", [("cpu", 1), ("cuda", 10)])
+def test_the_limit_is_operations_over_time_and_a_gpu_is_waited_for_less(
+        device, at_once, monkeypatch):
+    done, moments = [], itertools.count()
+    monkeypatch.setattr(meters, "ways", lambda device: {"product": (7, lambda: done.append(1))})
+    monkeypatch.setattr(meters, "clock", lambda device: float(next(moments)))
+    # a second between looks at the clock: at 0 before, then 1, 3, 5, ... with products in between
+    rate = meters.limit(device, seconds=4.5)["product"]
+    passed = next(moments) - 1
+    assert len(done) == 1 + 4 * at_once and rate == pytest.approx(7 * 4 * at_once / passed)
+
+
+def test_the_share_is_of_the_fastest_way_in_the_models_number_format():
+    rates = {"bfloat16 product": 4.0, "product": 1.0, "3x3 convolution": 2.0}
+    assert meters.best(rates, "cpu") == (2.0, "3x3 convolution")
+    assert meters.best({"bfloat16 product": 4.0}, "cuda") == (4.0, "bfloat16 product")
+
+
+def test_outside_is_what_is_neither_forward_nor_backward_nor_optimizer(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(meters, "clock", lambda device: now[0])
+
+    def takes(seconds, result=None):
+        def run(*given):
+            now[0] += seconds
+            return result
+        return run
+    monkeypatch.setattr(torch.Tensor, "backward", takes(3.0))
+    loss = torch.zeros((), requires_grad=True)
+    task, optimizer = (types.SimpleNamespace(loss=takes(1.0, loss)),
+                       types.SimpleNamespace(step=takes(2.0)))
+
+    def step(s):
+        now[0] += 1.5                                           # data, noise
+        task.loss().backward()
+        optimizer.step()
+        now[0] += 0.5                                           # the average
+    step.optimizers = [optimizer]
+    before = task.loss, optimizer.step, torch.Tensor.backward
+    assert meters.outside(step, task, "cpu") == pytest.approx(2 / 8)
+    assert before == (task.loss, optimizer.step, torch.Tensor.backward)     # all put back
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of all models so far")
+def test_the_memory_of_a_model_is_not_that_of_the_one_before():
+    torch.ones(2 ** 26).sum()                                   # 256 MiB, and free again
+    before = meters.memory("cpu")
+    assert meters.memory("cpu", anew=True) < before - 2 ** 27
+    torch.ones(2 ** 25).sum()
+    assert meters.memory("cpu") > meters.memory("cpu", anew=True) + 2 ** 26
+
+
+# --------------------------------------------------------------------------------------------------
+# the self-check, and the command
 
 def test_the_self_check_says_whether_one_batch_was_learned(capsys):
     assert exit_code("--overfit", "--steps", "150") == 0
@@ -108,7 +196,32 @@ def test_sizes_that_are_not_given_are_those_of_training(monkeypatch):
 def test_the_self_check_trains_long_enough_unless_told_otherwise(monkeypatch):
     steps = []
     monkeypatch.setattr(bench, "overfit", lambda model, o: steps.append(o.steps) or (1.0, 0.01))
-    monkeypatch.setattr(bench, "measure", lambda model, o: steps.append(o.steps) or {})
+    monkeypatch.setattr(bench, "measure", lambda model, o: steps.append(o.steps) or ({}, {}))
     for flags in (["--overfit"], [], ["--overfit", "--steps", "7"], ["--steps", "8"]):
         assert exit_code(*flags) == 0
     assert steps == [200, 10, 7, 8]
+
+
+def test_longer_measurements_are_passed_on(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(speed, "grow", lambda *given: seen.append(given) or [])
+    monkeypatch.setattr(speed, "against", lambda *given: seen.append(given) or [])
+    monkeypatch.setattr(gpu_proof, "main", seen.append)
+    for flags in ("--grow --steps 3", "--against some/folder", "--proof here"):
+        bench.main([*flags.split(), "--device", "cpu"])
+    assert seen == [("cpu", 3), ("some/folder", "cpu", 6), ["--out", "here", "--tiny"]]
+    assert capsys.readouterr().out.startswith("on ")
+
+
+def test_longer_measurements_refuse_what_they_do_not_read(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, words in (("--grow --models udit-tiny", "--grow is not read beside --models"),
+                         ("--grow --batch-size 3", "--grow is not read beside --batch-size"),
+                         ("--grow --against x", "--grow is not read beside --against"),
+                         ("--proof x --steps 3", "--proof is not read beside --steps"),
+                         ("--proof x --overfit", "--proof is not read beside --overfit"),
+                         ("--proof x", "--device cpu"), ("--against ", "--against is empty"),
+                         ("--against /nowhere", "/nowhere has no udit_models.py")):
+        with pytest.raises(SystemExit) as stopped:
+            bench.main([word for word in flags.split(" ")])
+        assert stopped.value.code == 2 and words in capsys.readouterr().err, flags

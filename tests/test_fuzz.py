@@ -166,7 +166,7 @@ class Workshop:
         learn = evaluate.train_classifier
         patch.setattr(evaluate, "train_classifier", lambda real, steps=1000, *more: learn(
             real, min(steps, 2), *more))
-        patch.setattr(bench, "limit", lambda device: 1e9)
+        patch.setattr(bench, "limit", lambda device: {"product": 1e9})
         patch.setattr(train, "compile_or_warn", lambda *given: None)    # takes half a minute
         patch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **how: None)
         sampled = tasks.DiffusionTask.sample
