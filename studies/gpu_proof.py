@@ -7,25 +7,30 @@ Question: is what was written on a CPU right and fast on a card? Ten minutes of 
   card. The data are 512 pictures, so that an epoch has few steps; its order is copied to the card.
 - (b) A training step of published sizes by the paper's recipe (AdamW) on random data. Share: six
   operations per multiply-accumulate of a forward, over time and the rate of a large bfloat16
-  product (bench.limit, each waited for). Kernels: what the card did in one step, and how long.
+  product (bench.limit). Kernels: what the card did in one step, and how long.
 - (c) Sampling with CUDA graphs, 50 guided steps. (d) Memory of Stable Diffusion v1 in float16.
 - (e) `python train.py` with nothing compiled before, and 480 samples judged as by evaluate.py.
 - (f) DiT-S/2 on CIFAR-10 pixels by Muon; classifier-FID of 2,000 samples, with its floor.
 - (m) As (b), by Muon and by AdamW; DiT-128x4/2 has the batch and the latents of the default run.
+- (t) What the tests say of a CPU, for one model of each kind in float32: the gradients are those of
+  the CPU, and a run that was saved and goes on equals one that was never stopped.
 
 Each part is a process with a time limit. They compile side by side; while one measures, the others
 are halted. A part that fails leaves its reason, and the same command tries it again; the others go
-on. --tiny runs all on the CPU with small models, in one process and with nothing compiled.
+on. --tiny runs all on the CPU with small models, in one process and with nothing compiled. OUT
+gets proof.csv, proof.md, the grid of (f), the profiles and the logs.
 
 Seen in the profiles: a step of the default run is the host's time, not the card's. U-DiT's
 rotations are complex numbers, which torch.compile leaves uncompiled. Stable Diffusion's U-Net
 spends a part of its step on changing the layout of pictures for its convolutions.
 
+    python bench.py --proof out/proof                           # or with more flags:
     python -m studies.gpu_proof --out out/proof --cifar data/cifar10
     cp out/proof/proof.csv studies/results/gpu_proof.csv        # and gpu_proof.png, for the report
 """
 import collections
 import contextlib
+import dataclasses
 import importlib
 import json
 import multiprocessing
@@ -52,7 +57,8 @@ from cli import one_line
 from diffusion import GaussianDiffusion
 from models import make_task, settings_class
 from studies.common import Table, markdown, parser, whole
-from tasks import DiffusionTask, macs
+from studies.meters import best
+from tasks import DiffusionTask, macs, resume, save
 from text import TextConditional, TextEncoder
 from unet import UNET_CONFIGS, UNet
 from vae import AutoencoderKL
@@ -162,7 +168,7 @@ def speed(o, model, alone, batch, compile="on", recipe="paper"):
     if o.tiny:
         batch, compile = 4, "off"
     config, dataset, task = random_run(o, model, batch, recipe, compile)
-    operations, begin = 6 * macs(task) * batch, time.perf_counter()
+    operations, begin = 6 * macs(task) * batch, bench.clock(o.device)
     step, seconds = train.make_step(config, dataset, task), []
     for s in range(3):
         step(s)
@@ -173,12 +179,12 @@ def speed(o, model, alone, batch, compile="on", recipe="paper"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with alone():
-        limit = bench.limit(o.device, 0.01 if o.tiny else 0.5)
+        limit = product_rate(o)
         for s in range(2 if o.tiny else 12):
             begin = bench.clock(o.device)
             step(s)
             seconds.append(bench.clock(o.device) - begin)
-        limit = max(limit, bench.limit(o.device, 0.01 if o.tiny else 0.5))
+        limit = max(limit, product_rate(o))
         memory, profiled = bench.memory(o.device) / 2 ** 30, profile(o, step)
     name = f"batch {batch}, {config.optimizer}, {'compiled' if compile == 'on' else 'eager'}"
     file = f"profile-{model}-{name}.txt".replace("/", "-").replace(", ", "-").replace(" ", "")
@@ -196,6 +202,11 @@ def speed(o, model, alone, batch, compile="on", recipe="paper"):
     yield row(name, "ms of kernels", sum(e.time_range.elapsed_us() for e in kernels) / 1000)
 
 
+def product_rate(o):
+    """Operations per second of a large product, by the fastest way there is."""
+    return best(bench.limit(o.device, 0.01 if o.tiny else 0.5), o.device)[0]
+
+
 def profile(o, step):
     """One step under torch's profiler; with --tiny nothing, as reading its events takes long."""
     kinds = torch.profiler.ProfilerActivity
@@ -204,6 +215,49 @@ def profile(o, step):
             step(3)
         bench.clock(o.device)
     return p
+
+
+def families(o, model, alone):
+    """Part t: gradients on the card beside the CPU's, and a run that goes on, in float32."""
+    torch.set_float32_matmul_precision("highest")
+    for name in (model, "tiny-ae") if o.tiny else bench.DEFAULT:
+        found, draws = [], {}
+        for device in ("cpu", o.device):
+            options = bench.Options(device=device, batch_size=8, compile="off")
+            config, task, dataset = bench.run_of(name, options)
+            torch.manual_seed(0)
+            for p in task.model.parameters():       # else what lies before a last 0 has none
+                p.data.add_(0.02 * torch.randn_like(p))
+            draws = draws or task.draw(8, torch.Generator().manual_seed(0), "cpu")
+            few = task.prepare(dataclasses.replace(
+                dataset, images=dataset.images[:8], labels=dataset.labels[:8],
+                captions=dataset.captions and dataset.captions[:8]), "cpu")
+            given = {k: v.to(device) for k, v in draws.items() if k != "flip"}
+            task.loss(task.model.to(device), few.images.to(device), few.labels.to(device),
+                      torch.arange(8, device=device), **given)[0].backward()
+            found.append(torch.cat([p.grad.flatten().cpu() for p in task.model.parameters()
+                                    if p.grad is not None]))
+        yield row(name, "gradients, relative difference",
+                  ((found[0] - found[1]).norm() / found[0].norm()).item())
+        yield row(name, "weights of a run that went on, largest difference", gone_on(o, name))
+
+
+def gone_on(o, name):
+    """Largest difference of weights after steps 0, 1, 2, and after 0, 1, saving, loading, 2."""
+    ends, path = [], f"{o.out}/gone-on-{os.getpid()}.pt"
+    for start in (0, 2):
+        config, task, dataset = bench.run_of(name, bench.Options(device=o.device, batch_size=8,
+                                                                 compile="off"))
+        config.device = "cuda:0" if o.device == "cuda" else o.device            # float32, see (a)
+        step = train.make_step(config, dataset, task)
+        if start:
+            resume(path, task, step)
+        for s in range(start, 3):
+            save(path, config, task, step, s) if s == 2 and not start else None
+            step(s)
+        ends.append([p.detach().float().cpu() for p in task.model.state_dict().values()])
+    os.remove(path)
+    return max((a - b).abs().max().item() for a, b in zip(*ends))
 
 
 def graphs(o, model, alone):
@@ -316,6 +370,7 @@ PARTS = {
     "b DiT-XL/2": (speed, "DiT-XL/2", {"batch": 256}, 100, 300),
     "f DiT-S/2": (photographs, "DiT-S/2", {}, 14, 500),
     "a DiT-128x4/2": (losses, "DiT-128x4/2", {"steps": 200}, 2, 200),
+    "t one of each kind": (families, "DiT-128x4/2", {}, 2, 120),
     "c DiT-S/2": (graphs, "DiT-S/2", {}, 3, 240),
     "d SD-v1": (sd_memory, "SD-v1", {}, 9, 120),
     **{f"a {model}": (losses, model, {"steps": 100}, 2, 240)
@@ -477,9 +532,9 @@ class Together:
 # --------------------------------------------------------------------------------------------------
 # the report, and the command
 
-def report():
+def report(table=None):
     """For each letter a table: a line for every setting, a column for every measure."""
-    rows = [r for r in TABLE.rows() if r["measure"] != "done"]
+    rows = [r for r in (table or TABLE).rows() if r["measure"] != "done"]
     if not rows:
         return ""
     cards = dict.fromkeys(f"{r['setting']}, torch {r['value']}" for r in rows
@@ -532,6 +587,9 @@ def main(argv):
         o.gib = card.total_memory / 2 ** 30 - 4
         table.add({"part": "machine", **row(card.name, "torch", torch.__version__)})
         Together(names, table, o).run()
+    picture = "\n![samples of (f)](gpu_proof.png)\n" * os.path.isfile(f"{o.out}/gpu_proof.png")
+    pathlib.Path(o.out, "proof.md").write_text(f"# What one GPU says\n\n{report(table)}{picture}")
+    print(f"wrote {o.out}/proof.md")
 
 
 if __name__ == "__main__":
