@@ -10,7 +10,8 @@
   a checkout that you give. The code of DiT needs timm, that of U-DiT needs einops.
 
 Times are medians of one thread's CPU time, in turns: a round has every setting once. Memory is the
-peak of a process of its own, less what it had after importing. Five minutes without the official
+peak of a process of its own, less what it had after importing; about 150 MiB of it any step needs,
+for 512 pictures and what the first step loads. Five minutes of a free core without the official
 code.
 
     python -m studies.speed --against DiT U-DiT     # two checkouts: all of it, into the CSV
@@ -223,7 +224,7 @@ def shown(rows):
         for slopes in (False, True):
             mine = [r for r in rows if r["what"] == what and ("slopes" in r["setting"]) == slopes]
             measures = list(dict.fromkeys(r["measure"] for r in mine))
-            found = {(r["setting"], r["measure"]): f"{r['value']:.3g}" for r in mine}
+            found = {(r["setting"], r["measure"]): f"{r['value']:.4g}" for r in mine}
             lines = [[setting, *(found.get((setting, measure), "") for measure in measures)]
                      for setting in dict.fromkeys(r["setting"] for r in mine)]
             text += markdown([title, *measures], lines) + "\n" if mine else ""

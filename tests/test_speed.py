@@ -38,7 +38,7 @@ def test_growth_has_each_size_and_the_slopes(monkeypatch):
     assert value["batch, slopes", "time, all"] == pytest.approx(1)
     assert value["batch, slopes", "memory, last two"] == pytest.approx(2)
     text = speed.shown(rows)
-    assert "| batch 8 | 8e+03 | 640 |" in text and text.count("| Growth |") == 2
+    assert "| batch 8 | 8000 | 640 |" in text and text.count("| Growth |") == 2
 
 
 def test_the_sizes_of_growth_are_what_they_are_called():
