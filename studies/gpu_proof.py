@@ -13,7 +13,8 @@ Question: is what was written on a CPU right and fast on a card? Ten minutes of 
 - (f) DiT-S/2 on CIFAR-10 pixels by Muon; classifier-FID of 2,000 samples, with its floor.
 - (m) As (b), by Muon and by AdamW; DiT-128x4/2 has the batch and the latents of the default run.
 - (t) What the tests say of a CPU, for one model of each kind in float32: the gradients are those of
-  the CPU, and a run that was saved and goes on equals one that was never stopped.
+  the CPU, and a run that was saved and goes on equals one that was never stopped. Added after the
+  run below: not yet measured on a card.
 
 Each part is a process with a time limit. They compile side by side; while one measures, the others
 are halted. A part that fails leaves its reason, and the same command tries it again; the others go
