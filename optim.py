@@ -19,15 +19,26 @@ import torch
 
 @torch.no_grad()
 def orthogonalise(G, steps=5):
-    """Push the singular values of matrices G (n, rows, cols) to about 1, without an SVD.
-    Source: Jordan et al. 2024 (Newton-Schulz iteration of degree 5)."""
+    """Push the singular values of matrices G (n, rows, cols) to about 1, without an SVD: `steps`
+    times X <- (a I + b A + c A^2) X with A = X X^T. Source: Jordan et al. 2024 (Newton-Schulz).
+    Much wider than high, the factors P are multiplied first, and X once, by their product Q: they
+    are polynomials of the first A, so they commute, and the next A is P A P. In bfloat16, on cuda,
+    not so: A holds squares, and the small ones would be lost."""
+    a, b, c = 3.4445, -4.7750, 2.0315
     X = G.bfloat16() if G.is_cuda else G
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = X.shape[-2] > X.shape[-1]
-    X = X.mT if tall else X
-    for _ in range(steps):
-        A = X @ X.mT                                                        # (n, min, min)
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    X = X.mT if tall else X                                                 # (n, min, max)
+    A, Q, wide = X @ X.mT, None, X.shape[-1] > 1.5 * X.shape[-2]            # (n, min, min)
+    for last in [False] * (steps - 1) + [True]:
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)                         # b A + c A^2
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        if wide and not G.is_cuda:
+            Q, A = P if Q is None else P @ Q, A if last else P @ A @ P
+        else:
+            X = P @ X
+            A = A if last else X @ X.mT
+    X = X if Q is None else Q @ X
     return (X.mT if tall else X).to(G.dtype)
 
 
@@ -55,10 +66,12 @@ class Muon(torch.optim.Optimizer):
                 momentum = state.setdefault("momentum", torch.zeros_like(grads))
                 momentum.lerp_(grads, (1 - group["momentum"]) * keep)
                 nesterov = grads.lerp(momentum, group["momentum"]).flatten(2)   # (n, rows, cols)
-                update = orthogonalise(nesterov).view_as(grads)
-                update = update * max(1, shape[0] / math.prod(shape[1:])) ** 0.5
-                for p, u in zip(params, update):
-                    p.sub_((u + group["weight_decay"] * p) * (group["lr"] * keep))
+                rate = group["lr"] * keep
+                scale = max(1, shape[0] / math.prod(shape[1:])) ** 0.5
+                update = orthogonalise(nesterov).view_as(grads) * (scale * rate)
+                if group["weight_decay"]:
+                    torch._foreach_mul_(params, 1 - group["weight_decay"] * rate)
+                torch._foreach_sub_(params, list(update.unbind()))
 
 
 def make_optimizers(config, model):
