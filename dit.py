@@ -37,7 +37,12 @@ from diffusion import check_name, timestep_embedding
 
 def modulate(x, shift, scale):
     """x (B, N, D) scaled and shifted by (B, D) each -> (B, N, D). Source: DiT §3.2 (adaLN)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])         # shift + x (1 + scale)
+
+
+def gated(x, gate, branch):
+    """x + gate * branch, for x and branch (B, N, D), gate (B, D). Source: DiT §3.2 (adaLN-Zero)."""
+    return torch.addcmul(x, gate[:, None], branch)                      # in one pass over memory
 
 
 # ---- the four blocks -----------------------------------------------------------------------------
@@ -69,8 +74,8 @@ class AdaLNZeroBlock(Block):
     def forward(self, x, c, tokens):
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)                   # 6x (B, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = gated(x, gate_msa, self.attn(modulate(self.norm1(x), shift_msa, scale_msa)))
+        return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
 class AdaLNBlock(Block):
@@ -206,7 +211,7 @@ class DiT(nn.Module):
         if x.shape[1:] != expected:
             raise ValueError(f"this DiT expects pictures of shape {expected}, got "
                              f"{tuple(x.shape[1:])}: resize them, or change the model's sizes")
-        x = self.x_embedder.proj(x).flatten(2).mT + self.pos_embed              # (B, N, D)
+        x = self.patchify(x) + self.pos_embed                                   # (B, N, D)
         N = x.shape[1]
         t, y = self.t_embedder(t), self.y_embedder(y)                           # (B, D), (B, D)
         c, tokens = t + y, torch.stack([t, y], dim=1)                           # (B, D), (B, 2, D)
@@ -216,6 +221,14 @@ class DiT(nn.Module):
             x = block(x, c, tokens)
         x = self.final_layer(x[:, :N], c)                                       # (B, N, p*p*C_out)
         return self.unpatchify(x)                                               # (B, C_out, H, W)
+
+    def patchify(self, x):
+        """(B, C, H, W) -> (B, N, D). A convolution whose stride is its size, p, is one linear layer
+        on all patches, which is faster. Source: DiT §3.2 (patchify), Fig. 4."""
+        B, C, p, g = *x.shape[:2], self.patch_size, self.input_size // self.patch_size
+        x = x.reshape(B, C, g, p, g, p).permute(0, 2, 4, 1, 3, 5)                 # (B, g, g, C, p, p)
+        proj = self.x_embedder.proj
+        return F.linear(x.reshape(B, g * g, C * p * p), proj.weight.flatten(1), proj.bias)
 
     def unpatchify(self, x):
         """(B, N, p*p*C_out) -> (B, C_out, H, W). Source: DiT §3.2 (transformer decoder)."""
