@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import built_from, mismatch, save_checkpoint
+from checkpoint import built_from, check_tensors, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
 from diffusion import check_name
 from models import base_flags, base_task
@@ -224,12 +224,8 @@ def load_adapters(unet, state):
     with built_from("this adapter's file"):
         spec = {"scale": None, **state["spec"], "rank": rank_of(state["spec"]["rank"], None, None)}
         with torch.device("meta"):                      # so the largest rank takes no memory
-            wrong = mismatch(_tensors(_make(unet, **spec)), state["adapter"])
-        wrong += [f"{name}: not finite numbers" for name, tensor in state["adapter"].items()
-                  if not (tensor.is_floating_point() and tensor.isfinite().all())]
-    if wrong:
-        raise ValueError(f"the adapter does not fit, {len(wrong)} tensors differ: "
-                         + "; ".join(wrong[:5]))
+            made = _make(unet, **spec)
+        check_tensors(_tensors(made), state["adapter"], "the adapter does not fit,")
     if base_hash(unet) != state["base"]:
         raise ValueError("the adapter's base has the same shape with other weights: give that one")
     made = _make(unet, **spec)

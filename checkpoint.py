@@ -81,18 +81,21 @@ def built_from(source):
 
 def load_weights(model, weights, path):
     """Copy a state_dict, read from `path`, into model. Raises ValueError if it does not fit."""
-    wrong = mismatch(model.state_dict(), weights)
-    if wrong:
-        words = f"{path} does not fit this model, {len(wrong)} tensors differ: "
-        raise ValueError(words + "; ".join(wrong[:5]))
+    check_tensors(model.state_dict(), weights, f"{path} does not fit this model,")
     model.load_state_dict(weights)
 
 
-def mismatch(have, given):
-    """A line for each name whose shape differs between {name: tensor} of a model and of a file."""
-    have, given = ({k: tuple(v.shape) for k, v in state.items()} for state in (have, given))
-    return [f"{name}: file {given.get(name, 'has none')}, model {have.get(name, 'has none')}"
-            for name in sorted(have.keys() | given.keys()) if have.get(name) != given.get(name)]
+def check_tensors(have, given, what):
+    """Raise ValueError, `what` and five differences, unless {name: tensor} of a file have names and
+    shapes of a model's, and are finite numbers of their kind (of any precision)."""
+    a, b = ({name: tuple(tensor.shape) for name, tensor in x.items()} for x in (have, given))
+    wrong = [f"{name}: file {b.get(name, 'has none')}, model {a.get(name, 'has none')}"
+             for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    wrong = wrong or [f"{name}: dtype {tensor.dtype}, or not finite"
+                      for name, tensor in given.items() if have[name].is_floating_point()
+                      and not (tensor.is_floating_point() and tensor.isfinite().all())]
+    if wrong:
+        raise ValueError(f"{what} {len(wrong)} tensors differ: {'; '.join(wrong[:5])}")
 
 
 @contextlib.contextmanager

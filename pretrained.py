@@ -25,7 +25,7 @@ import re
 
 import torch
 
-from checkpoint import load_checkpoint, mismatch, named_tensors, read_torch, written_whole
+from checkpoint import check_tensors, load_checkpoint, named_tensors, read_torch, written_whole
 from dit import DIT_CONFIGS
 from text import TextEncoder
 from unet import UNet
@@ -133,11 +133,7 @@ def build(parts, dtype=None):
                              "(5) and the like: give a plain text-to-image model")
         with torch.device("meta"):
             models[part] = make(**sizes)
-        wrong = mismatch(models[part].state_dict(), state)
-        wrong += [f"{name}: dtype {tensor.dtype}, or not finite" for name, tensor in state.items()
-                  if not (tensor.is_floating_point() and tensor.isfinite().all())]
-        if wrong:
-            raise ValueError(f"{part}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+        check_tensors(models[part].state_dict(), state, f"{part}:")
         cast = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
         models[part].load_state_dict(cast, assign=True)
     return models

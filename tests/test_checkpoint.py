@@ -3,6 +3,7 @@ import argparse
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import zipfile
 import pytest
 import torch
 
-from checkpoint import (built_from, load_checkpoint, load_weights, mismatch, named_tensors,
+from checkpoint import (built_from, check_tensors, load_checkpoint, load_weights, named_tensors,
                         read_torch, save_checkpoint, written_whole)
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -194,12 +195,18 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_copied():
     assert all(torch.equal(model.state_dict()[name], ones[name]) for name in before)
 
 
-def test_mismatch_compares_names_and_shapes_alone():
-    have = {"b": torch.ones(2), "a": torch.ones(3, 1), "c": torch.ones(())}
-    assert mismatch(have, {"c": torch.tensor(5), "a": torch.zeros(3, 1), "b": torch.zeros(2)}) == []
-    assert mismatch(have, {"a": torch.ones(1, 3), "c": torch.ones(()), "d": torch.ones(4)}) == [
-        "a: file (1, 3), model (3, 1)", "b: file has none, model (2,)",
-        "d: file (4,), model has none"]
+def test_tensors_of_a_file_have_names_shapes_and_finite_numbers_of_the_models_kind():
+    have = {"b": torch.ones(2), "a": torch.ones(3, 1), "c": torch.tensor(5)}
+    same = {"c": torch.tensor(7), "a": torch.zeros(3, 1).half(), "b": torch.zeros(2)}
+    check_tensors(have, same, "f:")
+    other = {"a": torch.ones(1, 3), "c": torch.tensor(7), "d": torch.ones(4)}
+    with pytest.raises(ValueError, match=re.escape(
+            "f: 3 tensors differ: a: file (1, 3), model (3, 1); b: file has none, model (2,); "
+            "d: file (4,), model has none")):
+        check_tensors(have, other, "f:")
+    for bad in (torch.tensor([1, 2]), torch.tensor([0.0, float("inf")])):
+        with pytest.raises(ValueError, match=f"^f: 1 .*: b: dtype {bad.dtype}, or not finite$"):
+            check_tensors(have, {**same, "b": bad}, "f:")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -564,7 +564,7 @@ def test_build_is_strict_and_says_what_differs(states):
     with pytest.raises(ValueError, match="unet: 1 .* out.0.bias: .* not finite"):
         build(unet | {"out.0.bias": torch.full((32,), float("nan"))})
     wide = states["vae"] | {"encoder.down.1.block.0.conv1.weight": torch.ones(48, 32, 3, 3)}
-    with pytest.raises(ValueError, match=r"vae: .* do not fit: .*: file \(64,"):
+    with pytest.raises(ValueError, match=r"vae: .* differ: .*: file \(64,"):
         pretrained.build({"vae": wide})                             # 48 is no multiple of 32
 
 
