@@ -31,6 +31,7 @@ import re
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -188,7 +189,7 @@ def select_prior(text, tokenizer, captions, target, count=200, threshold=0.85, g
     """Captions near to a prompt such as "photo of a dog", at random -> at most `count` indices.
     Near: cosine of end states > threshold; none: ValueError. Source: details of training."""
     ends = torch.stack([rows[-1] for rows in caption_rows(text, tokenizer, [target, *captions])])
-    cosine = nn.functional.cosine_similarity(ends[1:], ends[:1])                    # (N,)
+    cosine = F.cosine_similarity(ends[1:], ends[:1])                    # (N,)
     near = torch.nonzero(cosine > threshold)[:, 0].cpu()
     if not len(near):
         raise ValueError(f"no caption is as near to {target!r} as {threshold}, the nearest has "
@@ -224,16 +225,14 @@ def geometry(u, size, factor):
 
 def augment(x, u, factor=1):
     """Shrink or enlarge targets x (n, C, S, S) by draws u (n, 5) -> (x, mask, words), see geometry.
-    The canvas is 0. Resize, paste and cut are a product of matrices, whose row i says how pixel i
-    mixes the old ones: a triangle, that is bilinear with antialiasing. Source: finetune_data.py."""
-    side, corner, mask, words = geometry(u, x.shape[-1], factor)
-    pixels, side = torch.arange(x.shape[-1]), side[:, None, None]                   # side (n, 1, 1)
-    offset, step = pixels - corner[..., None], x.shape[-1] / side                   # (n, 2, S)
-    centre, width = (offset + 0.5) * step - 0.5, step.clamp(min=1)[..., None]
-    weight = (1 - (pixels - centre[..., None]).abs() / width).clamp(min=0)          # (n, 2, S, S)
-    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
-    weight = weight * ((offset >= 0) & (offset < side))[..., None]
-    return weight[:, :1] @ x @ weight[:, 1:].mT, mask, words                        # (n, C, S, S)
+    The canvas is 0. Source: finetune_data.py."""
+    side, corner, mask, words = geometry(u, size := x.shape[-1], factor)
+    canvas = torch.zeros_like(x)
+    for out, picture, n, (top, left) in zip(canvas, x, side.tolist(), corner.tolist()):
+        picture = F.interpolate(picture[None], (n, n), mode="bilinear", antialias=True)[0]
+        out[:, max(0, top):top + n, max(0, left):left + n] = picture[
+            :, max(0, -top):size - top, max(0, -left):size - left]      # what lies on the canvas
+    return canvas, mask, words                                                      # (n, C, S, S)
 
 
 def mix(concepts, prior, count, factor=1, words=SIZE_WORDS, augmented=True, generator=None):
