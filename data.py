@@ -117,7 +117,7 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
           mnist, fashion, cifar10   official files in data_dir, checked; downloaded if absent
           emoji                     the installed Noto colour font; captions: Unicode names
           folder:PATH               classes or captions, see folders.py
-          npz:FILE, latents:FILE    see read_npz, save_latents (image_size is not used)
+          npz:FILE, latents:FILE    see read_arrays, save_latents (image_size is not used)
     split: train or test.  Where a source has no test split it is a fixed 5 %, or all if under 200.
     count: keep this many, chosen by seed.  hold_out: see draw_world.  skip_bad: see read_folder.
     Returns a Dataset.  Raises ValueError for anything that the caller can mend."""
@@ -138,7 +138,11 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
         # A caption may say left or right: flips only without captions.
         return Dataset(name, *found, flip=found[2] is None, left_out=left_out)
     if kind in ("npz", "latents") and path:
-        whole = _dataset(name, *_read_arrays(path, kind))
+        x, y, captions, class_names = read_arrays(path, kind)
+        y = torch.zeros(len(x)).long() if y is None else y
+        if not class_names and 0 < y.max() < 1_000_000:
+            class_names = [*map(str, range(int(y.max()) + 1))]
+        whole = Dataset(name, x, y, captions, class_names, kind == "npz" and captions is None)
         return _take(whole, image_size if kind == "npz" else None, split, count, seed)
     known = ["shapes", "scenes", *OFFICIAL, "emoji", "folder:PATH", "npz:FILE", "latents:FILE"]
     near = [f"did you mean {near}? " for near in difflib.get_close_matches(name, known, 1, 0.5)]
@@ -215,7 +219,8 @@ def _emoji():
         canvas = Image.new("RGB", (136, 136), "white")
         ImageDraw.Draw(canvas).text((0, 4), glyph, "black", font, "lt", embedded_color=True)
         images[i] = torch.from_numpy(np.array(canvas)).permute(2, 0, 1)              # (3, H, W)
-    return _dataset("emoji", images, None, [unicodedata.name(g).lower() for g in glyphs], [])
+    captions = [unicodedata.name(glyph).lower() for glyph in glyphs]
+    return Dataset("emoji", images, torch.zeros(len(glyphs)).long(), captions, [], flip=False)
 
 
 # ---------------------------------------------------------------- arrays and latents
@@ -226,17 +231,9 @@ FORMS = {"latents": (LATENTS, "finite floats (N, C, h, h)"),
          "npz": (("arr_0",), "square, uint8 (N, H, H, 1 or 3)")}
 
 
-def _dataset(name, images, labels, captions, class_names):
-    """A Dataset of arrays; labels without names are named "0", "1", ..."""
-    labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-    if not class_names and 0 < labels.max() < 1_000_000:
-        class_names = map(str, range(int(labels.max()) + 1))
-    flip = captions is None and images.dtype == torch.uint8
-    return Dataset(name, images, labels, captions, list(class_names), flip)
-
-
-def _read_arrays(path, kind):
-    """Images or latents (N, C, H, H), labels and captions or None, class names of an npz file."""
+def read_arrays(path, kind):
+    """Of an npz file of sample.py, or of latents: images uint8 or latents (N, C, H, H), labels (N,)
+    and captions, or None, class names. kind: npz or latents. Raises ValueError."""
     (needed, form), path = FORMS[kind], os.path.expanduser(path)
     try:
         if not os.path.isfile(path):                # a pipe would be waited for
@@ -268,12 +265,6 @@ def _read_arrays(path, kind):
             raise ValueError(f"{path}: give {count} {what}, not {array.dtype} {array.shape}")
     labels = torch.from_numpy(labels.astype(np.int64)) if labels.size else None
     return x, labels, captions.tolist() or None, names.tolist()
-
-
-def read_npz(path):
-    """Of a file as sample.py --npz writes it: images (N, C, H, H) uint8, labels (N,) int64 or None,
-    captions (N strings) or None."""
-    return _read_arrays(path, "npz")[:3]
 
 
 def save_latents(path, latents, labels=None, captions=None, class_names=()):

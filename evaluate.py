@@ -411,7 +411,7 @@ def _score(options):
         raise ValueError(f"{path} is no run of train.py: use sample.py --npz, then --images FILE")
     config, name, drawn = _imitated(options, saved.get("config", {}))
     if options.images:
-        samples = data.read_npz(path)
+        *samples, _ = data.read_arrays(path, "npz")
         n, side, draw = len(samples[0]), samples[0].shape[-1], lambda n: samples
     else:
         asked = {"cfg_scale": options.cfg_scale, "steps": options.steps, "seed": options.seed or 0}

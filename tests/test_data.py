@@ -283,7 +283,7 @@ def test_npz(tmp_path):
     pixels = bytes_like(250, 8, 8, 3)                                        # (N, H, W, C)
     labels, captions = np.arange(250) % 12, np.array([f"고양이 {i}" for i in range(250)])
     path = save_npz(tmp_path / "a.npz", pixels, labels=labels, captions=captions)
-    images, y, texts = data.read_npz(path)
+    images, y, texts, _ = data.read_arrays(path, "npz")
     assert np.array_equal(images, pixels.transpose(0, 3, 1, 2)) and images.dtype == torch.uint8
     assert np.array_equal(y, labels) and texts == captions.tolist() and y.dtype == torch.int64
     splits = [data.load(f"npz:{path}", 8, split) for split in ("train", "test")]
@@ -298,7 +298,7 @@ def test_npz(tmp_path):
     bare = data.load(f"npz:{save_npz(tmp_path / 'b.npz', pixels[:5, ..., :1])}", 16)
     assert bare.images.shape == (5, 1, 16, 16) and bare.captions is None and bare.flip
     assert bare.class_names == [] and bare.labels.tolist() == [0] * 5
-    assert data.read_npz(tmp_path / "b.npz")[1:] == (None, None)
+    assert data.read_arrays(tmp_path / "b.npz", "npz")[1:] == (None, None, [])
 
 
 def test_arrays_shrink_without_aliases(tmp_path):
