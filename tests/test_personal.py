@@ -11,6 +11,7 @@ import custom_diffusion as cd
 import data
 import sample
 import train
+import worlds
 from checkpoint import load_checkpoint, save_checkpoint
 from models import base_task
 from tasks import DiffusionTask
@@ -20,9 +21,12 @@ SHORT = ["--base", BASE, "--batch-size", "4", "--save-every", "2", "--log-every"
 
 
 @pytest.fixture(autouse=True)
-def no_previews(monkeypatch):
-    """A preview samples for seconds, and is tested elsewhere."""
+def quick(monkeypatch):
+    """A preview samples for seconds, and 48,000 scenes are drawn for one; tested elsewhere."""
     monkeypatch.setattr(DiffusionTask, "preview", lambda *given: None)
+    whole = worlds.draw_world
+    monkeypatch.setattr(worlds, "draw_world", lambda name, size, split, count, *more: whole(
+        name, size, split, min(count or 3000, 3000), *more))
 
 
 @pytest.fixture(scope="module")
