@@ -172,11 +172,6 @@ def _placed(unet):
     return found
 
 
-def adapter_parameters(unet):
-    """What an optimizer is to train, every tensor once. Raises ValueError if there is none."""
-    return [p for *_, adapter in _placed(unet) for p in adapter.parameters()]
-
-
 def set_scale(unet, scale):
     """Set the strength of the adapters; 0 is as if there were none. Raises ValueError."""
     if not math.isfinite(scale):
