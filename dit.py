@@ -37,12 +37,7 @@ from diffusion import check_name, timestep_embedding
 
 def modulate(x, shift, scale):
     """x (B, N, D) scaled and shifted by (B, D) each -> (B, N, D). Source: DiT §3.2 (adaLN)."""
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])         # shift + x (1 + scale)
-
-
-def gated(x, gate, branch):
-    """x + gate * branch, for x and branch (B, N, D), gate (B, D). Source: DiT §3.2 (adaLN-Zero)."""
-    return torch.addcmul(x, gate[:, None], branch)                      # in one pass over memory
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])         # shift + x * (1 + scale)
 
 
 # ---- the four blocks -----------------------------------------------------------------------------
@@ -74,8 +69,11 @@ class AdaLNZeroBlock(Block):
     def forward(self, x, c, tokens):
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)                   # 6x (B, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = gated(x, gate_msa, self.attn(modulate(self.norm1(x), shift_msa, scale_msa)))
-        return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        # addcmul(a, b, c) = a + b * c, in one pass over memory
+        attn = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = torch.addcmul(x, gate_msa[:, None], attn)
+        mlp = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return torch.addcmul(x, gate_mlp[:, None], mlp)
 
 
 class AdaLNBlock(Block):
@@ -226,7 +224,7 @@ class DiT(nn.Module):
         """(B, C, H, W) -> (B, N, D). A convolution whose stride is its size, p, is one linear layer
         on all patches, which is faster. Source: DiT §3.2 (patchify), Fig. 4."""
         B, C, p, g = *x.shape[:2], self.patch_size, self.input_size // self.patch_size
-        x = x.reshape(B, C, g, p, g, p).permute(0, 2, 4, 1, 3, 5)                 # (B, g, g, C, p, p)
+        x = x.reshape(B, C, g, p, g, p).permute(0, 2, 4, 1, 3, 5)          # (B, g, g, C, p, p)
         proj = self.x_embedder.proj
         return F.linear(x.reshape(B, g * g, C * p * p), proj.weight.flatten(1), proj.bias)
 
