@@ -7,7 +7,8 @@
   or memory against that of the size, over all sizes and over the last two; 1 is proportional.
 - `train.py --checkpointing`: the same step with the blocks computed again in backward, by AdamW.
 - Against the official code: forward, mean square, backward and fused AdamW of the same weights, in
-  a checkout that you give. The code of DiT needs timm, that of U-DiT needs einops.
+  a checkout that you give. The code of DiT needs timm, that of U-DiT needs einops. Ours multiplies
+  as `train.py --product auto` does (convolutions 1: by convolution), and in bfloat16.
 
 Times are medians of one thread's CPU time, in turns: a round has every setting once. Memory is the
 peak of a process of its own, less what it had after importing; about 150 MiB of it any step needs,
@@ -179,20 +180,28 @@ def against(path, device, rounds=6):
         a, b = (model.eval()(x, t, y) for model in models.values())
     setting = f"{name}, batch {batch}"
     yield row("against", setting, "relative difference", ((a - b).norm() / a.norm()).item())
-    seconds = race({who: training(model.train(), x, t, y, target)
-                    for who, model in models.items()}, rounds, device)
-    for who in models:
+    product = train.choose_product("auto", "cpu", models["ours"]) if device == "cpu" else "linear"
+    yield row("against", setting, "convolutions", float(product == "convolution"))
+    given = x, t, y, target
+    seconds = race({"official": training(models["official"].train(), *given),
+                    "ours": training(models["ours"].train(), *given),
+                    "ours in bfloat16": training(models["ours"], *given, bfloat16=True)},
+                   rounds, device)
+    for who in seconds:
         yield row("against", setting, f"step ms, {who}", 1000 * seconds[who])
-    yield row("against", setting, "official / ours", seconds["official"] / seconds["ours"])
+    for who in [*seconds][1:]:
+        yield row("against", setting, f"{who} / official", seconds[who] / seconds["official"])
 
 
-def training(model, x, t, y, target):
+def training(model, x, t, y, target, bfloat16=False):
     """A step of a model on given inputs, as a function without arguments."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step():
-        (model(x, t, y) - target).square().mean().backward()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+            out = model(x, t, y)
+        (out - target).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return step
