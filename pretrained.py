@@ -15,7 +15,7 @@ The idea. unet.py, vae.py and text.py keep the official names, so loading takes 
     python -m pytest tests/test_pretrained.py
 
 The U-Net of SD 2 loads too; its text encoder and SD XL do not. While tensors are in use, do not
-write into their file: replace it, as write_safetensors does.
+write into their file: replace it.
 """
 import json
 import math
@@ -25,7 +25,7 @@ import re
 
 import torch
 
-from checkpoint import check_tensors, load_checkpoint, named_tensors, read_torch, written_whole
+from checkpoint import check_tensors, load_checkpoint, named_tensors, read_torch
 from dit import DIT_CONFIGS
 from text import TextEncoder
 from unet import UNet
@@ -403,25 +403,3 @@ def read_safetensors(path):
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(f"{path} is missing, truncated, damaged or no safetensors file "
                          f"({type(error).__name__}: {reason})") from error
-
-
-def write_safetensors(path, tensors):
-    """Write {name: tensor} to path, whole or not at all; any device, any layout in memory.
-    Raises ValueError for a dtype that the format lacks, or a failed write."""
-    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0     # diffusers asks for this mark
-    # the widest numbers first: then every tensor begins at a multiple of its item size
-    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    for name, tensor in tensors.items():
-        if tensor.dtype not in kinds:
-            raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, writable are "
-                             f"{', '.join(DTYPES)}")
-        header[name] = dict(dtype=kinds[tensor.dtype], shape=list(tensor.shape),
-                            data_offsets=[end, end := end + tensor.nbytes])
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with written_whole(path) as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().flatten()
-            file.write(flat.view(torch.uint8).numpy())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import data
+import pretrained
 from tasks import DiffusionTask
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -98,3 +99,17 @@ def scenes(tmp_path_factory):
         data.save_grid(world.images[i:i + 1], root / f"{i:02d}.png", nrow=1, pad=0, scale=1)
         (root / f"{i:02d}.txt").write_text(caption)
     return root
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor} as https://github.com/huggingface/safetensors describes the format."""
+    kinds = {dtype: kind for kind, dtype in pretrained.DTYPES.items()}
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        header[name] = dict(dtype=kinds[tensor.dtype], shape=list(tensor.shape),
+                            data_offsets=[len(data), len(data) + len(flat)])
+        data += flat
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    pathlib.Path(path).write_bytes(len(head).to_bytes(8, "little") + head + data)

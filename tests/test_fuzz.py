@@ -34,7 +34,7 @@ import numpy as np
 import pytest
 import torch
 import tqdm
-from conftest import ROOT, assert_same, fill_by_recipe
+from conftest import ROOT, assert_same, fill_by_recipe, write_safetensors
 from PIL import Image
 
 import adapters
@@ -50,7 +50,6 @@ import train
 import worlds
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DiT
-from pretrained import write_safetensors
 from text import CLIPTokenizer, TextEncoder
 from unet import UNet
 from vae import AutoencoderKL

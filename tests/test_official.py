@@ -12,10 +12,10 @@ import custom_diffusion
 import data
 import sample
 from checkpoint import load_checkpoint
-from conftest import fill_by_recipe
+from conftest import fill_by_recipe, write_safetensors
 from diffusion import GaussianDiffusion
 from dit import DiT
-from pretrained import infer_dit, write_safetensors
+from pretrained import infer_dit
 from tasks import DiffusionTask
 from text import CLIPTokenizer, TextEncoder
 from udit import RepMlp, UDiT

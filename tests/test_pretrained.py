@@ -1,7 +1,6 @@
 """pretrained.py: shrunk files of every published form come back tensor for tensor."""
 import argparse
 import json
-import os
 import random
 import struct
 import sys
@@ -13,7 +12,7 @@ import torch
 
 import pretrained
 from checkpoint import save_checkpoint
-from conftest import fill_by_recipe
+from conftest import fill_by_recipe, write_safetensors
 from dit import DIT_CONFIGS, DiT, dit_config
 from text import TextEncoder
 from unet import UNet
@@ -191,7 +190,7 @@ def write(path, state):
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     safetensors = path.suffix == ".safetensors"
-    pretrained.write_safetensors(path, state) if safetensors else torch.save(state, path)
+    write_safetensors(path, state) if safetensors else torch.save(state, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,14 +205,9 @@ def test_safetensors_round_trip_of_every_dtype_and_layout(tmp_path):
                 "turned": floats.T, "every other": floats[:, ::2],
                 "spread": torch.ones(1).expand(5), "a \"quoted\" näme": torch.ones(2),
                 "parameter": torch.nn.Parameter(torch.ones(2))}
-    pretrained.write_safetensors(path, tensors)
+    write_safetensors(path, tensors)
     same({"": pretrained.read_safetensors(path)}, {"": {k: v.detach() for k, v in tensors.items()}})
-    assert os.listdir(tmp_path) == ["a.safetensors"]                # no temporary file stays
-    raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    assert (8 + length) % 8 == 0
-    assert json.loads(raw[8:8 + length])["__metadata__"] == {"format": "pt"}
-    pretrained.write_safetensors(path, {})
+    write_safetensors(path, {})
     assert pretrained.read_safetensors(path) == {}
 
 
@@ -235,13 +229,10 @@ def test_safetensors_written_by_hand_without_alignment(tmp_path):
 
 def test_mapped_tensors_do_not_touch_the_file_and_save_alone(tmp_path):
     path = tmp_path / "a.safetensors"
-    pretrained.write_safetensors(path, {"small": torch.ones(4), "large": torch.zeros(100_000)})
+    write_safetensors(path, {"small": torch.ones(4), "large": torch.zeros(100_000)})
     before, got = path.read_bytes(), pretrained.read_safetensors(path)
     got["small"].mul_(2)
     assert path.read_bytes() == before
-    pretrained.write_safetensors(path, got)                         # onto the file that is mapped
-    assert pretrained.read_safetensors(path)["small"].tolist() == [2] * 4
-    assert got["small"].tolist() == [2] * 4 and not got["large"].any()
     torch.save(got["small"], tmp_path / "small.pt")
     assert (tmp_path / "small.pt").stat().st_size < 10_000
 
@@ -277,7 +268,7 @@ def test_bad_safetensors(tmp_path, header, size):
 
 def test_every_truncation_of_a_safetensors_file_is_noticed(tmp_path):
     path = tmp_path / "a.safetensors"
-    pretrained.write_safetensors(path, {"w": torch.ones(3), "n": torch.arange(2)})
+    write_safetensors(path, {"w": torch.ones(3), "n": torch.arange(2)})
     raw = path.read_bytes()
     huge = struct.pack("<Q", 2 ** 60) + raw[8:]
     for bad in [raw[:size] for size in range(len(raw))] + [huge]:
@@ -288,25 +279,12 @@ def test_every_truncation_of_a_safetensors_file_is_noticed(tmp_path):
         pretrained.read_safetensors(tmp_path / "none.safetensors")
 
 
-def test_bad_writes_leave_the_old_file(tmp_path):
-    path, zero = tmp_path / "a.safetensors", torch.zeros(1)
-    pretrained.write_safetensors(path, {"w": torch.ones(1)})
-    with pytest.raises(ValueError, match="'z' has dtype torch.complex64, writable are F64"):
-        pretrained.write_safetensors(path, {"w": zero, "z": zero.to(torch.complex64)})
-    with pytest.raises(ValueError, match="could not write"):                # noticed half-way
-        pretrained.write_safetensors(path, {"w": zero, "z": zero.half().to("meta")})
-    assert pretrained.read_safetensors(path)["w"].tolist() == [1]
-    assert os.listdir(tmp_path) == ["a.safetensors"]
-    with pytest.raises(ValueError, match="could not write .*a.safetensors/b"):
-        pretrained.write_safetensors(path / "b.safetensors", {})
-
-
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.bin", "a"])
 def test_files_are_known_by_their_first_bytes(tmp_path, name):
     path, state = tmp_path / name, {"w": torch.randn(3, 2)}
     for length in range(4, 300, 8):       # one header's length begins with the byte of a pickle
         held = state | {"x" * length: torch.ones(1)}
-        pretrained.write_safetensors(path, held)
+        write_safetensors(path, held)
         same({"": pretrained.read_weights(path)}, {"": held})
         assert pretrained.is_official(path)
         if path.read_bytes()[:1] == b"\x80":
@@ -580,7 +558,7 @@ def test_build_keeps_the_dtype_unless_told(states):
 def test_built_models_train(tmp_path, states):
     """On a mapped file: the weights move, the file stays."""
     path = tmp_path / "text.safetensors"
-    pretrained.write_safetensors(path, states["text"])
+    write_safetensors(path, states["text"])
     built = pretrained.build({"text": pretrained.read_weights(path)})["text"]
     optimizer = torch.optim.SGD(built.parameters(), lr=0.1)
     built(torch.arange(9)[None]).square().sum().backward()

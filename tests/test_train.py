@@ -18,12 +18,11 @@ from torch.testing import assert_close
 
 import data
 import optim
-import pretrained
 import tasks
 import train
 import vae
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import ONE_THREAD, ROOT, assert_same
+from conftest import ONE_THREAD, ROOT, assert_same, write_safetensors
 from evaluate import sampled
 from models import find_model, make_task, settings_class
 from tasks import keep_rows
@@ -235,7 +234,7 @@ def test_latents_made_by_one_command_train_like_pictures(tmp_path, pictures, kin
     stage, file = str(tmp_path / "ae" / "ckpt.pt"), tmp_path / "latents.npz"
     if kind == "official":
         stage = str(tmp_path / "vae.safetensors")
-        pretrained.write_safetensors(stage, AutoencoderKL(32, (1, 2, 2), 1).state_dict())
+        write_safetensors(stage, AutoencoderKL(32, (1, 2, 2), 1).state_dict())
     else:
         main(tmp_path / "ae", pictures, "--model", kind, *LOOP, "--steps", "3")
     train.main(["--data", f"folder:{pictures}", "--image-size", "8", "--first-stage", stage,
