@@ -10,20 +10,12 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
-# our flag, or what to say: its names, if unlike ours, in kohya's scripts, diffusers, DiT, nanoGPT
-ELSEWHERE = {
-    "steps": "num-train-epochs max-train-epochs max-train-steps max-iters num-sampling-steps "
-    "num-inference-steps", "lr": "learning-rate", "accum": "gradient-accumulation-steps",
-    "image-size": "resolution height width", "ema": "ema-decay", "ckpt": "model",
-    "out": "results-dir output-dir out-dir", "n": "num-samples num-images num-fid-samples",
-    "data": "dataset-name train-data-dir data-dir", "resume": "resume-from-checkpoint",
-    "save-every": "checkpointing-steps ckpt-every save-steps", "dtype": "mixed-precision precision",
-    "cuda computes in bfloat16, all else in float32": "mixed-precision precision dtype fp16 bf16",
-    "classes are counted from --data": "num-classes", "see log.csv and loss.png": "report-to wandb",
-    "all data are kept in memory": "num-workers dataloader-num-workers"}
+# per flag of ours, or thing to say: its names in kohya's scripts, diffusers, DiT, nanoGPT
+ELSEWHERE = Path(__file__).parent / "assets/elsewhere.txt"
 
 
 def flag(default, help, within="(-inf, inf)", choices=None, needs=""):
@@ -82,7 +74,8 @@ def parse(argv, description, *classes, presets=lambda given: {}, other=lambda fl
     given, left = parser.parse_known_args(dashed)
     if left:
         name, known = left[0].split("=")[0][:60], parser._option_string_actions
-        said = [ours if " " in ours else f"here it is --{ours}" for ours, names in ELSEWHERE.items()
+        rows = [line.split(": ") for line in ELSEWHERE.read_text().splitlines()]
+        said = [ours if " " in ours else f"here it is --{ours}" for ours, names in rows
                 if name[2:] in names.split() and (" " in ours or f"--{ours}" in known)]
         near = [f"did you mean {near}?" for near in difflib.get_close_matches(name, known, 1)]
         hint = other(name) or [*said, *near, "see --help"][0]
