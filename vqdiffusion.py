@@ -269,25 +269,17 @@ def race(p, u):
 # --- the network
 
 class AdaLayerNorm(nn.Module):
-    """LayerNorm of x (B, N, D); scale and shift depend on an index (B,), a step or a class.
-    count: of these; table: they have learned vectors, or else sinusoids. Source: §4.3 (AdaLN)."""
+    """LayerNorm of x (B, N, D); scale and shift depend on an index (B,), a step or a class, below
+    count: a table has a learned vector for each. Source: VQ-Diffusion §4.3 (AdaLN)."""
 
-    def __init__(self, hidden_size, count, table=True):
+    def __init__(self, hidden_size, count):
         super().__init__()
-        self.count, self.emb = count, nn.Embedding(count, hidden_size) if table else None
+        self.emb = nn.Embedding(count, hidden_size)
         self.linear = nn.Linear(hidden_size, 2 * hidden_size)
         self.layernorm = nn.LayerNorm(hidden_size, elementwise_affine=False)
 
-    def sinusoid(self, t):
-        """t (B,), as if of 4000 steps -> (B, D), sines first. Source: VQ-Diffusion's code."""
-        half = self.linear.in_features // 2
-        freqs = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
-        args = (t / self.count * 4000)[:, None] * freqs                         # (B, D/2)
-        return torch.cat([args.sin(), args.cos()], dim=-1).to(self.linear.weight.dtype)
-
     def forward(self, x, index):
-        emb = self.sinusoid(index) if self.emb is None else self.emb(index)     # (B, D)
-        scale, shift = self.linear(F.silu(emb))[:, None].chunk(2, dim=-1)       # 2x (B, 1, D)
+        scale, shift = self.linear(F.silu(self.emb(index)))[:, None].chunk(2, dim=-1)   # (B, 1, D)
         return self.layernorm(x) * (1 + scale) + shift
 
 
@@ -372,18 +364,17 @@ class VQTransformer(nn.Module):
     num_codes: K, so [MASK] = K; grid: N = grid^2; steps: T. condition: "text" (B, L, context_dim),
     "class" (B,), or "none", not read. class_dropout_prob: how often training hides the class;
     above 0 there is a null class, num_classes; text.TextConditional hides text. mlp: "fc", "conv";
-    time: "table", "sinusoid"; position_grid: TokenEmbed's side, if above grid. Source: §4.3."""
+    position_grid: TokenEmbed's side, if above grid. Source: VQ-Diffusion §4.3."""
     matrices = r"blocks\.\d+\.(attn\d?|mlp|ln\w*\.linear)"      # Muon's share; AdamW: the tables
 
     def __init__(self, num_codes=256, grid=8, hidden_size=128, depth=4, num_heads=4, steps=100,
                  condition="text", context_dim=64, num_classes=0, class_dropout_prob=0.1, mlp="fc",
-                 mlp_ratio=4, time="table", position_grid=0):
+                 mlp_ratio=4, position_grid=0):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
         check_name("condition", condition, ("text", "class", "none"))
         check_name("mlp", mlp, ("fc", "conv"))
-        check_name("time", time, ("table", "sinusoid"))
         self.num_codes, self.grid, self.steps, self.condition = num_codes, grid, steps, condition
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.content_emb = TokenEmbed(num_codes, max(grid, position_grid), hidden_size)
@@ -392,7 +383,7 @@ class VQTransformer(nn.Module):
         labels = num_classes + (class_dropout_prob > 0)
         fc = lambda: nn.Sequential(nn.Linear(D, wide), GELU2(), nn.Linear(wide, D))
         conv = lambda: ConvMlp(D, wide, grid)
-        norm_t = lambda: AdaLayerNorm(D, steps, time == "table")
+        norm_t = lambda: AdaLayerNorm(D, steps)
         norm_y = lambda: AdaLayerNorm(D, labels) if condition == "class" else nn.LayerNorm(D)
         self.blocks = nn.ModuleList(Block(D, num_heads, condition, context_dim, norm_t, norm_y,
                                           conv if mlp == "conv" else fc) for _ in range(depth))

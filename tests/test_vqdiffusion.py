@@ -574,8 +574,7 @@ def test_every_option_is_read_by_the_samplers_that_name_it():
 # --------------------------------------------------------------------------------------------------
 # the network
 
-@pytest.mark.parametrize("case", ["vqd_tr_text_fc", "vqd_tr_text_conv", "vqd_tr_class",
-                                  "vqd_tr_uncond"])
+@pytest.mark.parametrize("case", ["vqd_tr_text_fc", "vqd_tr_class", "vqd_tr_uncond"])
 def test_transformer_matches_official(case):
     d, g = golden_case(case)
     c = d["config"]
@@ -584,8 +583,7 @@ def test_transformer_matches_official(case):
         c["K"], c["spatial"][0], c["n_embd"], c["n_layer"], c["n_head"], c["diffusion_step"], kind,
         context_dim=c.get("condition_dim", 8), num_classes=c.get("class_number", 0),
         class_dropout_prob=0.0, mlp=c["mlp_type"].removesuffix("_mlp"),
-        mlp_ratio=c["mlp_hidden_times"],
-        time="sinusoid" if c["timestep_type"].endswith("_abs") else "table")
+        mlp_ratio=c["mlp_hidden_times"])
     official = {name: shape for name, shape in d["params"] if not name.endswith("attn2.mask")}
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == official
     fill_by_recipe(model).eval()
