@@ -279,7 +279,8 @@ class AdaLayerNorm(nn.Module):
         self.layernorm = nn.LayerNorm(hidden_size, elementwise_affine=False)
 
     def forward(self, x, index):
-        scale, shift = self.linear(F.silu(self.emb(index)))[:, None].chunk(2, dim=-1)   # (B, 1, D)
+        emb = self.emb(index)                                                   # (B, D)
+        scale, shift = self.linear(F.silu(emb))[:, None].chunk(2, dim=-1)       # 2x (B, 1, D)
         return self.layernorm(x) * (1 + scale) + shift
 
 
@@ -371,8 +372,6 @@ class VQTransformer(nn.Module):
                  condition="text", context_dim=64, num_classes=0, class_dropout_prob=0.1, mlp="fc",
                  mlp_ratio=4, position_grid=0):
         super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
         check_name("condition", condition, ("text", "class", "none"))
         check_name("mlp", mlp, ("fc", "conv"))
         self.num_codes, self.grid, self.steps, self.condition = num_codes, grid, steps, condition
