@@ -411,18 +411,6 @@ class VQTransformer(nn.Module):
     null_condition, drop_labels = DiT.null_condition, DiT.drop_labels       # exactly as in DiT
 
 
-def official_state(state):
-    """The denoiser in a published file {"model", "ema", ...}, or one of its dicts, by our names.
-    Left out: empty_text_embed, the "learnable" files' null text. Source: VQ-Diffusion's code."""
-    state = state.get("ema") or state.get("model") or state
-    names = {name: name.rsplit("transformer.", 1)[-1] for name in state if "attn2.mask" not in name}
-    kept = {new: state[old].float() for old, new in names.items()
-            if new.startswith(("content_emb.", "blocks.", "to_logits."))}
-    if not kept:
-        raise ValueError("no denoiser of VQ-Diffusion in this file: no content_emb., blocks.")
-    return kept
-
-
 # name -> arguments of VQTransformer. The paper's: S (by its count), B (COCO, CUB-200), L (ITHQ)
 PUBLISHED = dict(grid=32, num_heads=16, context_dim=512)
 VQ_CONFIGS = {
