@@ -26,7 +26,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -36,8 +35,8 @@ from cli import flag, one_line, parse, resolve_device
 from models import (FAMILIES, PAPER, PRESETS, check_read, find_model, make_task, readers_of,
                     resolve_first_stage, resumed_flags, save_encoded, settings_class)
 from optim import average_of, make_optimizers, update
-from tasks import (add_row, begin_files, check_fit, check_out, default_out, lock, plot_loss,
-                   resume, save)
+from tasks import (add_row, begin_files, by_convolution, check_fit, check_out, default_out, lock,
+                   plot_loss, resume, save)
 
 
 def ranks():
@@ -62,9 +61,8 @@ def blocks_of(module):
 def make_step(config, dataset, task):
     """One training step as a function: step(s) -> (metrics, gradient norm, 1 if taken else 0).
     config: the loop's flags, see Config; dataset: data.Dataset; task: see tasks.py. Everything that
-    trains a model calls this: train, bench.py, the studies. step.ema is the averaged model,
-    step.optimizers its optimizers; config.product becomes what "auto" stands for. Raises ValueError
-    if the batch does not split."""
+    trains a model calls this. step.ema is the averaged model, step.optimizers its optimizers;
+    config.product becomes what "auto" stands for. Raises ValueError if the batch does not split."""
     device, model = config.device, task.model.to(config.device)
     (rank, world), size = ranks(), micro_size(config)
     task.check_batch(config.batch_size)
@@ -75,8 +73,7 @@ def make_step(config, dataset, task):
             block.forward = partial(checkpoint, partial(type(block).forward, block),
                                     use_reentrant=False, preserve_rng_state=False)
     config.product = choose_product(config.product, device, model)
-    autocast = (torch.autocast(device, torch.bfloat16) if config.product == "bfloat16"
-                else nullcontext())
+    autocast = torch.autocast(device, torch.bfloat16, enabled=config.product == "bfloat16")
     generator = torch.Generator(device)
 
     def micro_batch(s, micro):
@@ -178,17 +175,6 @@ def train(config, dataset, task, caught, bar):
     return out / "ckpt.pt"
 
 
-def by_convolution(layer, x):
-    """What nn.Linear computes, x (..., D_in) -> (..., D_out), as a 1x1 convolution of pictures with
-    32 x 1 pixels, channels last in memory. torch gives products and convolutions to different
-    libraries; on some processors that of the convolutions (oneDNN) is twice as fast."""
-    if x.numel() // x.shape[-1] % 32:
-        return F.linear(x, layer.weight, layer.bias)
-    pictures = x.reshape(-1, 32, 1, x.shape[-1]).permute(0, 3, 1, 2)        # (M/32, D_in, 32, 1)
-    out = F.conv2d(pictures, layer.weight[:, :, None, None], layer.bias)
-    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-
-
 def choose_product(product, device, model):
     """Set how every nn.Linear of `model` multiplies -> what --product auto stands for: bfloat16 on
     cuda; on a CPU the convolution where it takes less than 0.8 of the time (of 12 products)."""
@@ -198,9 +184,8 @@ def choose_product(product, device, model):
             start = time.process_time()             # which other programs do not lengthen
             call(x)
             seconds[way] = min(seconds.get(way, math.inf), time.process_time() - start)
-        faster = seconds["convolution"] < 0.8 * seconds["linear"]
-        product = {"cuda": "bfloat16", "cpu": "convolution" if faster else "linear"}.get(
-            device, "linear")
+        here = "convolution" if seconds["convolution"] < 0.8 * seconds["linear"] else "linear"
+        product = {"cuda": "bfloat16", "cpu": here}.get(device, "linear")
     if product == "convolution":
         for layer in model.modules():
             if type(layer) is nn.Linear:
@@ -282,9 +267,8 @@ def read_flags(argv):
         paper = PAPER if given.get("recipe") == "paper" else {}
         saved = resumed_flags(given, path, "settings") if path else {
             **start.get("settings", {}), "first_stage": "auto", "model": model}
-        if "device" in given:                   # another one may multiply faster in another way
-            saved.pop("product", None)
         flags = {**paper, **PRESETS.get(model, {}), **saved, "resume": False, "out": out}
+        flags |= {"product": "auto"} if "device" in given else {}       # another is faster there
         flow = {**flags, **given}.get("schedule", "flow") == "flow"
         unread = {"prediction": None, "learn_sigma": False} if flow else {"flow_shift": None}
         return {**flags, **unread}
