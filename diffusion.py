@@ -58,7 +58,12 @@ class GaussianDiffusion:
         self.prediction, self.learn_sigma, self.variance = prediction, learn_sigma, variance
         self.original_steps = steps                     # stays when the chain is respaced
         self.default_sampler = "ddpm" if learn_sigma else "ddim"
-        self._set_tables(make_betas(schedule, steps), torch.arange(steps))
+        check_name("schedule", schedule, SCHEDULES)
+        betas = SCHEDULES[schedule](steps)
+        if not (betas.min() > 0 and betas.max() < 1):
+            raise ValueError(f"a {schedule} beta reaches 1 in {steps} steps: "
+                             "use more than 20 steps")
+        self._set_tables(betas, torch.arange(steps))
 
     def q_sample(self, x0, t, eps):
         """xt ~ q(xt | x0) for t (B,), with noise eps like x0. Source: DDPM Eq. 4."""
@@ -350,15 +355,6 @@ SCHEDULES = {
     "scaled_linear": lambda steps: torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps,
                                                   dtype=torch.float64) ** 2,
     "cosine": cosine_betas}
-
-
-def make_betas(schedule, steps):
-    """The betas of a name in SCHEDULES. Raises ValueError if one is outside (0, 1)."""
-    check_name("schedule", schedule, SCHEDULES)
-    betas = SCHEDULES[schedule](steps)
-    if not (betas.min() > 0 and betas.max() < 1):
-        raise ValueError(f"a {schedule} beta reaches 1 in {steps} steps: use more than 20 steps")
-    return betas
 
 
 def respaced_steps(num_steps, respacing):

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from conftest import GOLDEN, golden_case
 from diffusion import (DEFAULTS, GaussianDiffusion, RectifiedFlow, check_options,
-                       discretized_gaussian_log_likelihood, guided, make_betas, normal_kl, randn,
+                       discretized_gaussian_log_likelihood, guided, normal_kl, randn,
                        respaced_steps, timestep_embedding)
 
 TOLERANCE = dict(rtol=3e-4, atol=1e-5)      # of the golden files: see their README
@@ -254,9 +254,9 @@ def test_schedules_are_monotone_and_end_where_they_promise(schedule, end, steps)
 
 
 def test_schedules_have_the_published_ends():
-    assert_close(make_betas("linear", 1000)[[0, -1]], torch.tensor([1e-4, 0.02]).double())
-    assert math.isclose(make_betas("linear", 100)[-1], 0.2)
-    sd = make_betas("scaled_linear", 1000)
+    assert_close(GaussianDiffusion().betas[[0, -1]], torch.tensor([1e-4, 0.02]).double())
+    assert math.isclose(GaussianDiffusion(100).betas[-1], 0.2)
+    sd = GaussianDiffusion(schedule="scaled_linear").betas
     assert_close(sd[[0, -1]], torch.tensor([0.00085, 0.012]).double())
     assert_close(torch.cumprod(1 - sd, 0)[-1].item(), 0.00466, rtol=1e-3, atol=0)
 
