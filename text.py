@@ -79,6 +79,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, vocab_size, max_length, hidden_size=64, depth=2, num_heads=4, mlp_ratio=4.0):
         super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
         self.vocab_size, self.max_length, self.hidden_size = vocab_size, max_length, hidden_size
         # the nesting is that of the official names, text_model.encoder.layers.0. ...
         layers = nn.ModuleList(Layer(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
