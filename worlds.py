@@ -199,7 +199,8 @@ def _shapes_world(first, generator):
     count = len(first)
     cx, cy = (_uniform((count, 1), 13.0, 19.0, generator) for _ in range(2))
     r = _uniform((count, 1), 8.0, 11.0, generator)
-    captions = [caption_of([OBJECTS[label]]) for label in first.tolist()]
+    of_class = [caption_of([thing]) for thing in OBJECTS]
+    captions = [of_class[label] for label in first.tolist()]
     return first[:, None], cx, cy, r, torch.zeros(count, dtype=torch.int64), captions
 
 
