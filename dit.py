@@ -37,7 +37,8 @@ from diffusion import check_name, timestep_embedding
 
 def modulate(x, shift, scale):
     """x (B, N, D) scaled and shifted by (B, D) each -> (B, N, D). Source: DiT §3.2 (adaLN)."""
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])         # shift + x * (1 + scale)
+    # addcmul(a, b, c) is a + b * c, in one pass over memory
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
 # ---- the four blocks -----------------------------------------------------------------------------
@@ -69,7 +70,6 @@ class AdaLNZeroBlock(Block):
     def forward(self, x, c, tokens):
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)                   # 6x (B, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        # addcmul(a, b, c) = a + b * c, in one pass over memory
         attn = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         x = torch.addcmul(x, gate_msa[:, None], attn)
         mlp = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))

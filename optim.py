@@ -20,10 +20,9 @@ import torch
 @torch.no_grad()
 def orthogonalise(G, steps=5):
     """Push the singular values of matrices G (n, rows, cols) to about 1, without an SVD: `steps`
-    times X <- (a I + b A + c A^2) X with A = X X^T. Source: Jordan et al. 2024 (Newton-Schulz).
-    Much wider than high, the factors P are multiplied first, and X once, by their product Q: they
-    are polynomials of the first A, so they commute, and the next A is P A P. In bfloat16, on cuda,
-    not so: A holds squares, and the small ones would be lost."""
+    times X <- P X, P = a I + b A + c A^2, A = X X^T. Source: Jordan et al. 2024 (Newton-Schulz).
+    If X is wide, all P are multiplied first: polynomials of one A commute, so the next A is P A P.
+    Not in bfloat16, on cuda: A holds squares, and the small ones would be lost."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.bfloat16() if G.is_cuda else G
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -180,7 +180,7 @@ def against(path, device, rounds=6):
         a, b = (model.eval()(x, t, y) for model in models.values())
     setting = f"{name}, batch {batch}"
     yield row("against", setting, "relative difference", ((a - b).norm() / a.norm()).item())
-    product = train.choose_product("auto", "cpu", models["ours"]) if device == "cpu" else "linear"
+    product = train.use_product("auto", "cpu", models["ours"]) if device == "cpu" else "linear"
     yield row("against", setting, "convolutions", float(product == "convolution"))
     given = x, t, y, target
     seconds = race({"official": training(models["official"].train(), *given),
