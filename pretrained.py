@@ -1,4 +1,4 @@
-"""Other people's weights, in and out: Stable Diffusion v1 in each form in which it is published.
+"""Other people's weights: Stable Diffusion v1 in each form in which it is published.
 
 Papers: Latent Diffusion Models (Rombach et al. 2022); CLIP (Radford et al. 2021).
 

@@ -270,7 +270,7 @@ def read_flags(argv):
         saved = resumed_flags(given, path, "settings") if path else {
             **start.get("settings", {}), "first_stage": "auto", "model": model}
         flags = {**paper, **PRESETS.get(model, {}), **saved, "resume": False, "out": out}
-        flags |= {"product": "auto"} if "device" in given else {}       # another is faster there
+        flags |= {} if given.get("device") in (None, flags.get("device")) else {"product": "auto"}
         flow = {**flags, **given}.get("schedule", "flow") == "flow"
         unread = {"prediction": None, "learn_sigma": False} if flow else {"flow_shift": None}
         return {**flags, **unread}

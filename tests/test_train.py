@@ -522,6 +522,16 @@ def test_a_flag_on_resume_is_used_or_refused(run, pictures, field, capsys):
         assert json.loads((run / "config.json").read_text())["steps"] == 2   # not what was refused
 
 
+def test_a_run_multiplies_as_before_unless_it_moves_to_another_device(run):
+    state = load_checkpoint(run / "ckpt.pt")
+    state["config"] |= {"device": "cpu", "product": "convolution"}
+    save_checkpoint(run / "ckpt.pt", state)
+    for flags, product in ([], "convolution"), (["--device", "cpu"], "convolution"), (
+            ["--device", "cuda"], "auto"), (["--device", "cuda", "--product", "linear"], "linear"):
+        config, _ = train.read_flags(["--out", str(run), "--resume", *flags])
+        assert config.product == product, flags
+
+
 def test_the_same_command_goes_on(run, pictures):
     """All flags of the beginning beside --resume are no change, also --first-stage new."""
     shutil.rmtree(run / "first_stage")                  # it travels in the checkpoint
