@@ -338,14 +338,12 @@ def make_grid(images, nrow=8, captions=None, pad=2, scale=None):
     tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)                        # nearest
     if captions:
         tiles = np.concatenate([tiles, _strips(captions, tiles.shape[2])], axis=1)
-    tiles = np.pad(tiles, ((0, 0), (pad, 0), (pad, 0), (0, 0)), constant_values=255)
-    count, height, width, _ = tiles.shape
-    columns = min(nrow, count)
-    grid = np.full((-(-count // columns) * height + pad, columns * width + pad, 3), 255, np.uint8)
-    for i, tile in enumerate(tiles):
-        top, left = i // columns * height, i % columns * width
-        grid[top:top + height, left:left + width] = tile
-    return grid
+    columns = min(nrow, len(tiles))
+    blank = -len(tiles) % columns                                       # tiles to fill the last row
+    tiles = np.pad(tiles, ((0, blank), (pad, 0), (pad, 0), (0, 0)), constant_values=255)
+    rows = tiles.reshape(-1, columns, *tiles.shape[1:]).swapaxes(1, 2)  # (rows, h, columns, w, 3)
+    grid = rows.reshape(-1, columns * tiles.shape[2], 3)
+    return np.pad(grid, ((0, pad), (0, pad), (0, 0)), constant_values=255)
 
 
 def save_grid(images, path, nrow=8, captions=None, pad=2, scale=None, made_by=""):
