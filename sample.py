@@ -14,14 +14,12 @@
 Picture i has its own seed (--seed + i), so it is the same picture whatever the batch size."""
 import dataclasses
 import difflib
-import math
 import pathlib
 import re
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 import data
 from adapters import load_adapters, set_scale
@@ -29,9 +27,10 @@ from checkpoint import load_checkpoint, save_checkpoint, written_whole
 from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
-from diffusion import interpolated_noise, seeds
+from diffusion import interpolated_noise
 from models import MERGES, official_task, task_from
 from pretrained import is_official
+from tasks import sample_all
 from udit import fold
 
 MADE_BY, EXPORTED = "made by sample.py", "sample.py --export"   # marks in files: data.check_target
@@ -74,24 +73,6 @@ class Options:
     init: str = flag(None, "picture to start from: image-to-image, or inpainting with --mask")
     mask: str = flag(None, "for inpainting: white is painted anew, all else stays", needs="init")
     strength: float = flag(None, "image-to-image: noise level (0.6)", "(0, 1]", needs="init !mask")
-
-
-def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=False, **options):
-    """Sample for all conditions y, (N,) or (N, L), batch by batch.
-    per_picture: {option: (N, ...) tensor}, cut like y; film: keep every step's x0 guess too. Other
-    options: see DiffusionTask.sample. Returns (model space (N, ...), pictures uint8 (N, C, H, W),
-    states: one (N, C, H, W) per step, or [])."""
-    sampled, pictures, states = [], [], []
-    size = batch_size or max(1, min(64, 2 ** 16 // math.prod(task.shape)))
-    for first in tqdm(range(0, len(y), size), desc="sampling", disable=None, unit="batch"):
-        rows, seen = slice(first, first + size), []
-        watch = (lambda x0: seen.append(task.to_pictures(x0).cpu())) if film else None
-        mine = {name: value[rows] for name, value in dict(per_picture).items()}
-        mine["generator"] = seeds(seed + first, len(y[rows]), y.device)
-        sampled.append(task.sample(model, y[rows], callback=watch, **mine, **options))
-        pictures.append(task.to_pictures(sampled[-1]).cpu())
-        states.append(seen)
-    return torch.cat(sampled), torch.cat(pictures), [torch.cat(step) for step in zip(*states)]
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -29,6 +29,7 @@ import zlib
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from checkpoint import built_from, load_checkpoint, load_weights, save_checkpoint, written_whole
 from data import check_target, save_grid, to_float, to_uint8
@@ -119,14 +120,11 @@ class DiffusionTask:
         return y, [names[i] for i in y.tolist()] if names else None
 
     def preview(self, model, dataset, device, path):
-        (y, names), made = self.examples(), []
-        for first, some in enumerate(y.to(device).split(self.at_once)):
-            generator = seeds(first * self.at_once, len(some), device)
-            x = self.sample(model, some, generator=generator, steps=25,
-                            sampler=self.process.samplers[0])
-            made.append(self.to_pictures(x).cpu())
+        y, names = self.examples()
+        images = sample_all(self, model, y.to(device), 0, self.at_once, steps=25,
+                            sampler=self.process.samplers[0])[1]
         scale = None if names else max(1, 64 // self.info["image_size"])
-        save_grid(torch.cat(made), path, nrow=8, captions=names, scale=scale)
+        save_grid(images, path, nrow=8, captions=names, scale=scale)
 
     def state(self):
         stage = self.first_stage
@@ -184,6 +182,23 @@ class AutoencoderTask:
         shape = image_shape(self.info)
         x = torch.zeros(count, *shape, device="meta")
         return x, self.model.draw(count, shape, None, "meta")
+
+
+def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=False, **options):
+    """Sample for all conditions y, (N,) or (N, L), batch by batch; picture i with seed + i.
+    per_picture: {option: (N, ...) tensor}, cut like y; film: keep every step's x0 guess too; others
+    are of DiffusionTask.sample. Returns (model space (N, ...), uint8 (N, C, H, W), film or [])."""
+    sampled, pictures, states = [], [], []
+    size = batch_size or max(1, min(64, 2 ** 16 // math.prod(task.shape)))
+    for first in tqdm(range(0, len(y), size), "sampling", leave=None, disable=None, unit="batch"):
+        rows, seen = slice(first, first + size), []
+        watch = (lambda x0: seen.append(task.to_pictures(x0).cpu())) if film else None
+        mine = {name: value[rows] for name, value in dict(per_picture).items()}
+        mine["generator"] = seeds(seed + first, len(y[rows]), y.device)
+        sampled.append(task.sample(model, y[rows], callback=watch, **mine, **options))
+        pictures.append(task.to_pictures(sampled[-1]).cpu())
+        states.append(seen)
+    return torch.cat(sampled), torch.cat(pictures), [torch.cat(step) for step in zip(*states)]
 
 
 def image_shape(info):

@@ -19,9 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-import sample
 from cli import one_line
-from diffusion import check_options
+from diffusion import check_options, seeds
 from models import FAMILIES, TOKENS, Family, text_conditional
 from studies.common import (Table, compared, markdown, mean_se, notice, parser, run, setup, shown,
                             train_and_watch)
@@ -157,7 +156,7 @@ def seconds(task, model, count, rounds=5, **options):
     y, times = task.tokenizer(["a large red circle on gray"] * count), []
     for seed in range(rounds):
         begin = time.process_time()
-        task.sample(model, y, generator=sample.seeds(seed, count, "cpu"), **options)
+        task.sample(model, y, generator=seeds(seed, count, "cpu"), **options)
         times.append(time.process_time() - begin)
     return statistics.median(times)
 
