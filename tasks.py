@@ -13,8 +13,7 @@ pictures back. The loop in train.py never asks which one it runs. It calls
     inputs(count) -> meta tensors of one forward, to count its operations
 A new way to train is a new task; a new model is a line in models.py. Below: the files of a run.
 
-    python train.py --model unet-tiny --data scenes       # a DiffusionTask with a U-Net
-"""
+    python train.py --model unet-tiny --data scenes       # a DiffusionTask with a U-Net"""
 import copy
 import csv
 import dataclasses
@@ -240,8 +239,7 @@ IDENTITY = ("name", "class_names", "words", "image_size", "channels", "base", "d
 
 
 def fingerprint(tensors):
-    """SHA-256 of {name: tensor}: names, shapes, values rounded to half precision.
-    So a model, its half-precision export, and either of them loaded as float32 are the same."""
+    """SHA-256 of {name: tensor}: names, shapes, values in half precision, as exports have them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         value = tensor.half() if tensor.is_floating_point() else tensor
@@ -294,8 +292,7 @@ def check_out(config):
 
 
 def lock(folder):
-    """FOLDER/lock, open; no other run can have it until it is closed or this process has ended (not
-    on Windows). Raises ValueError if another run has it."""
+    """FOLDER/lock, open: this process alone has it (except on Windows). Raises ValueError."""
     file = open(pathlib.Path(folder, "lock"), "a+")
     try:
         if os.name == "posix":
@@ -326,16 +323,23 @@ def check_fit(config, task):
 
 
 def begin_files(config, task, s):
-    """Write config.json, and log.csv as it was at step s."""
-    keep_rows(pathlib.Path(config.out, "log.csv"), s)
+    """Write config.json, and log.csv without damaged rows and those beyond step s; both whole."""
+    table, lines = pathlib.Path(config.out, "log.csv"), []
+    if s and table.is_file():
+        header, *lines = table.read_text(errors="replace").split("\n")
+        number = r"-?(\d+\.?\d*(e[-+]\d+)?|nan|inf)"          # as add_row writes it
+        row = re.compile(rf"(\d+)(,{number}){{{header.count(',')}}}")
+        kept = [line for line in lines if (m := row.fullmatch(line)) and int(m[1]) <= s]
+        lines = [header, *kept] if header.startswith("step,loss,") else []
+    with written_whole(table) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
     with written_whole(pathlib.Path(config.out, "config.json")) as file:
         values = {**dataclasses.asdict(config), **vars(task.settings)}
         file.write(json.dumps(values, indent=1).encode())
 
 
 def save(path, config, task, step, s):
-    """Write the run's checkpoint; tensors that do not learn stay in the file they came from.
-    Raises ValueError if a number in it is not finite."""
+    """Write the run's checkpoint, but no tensor that does not learn. Raises ValueError for nan."""
     learned = lambda net: {k: v for k, v in net.state_dict().items() if k not in task.frozen}
     nets = {"model": learned(task.model), "ema": learned(step.ema)}
     held = [*nets.values(), *(m for o in step.optimizers for m in o.state.values())]
@@ -349,8 +353,7 @@ def save(path, config, task, step, s):
 
 
 def resume(path, task, step):
-    """Put a run back to where its checkpoint was written -> the step. Rates are those of the flags.
-    Raises ValueError if the file does not fit."""
+    """Put a run back to its checkpoint -> the step. Its rates are the flags'. Raises ValueError."""
     state = load_checkpoint(path)
     if len(state["opt"]) != len(step.optimizers):
         raise ValueError(f"{path} lacks an optimizer: start a new run with --init {path}")
@@ -361,19 +364,6 @@ def resume(path, task, step):
         for optimizer, saved in zip(step.optimizers, state["opt"]):
             load_moments(optimizer, saved)
     return state["step"]
-
-
-def keep_rows(table, step):
-    """Drop what log.csv holds beyond a step; damaged rows too. The file is written whole."""
-    lines = []
-    if step and os.path.isfile(table):
-        header, *lines = pathlib.Path(table).read_text(errors="replace").split("\n")
-        number = r"-?(\d+\.?\d*(e[-+]\d+)?|nan|inf)"          # as add_row writes it
-        row = re.compile(rf"(\d+)(,{number}){{{header.count(',')}}}")
-        kept = [line for line in lines if (m := row.fullmatch(line)) and int(m[1]) <= step]
-        lines = [header, *kept] if header.startswith("step,loss,") else []
-    with written_whole(table) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def add_row(table, row):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ONE_THREAD, ROOT, assert_same, write_safetensors
 from evaluate import sampled
 from models import find_model, make_task, settings_class
-from tasks import keep_rows
+from tasks import begin_files
 from train import Config, default_out, make_step
 from vae import AutoencoderKL, first_stage_from
 
@@ -204,12 +205,13 @@ def test_rows_beyond_the_checkpoint_and_damaged_ones_are_dropped(tmp_path):
     good = ["step,loss,lr", "1,0.5,0.1", "2,nan,0.1", "3,1e-3,0.1"]
     bad = ["", "2", "2,0.5", "2,x,0.1", "\0", "²,1,1", "12,0.5,0.1", "step,loss,lr"]
     (tmp_path / "log.csv").write_text("\n".join(good + bad))
-    keep_rows(tmp_path / "log.csv", 3)
-    assert (tmp_path / "log.csv").read_text().split() == good
-    keep_rows(tmp_path / "log.csv", 2)
-    assert (tmp_path / "log.csv").read_text().split() == good[:3]
-    keep_rows(tmp_path / "log.csv", 0)
+    config, task = Config(out=str(tmp_path)), types.SimpleNamespace(settings=Config(lr=3.0))
+    for step in (3, 2):
+        begin_files(config, task, step)
+        assert (tmp_path / "log.csv").read_text().split() == good[:step + 1]
+    begin_files(config, task, 0)
     assert (tmp_path / "log.csv").read_text() == ""
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 3.0
 
 
 def test_resume_refuses_other_data(tmp_path, pictures, capsys):
