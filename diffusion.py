@@ -61,8 +61,7 @@ class GaussianDiffusion:
         check_name("schedule", schedule, SCHEDULES)
         betas = SCHEDULES[schedule](steps)
         if not (betas.min() > 0 and betas.max() < 1):
-            raise ValueError(f"a {schedule} beta reaches 1 in {steps} steps: "
-                             "use more than 20 steps")
+            raise ValueError(f"a {schedule} beta reaches 1 in {steps} steps: take more than 20")
         self._set_tables(betas, torch.arange(steps))
 
     def q_sample(self, x0, t, eps):
@@ -359,10 +358,8 @@ SCHEDULES = {
 
 def respaced_steps(num_steps, respacing):
     """Which of num_steps timesteps a shorter chain visits: ascending list of ints.
-    respacing: "" or None = all; 250 or "250" = so many, evenly, both ends included; "10,15,20" = so
-    many from each of equal sections; "ddim25" = every n-th from 0. Source: improved DDPM §4."""
-    if respacing in ("", None):
-        return list(range(num_steps))
+    respacing: 250 or "250" = so many, evenly, both ends included; "10,15,20" = so many from each
+    of equal sections; "ddim25" = every n-th from 0. Source: improved DDPM §4."""
     if not re.fullmatch(r"ddim\d+|\d+(,\d+)*", str(respacing)):
         raise ValueError(f"steps {respacing!r}: give a whole number, 10,15,20, or ddim25")
     if str(respacing).startswith("ddim"):

@@ -232,9 +232,9 @@ def test_respacing_lists_and_errors():
     for row in d["errors"]:
         with pytest.raises(ValueError):
             respaced_steps(row["T"], row["respacing"])
-    assert respaced_steps(7, "") == respaced_steps(7, None) == list(range(7))
+    assert respaced_steps(7, 7) == list(range(7))
     assert respaced_steps(1000, 250) == respaced_steps(1000, "250")
-    for bad in ("many", "2.5", 2.5, -3, "10,,20", [1, 2]):
+    for bad in ("", None, "many", "2.5", 2.5, -3, "10,,20", [1, 2]):
         with pytest.raises(ValueError, match="steps .*: give a whole number, 10,15"):
             respaced_steps(1000, bad)
 
@@ -472,8 +472,7 @@ def test_samplers_solve_the_ode_to_their_order(schedule, prediction):
 def test_random_samplers_reach_the_known_gaussian(schedule, options):
     """20,000 samples: the standard errors of mean and deviation are 0.003 and 0.002."""
     p = GaussianDiffusion(schedule=schedule, variance="fixed_small")
-    x = p.sample(exact(p), (20_000, 1), steps=1000 if schedule != "cosine" else "",
-                 generator=seeded(), **options)
+    x = p.sample(exact(p), (20_000, 1), steps=1000, generator=seeded(), **options)
     assert abs(x.mean() - M) < 0.015 and abs(x.std() - S) < 0.01, (x.mean(), x.std())
 
 
@@ -527,7 +526,7 @@ def test_a_small_error_of_the_network_stays_small(schedule, sampler, error):
 
 def test_ddim_eta_one_on_every_step_is_ddpm():
     p = GaussianDiffusion(schedule="cosine", steps=60, variance="fixed_small")
-    x, y = (p.sample(exact(p), (16, 4), steps="", generator=seeded(5), **options)
+    x, y = (p.sample(exact(p), (16, 4), steps=60, generator=seeded(5), **options)
             for options in ({"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm"}))
     assert_close(x, y, rtol=1e-4, atol=1e-4)
 
@@ -785,7 +784,7 @@ def test_wrong_names_are_named():
     for bad in (dict(schedule="exp"), dict(prediction="mu"), dict(variance="learned")):
         with pytest.raises(ValueError, match=next(iter(bad.values()))):
             GaussianDiffusion(**bad)
-    with pytest.raises(ValueError, match="more than 20 steps"):
+    with pytest.raises(ValueError, match="more than 20"):
         GaussianDiffusion(steps=10)
     with pytest.raises(ValueError, match="from 1 to 1000"):
         GaussianDiffusion().sample(read_all, SHAPE, COND, steps=1001)
