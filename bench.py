@@ -10,8 +10,7 @@ The limit is the rate of a large matrix product by the fastest way that this mac
 convolution is a product too, and no library is the fastest on every machine. Columns: other, the
 share of a step outside forward, backward and optimizers (data, random numbers, clipping, average);
 sample, one picture and one step of the default sampler, guided (first stages: encode and decode);
-GiB, peak of the process, on cuda of the device. On one thread of a CPU, times are CPU time.
-"""
+GiB, peak of the process, on cuda of the device. On one thread of a CPU, times are CPU time."""
 import dataclasses
 
 from torch.utils.flop_counter import FlopCounterMode

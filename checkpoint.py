@@ -9,8 +9,7 @@ The idea. A checkpoint is a dict of tensors and plain values, saved by torch.sav
 
     save_checkpoint("out/ckpt.pt", {"step": 100, "model": model.state_dict()})
     load_weights(model, load_checkpoint("out/ckpt.pt")["model"], "out/ckpt.pt")
-    python -m pytest tests/test_checkpoint.py
-"""
+    python -m pytest tests/test_checkpoint.py"""
 import contextlib
 import os
 import pathlib
@@ -51,8 +50,7 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path, *needed):
     """A file of save_checkpoint as it was saved; an official file as {"model", "ema"}, the same.
-    needed: keys that must be there. Raises ValueError for a file that is missing, damaged, unsafe,
-    of another format, or not as FORMS says."""
+    needed: keys that must be there. Raises ValueError, also if it is not as FORMS says."""
     if not pathlib.Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}: train first (python train.py)")
     state = read_torch(path)

@@ -1,7 +1,6 @@
 """The command line: a dataclass becomes flags, and what the user can mend is one line.
 
-    options, = parse(argv, __doc__, Options)            # python sample.py --steps 10
-"""
+    options, = parse(argv, __doc__, Options)            # python sample.py --steps 10"""
 import argparse
 import dataclasses
 import difflib

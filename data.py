@@ -85,9 +85,8 @@ class Batches:
 
     def batch(self, step, rows=slice(None), flip_draws=None):
         """The batch of a step (from 0): {"x": (B, C, H, W) as stored, "y": (B,), "index": (B,)}.
-        y: labels; index: positions in the data set.  rows: the slice of the whole batch that this
-        process works on.  flip_draws: (batch_size,), uniform in [0, 1), for the whole batch, on the
-        device; those below 0.5 are mirrored if dataset.flip.  None: no flips."""
+        rows: the slice of the whole batch that this process works on.  flip_draws: (batch_size,),
+        uniform in [0, 1), of the whole batch: if dataset.flip, those below 0.5 are mirrored."""
         position, end, pieces = step * self.batch_size, (step + 1) * self.batch_size, []
         while position < end:
             epoch, offset = divmod(position, len(self.images))
@@ -329,8 +328,7 @@ def _strips(captions, width):
 
 def make_grid(images, nrow=8, captions=None, pad=2, scale=None):
     """Images (N, C, H, W), uint8 or float [-1, 1], C = 1 or 3, as one picture (H', W', 3) uint8.
-    captions: N strings, put below them.  scale: whole-number enlargement; None = 1, or with
-    captions enough for tiles 64 pixels wide."""
+    captions: N strings, put below.  scale: whole; None = 1, or for captions to 64 pixels."""
     images = images.detach().cpu()
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     tiles = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()                 # (N, H, W, 3)

@@ -8,8 +8,7 @@ same rate. Here Muon gets the matrices inside the blocks (`model.matrices`), Ada
 sampled from is the running average of the weights. A step whose gradient is not finite changes
 nothing, and the host need not wait for the device to find out.
 
-    python train.py --optimizer adamw                 # compare with the default, muon
-"""
+    python train.py --optimizer adamw                 # compare with the default, muon"""
 import copy
 import math
 import re
@@ -76,12 +75,11 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(config, model):
     """[AdamW, Muon] over the parameters that learn; without --optimizer muon, AdamW has them all.
     New words of Custom Diffusion (names with ".rows.") get the rate config.word_lr."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    by_muon = lambda name, p: (config.optimizer == "muon" and p.dim() >= 2
-                               and re.match(model.matrices, name))
-    matrices = [p for name, p in named if by_muon(name, p)]
-    words = [p for name, p in named if ".rows." in name]
-    rest = [p for name, p in named if not by_muon(name, p) and ".rows." not in name]
+    matrices, words, rest = [], [], []
+    for name, p in model.named_parameters():
+        by_muon = config.optimizer == "muon" and p.dim() >= 2 and re.match(model.matrices, name)
+        if p.requires_grad:
+            (matrices if by_muon else words if ".rows." in name else rest).append(p)
     groups = [{"params": rest}, {"params": words, "lr": getattr(config, "word_lr", config.lr)}]
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr,
@@ -95,8 +93,7 @@ def make_optimizers(config, model):
 
 
 def load_moments(optimizer, saved):
-    """Put back what an optimizer remembered, by its state_dict `saved`; its rates and decay stay.
-    Raises ValueError if that belongs to other weights."""
+    """Put back the state of a state_dict `saved`, but no rates. ValueError: of other weights."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, held in saved["state"].items():
         shape, count = params[i].shape, sum(p.shape == params[i].shape for p in params)

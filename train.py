@@ -10,8 +10,7 @@
 The idea.  Step s is a function of (seed, s) alone: its rows of the data, its noise, its hidden
 labels, its learning rate. So the state of a run is its tensors and the number s. Hence exact
 resume, and the same result on one device or more: each draws the noise of the whole batch, and
-keeps its rows. The output folder gets ckpt.pt, config.json, log.csv, loss.png, samples/, lock.
-"""
+keeps its rows. The output folder gets ckpt.pt, config.json, log.csv, loss.png, samples/, lock."""
 import argparse
 import dataclasses
 import math
