@@ -267,9 +267,7 @@ def read_arrays(path, kind):
 
 
 def save_latents(path, latents, labels=None, captions=None, class_names=()):
-    """Write (N, C, h, h) float latents for `latents:PATH`, in npz format, whole or not at all.
-    Raises ValueError if `path` cannot be written, or is no file of latents."""
-    check_target(path, LATENTS_MARK)
+    """Write (N, C, h, h) float latents for `latents:PATH`, as npz, whole or not at all."""
     labels = np.zeros(0, int) if labels is None else labels.cpu()
     arrays = latents.cpu(), labels, np.array(captions or [], str), np.array(class_names, str)
     with written_whole(path) as file:

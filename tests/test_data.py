@@ -363,7 +363,7 @@ def test_latents_replace_only_latents(tmp_path):
         write(tmp_path / name)
         before = (tmp_path / name).read_bytes()
         with pytest.raises(ValueError, match=name):
-            data.save_latents(tmp_path / name, torch.zeros(1, 4, 2, 2))
+            data.check_target(tmp_path / name, data.LATENTS_MARK)
         assert (tmp_path / name).read_bytes() == before
 
 
