@@ -6,11 +6,10 @@
     python bench.py --against PATH              # beside a checkout of the official DiT or U-DiT
     python bench.py --proof DIR                 # what one GPU has to show, in nine minutes
 
-The limit is the rate of a large matrix product by the fastest way that this machine has. A
-convolution is a product too, and no library is the fastest on every machine. Columns: other, the
-share of a step outside forward, backward and optimizers (data, random numbers, clipping, average);
+The limit is the rate of a large matrix product by the fastest way that this machine has, see
+studies/meters.py. Columns: other, the share of a step outside forward, backward and optimizers;
 sample, one picture and one step of the default sampler, guided (first stages: encode and decode);
-GiB, peak of the process, on cuda of the device. On one thread of a CPU, times are CPU time."""
+GiB, peak of the process, on cuda of the device."""
 import dataclasses
 
 from torch.utils.flop_counter import FlopCounterMode

@@ -82,8 +82,7 @@ class DiffusionTask:
         """Sample one example per condition y, (B,) or (B, L) -> (B, *shape); see to_pictures.
         null: what guidance steers away from, like y (default: nothing asked for); cfg_scale,
         steps, sampler: default to the run's guidance and the process's own; callback(x0 guess)
-        after every step; options: those of the process. Raises ValueError for guidance of a model
-        that never saw a hidden condition, and for an option that the sampler does not read."""
+        after every step; options: those of the process. Raises ValueError for one not read."""
         if cfg_scale is None:
             cfg_scale = self.settings.cfg_scale if model.can_guide else 1.0
         elif cfg_scale != 1 and not model.can_guide:

@@ -59,9 +59,8 @@ def blocks_of(module):
 
 def make_step(config, dataset, task):
     """One training step as a function: step(s) -> (metrics, gradient norm, 1 if taken else 0).
-    config: the loop's flags, see Config; dataset: data.Dataset; task: see tasks.py. Everything that
-    trains a model calls this. step.ema is the averaged model, step.optimizers its optimizers;
-    config.product becomes what "auto" stands for. Raises ValueError if the batch does not split."""
+    Everything that trains a model calls this. step.ema is the averaged model, step.optimizers its
+    optimizers; config.product becomes what "auto" stands for. Raises ValueError."""
     device, model = config.device, task.model.to(config.device)
     (rank, world), size = ranks(), micro_size(config)
     task.check_batch(config.batch_size)
@@ -206,8 +205,6 @@ def compile_or_warn(net, one_loss):
     net.zero_grad(set_to_none=True)
 
 
-# ---- flags of the loop; those of a model's family are in models.py -------------------------------
-
 @dataclasses.dataclass
 class Config:
     """flags of the loop"""
@@ -235,9 +232,8 @@ class Config:
     ema: float = flag(0.99, "decay of the averaged weights, less at first", "[0, 1)")
     seed: int = flag(0, "of weights, data order and noise", "[0, 9e18]")
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
-    product: str = flag("auto", "of nn.Linear: linear, or the same by convolution, or all in "
-                        "bfloat16; auto: bfloat16 on cuda, else the faster of the first two", "",
-                        ["auto", "linear", "convolution", "bfloat16"])
+    product: str = flag("auto", "how nn.Linear multiplies; auto: bfloat16 on cuda, else the faster",
+                        choices=["auto", "linear", "convolution", "bfloat16"])
     compile: str = flag("auto", "torch.compile; auto: on cuda", choices=["auto", "on", "off"])
     out: str = flag("", "output folder; default: out/MODEL-DATA")
     resume: bool = flag(False, "go on with the run in --out")
@@ -291,9 +287,8 @@ def load_data(config):
 def train_first_stage(config, settings, dataset):
     """--first-stage new: train it in OUT/first_stage, or go on with that -> its checkpoint."""
     model = FAMILIES[find_model(config.model)[0]].first_stage
-    same = {name: getattr(config, name) for name in (
-        "data", "data_dir", "image_size", "hold_out", "skip_bad", "seed", "device", "compile",
-        "product")}
+    names = "data data_dir image_size hold_out skip_bad seed device compile product"
+    same = {name: getattr(config, name) for name in names.split()}
     loop = Config(**{**PRESETS[model], **same, "steps": settings.first_stage_steps, "model": model,
                      "out": f"{config.out}/first_stage"})
     read = settings_class(model)
