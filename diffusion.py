@@ -45,17 +45,15 @@ class GaussianDiffusion:
     """The chain x0 -> xt -> noise with its loss and its samplers. It has no parameters.
     steps: T; t counts from 0 (the papers: from 1). schedule: a name of SCHEDULES. prediction: what
     the network outputs, "eps", "v" or "x0". learn_sigma: C more channels interpolate the log-
-    variance; otherwise variance is "fixed_large" (beta) or "fixed_small" (the posterior's). Public:
-    betas, alpha_bar (T,) float64; timestep_map (T,): the network's t. Source: DDPM §2-3."""
+    variance between the posterior's and beta's; without them it is beta's. Public: betas, alpha_bar
+    (T,) float64; timestep_map (T,): the network's t. Source: DDPM §2-3."""
     samplers = ("ddim", "ddpm", "dpm++")
     default_steps = {"ddim": 50, "ddpm": 250, "dpm++": 50}
     options = {"ddim": COMMON | {"eta"}, "ddpm": COMMON, "dpm++": COMMON}
 
-    def __init__(self, steps=1000, schedule="linear", prediction="eps", learn_sigma=False,
-                 variance="fixed_large"):
+    def __init__(self, steps=1000, schedule="linear", prediction="eps", learn_sigma=False):
         check_name("prediction", prediction, ("eps", "v", "x0"))
-        check_name("variance", variance, ("fixed_large", "fixed_small"))
-        self.prediction, self.learn_sigma, self.variance = prediction, learn_sigma, variance
+        self.prediction, self.learn_sigma = prediction, learn_sigma
         self.original_steps = steps                     # stays when the chain is respaced
         self.default_sampler = "ddpm" if learn_sigma else "ddim"
         check_name("schedule", schedule, SCHEDULES)
@@ -114,7 +112,7 @@ class GaussianDiffusion:
 
     def p_mean_variance(self, out, xt, t, clip=False):
         """out -> (mean, log-variance, x0), like xt. Source: DDPM Eq. 11; improved DDPM Eq. 15."""
-        logvar = self._at(self.variance, t, xt).expand_as(xt)
+        logvar = self._at("fixed_logvar", t, xt).expand_as(xt)
         if self.learn_sigma:
             out, v = out.chunk(2, dim=1)                                            # 2x (B, C, ...)
             frac = (v + 1) / 2                      # v = 1: beta; v = -1: the posterior's variance
@@ -230,8 +228,8 @@ class GaussianDiffusion:
             "sqrt_recip_ab": (1 / ab).sqrt(), "sqrt_recipm1_ab": (1 / ab - 1).sqrt(),
             "post_mean_x0": betas * ab_prev.sqrt() / (1 - ab),
             "post_mean_xt": (1 - ab_prev) * (1 - betas).sqrt() / (1 - ab),
-            "post_logvar": post_logvar, "log_beta": betas.log(), "fixed_small": post_logvar,
-            "fixed_large": torch.cat([post_logvar[:1], betas[1:].log()]), "t": timestep_map}
+            "post_logvar": post_logvar, "log_beta": betas.log(), "t": timestep_map,
+            "fixed_logvar": torch.cat([post_logvar[:1], betas[1:].log()])}
         self._on_device = {}
 
     def _at(self, name, t, x):

@@ -25,23 +25,24 @@ def seeded(seed=0):
 # --------------------------------------------------------------------------------------------------
 # the official implementation's figures
 
-def toy(learn_sigma=True, theta=(1.0, 1.0)):
-    """The closed-formula network of the golden files; it records the timesteps that it receives."""
+def toy(variance="LEARNED_RANGE", theta=(1.0, 1.0)):
+    """The closed-formula network of the golden files; it records the timesteps that it receives.
+    FIXED_SMALL, the posterior's variance, is what a network says whose v is -1 everywhere."""
     def model(x, t, cond=None):
         model.saw.append(t.clone())
         u = (t.float() / 1000).view(-1, 1, 1, 1)
         eps = theta[0] * ((0.2 + 0.7 * u) * x + 0.1 * torch.sin(2 * x.flip(-1)))
         v = theta[1] * torch.tanh(0.5 * x.flip(1) + 2 * u - 1)
-        return torch.cat([eps, v], 1) if learn_sigma else eps
+        v = v if variance == "LEARNED_RANGE" else torch.full_like(v, -1.0)
+        return eps if variance == "FIXED_LARGE" else torch.cat([eps, v], 1)
     model.saw = []
     return model
 
 
 def official(case, variance="LEARNED_RANGE", **options):
     """The process of a golden case, by the official name of its variance."""
-    learned = variance == "LEARNED_RANGE"
-    return GaussianDiffusion(schedule=OFFICIAL[case], learn_sigma=learned,
-                             variance="fixed_large" if learned else variance.lower(), **options)
+    return GaussianDiffusion(schedule=OFFICIAL[case], learn_sigma=variance != "FIXED_LARGE",
+                             **options)
 
 
 @pytest.mark.parametrize("case", OFFICIAL)
@@ -63,7 +64,7 @@ def test_forward_process_matches_official(case):
 def test_p_mean_variance_matches_official(case, variance, clip):
     _, g = golden_case(f"diffusion_{case}")
     x, t, name = g["in_x"], g["in_t"], f"pmv_{variance}_clip{int(clip)}"
-    model = toy(variance == "LEARNED_RANGE")
+    model = toy(variance)
     mean, logvar, x0 = official(case, variance).p_mean_variance(model(x, t), x, t, clip)
     assert_close(mean, g[f"{name}_mean"], **TOLERANCE)
     assert_close(logvar, g[f"{name}_log_variance"], **TOLERANCE)
@@ -78,7 +79,7 @@ def test_losses_and_their_gradients_match_official(case, variance, mean):
     _, g = golden_case(f"diffusion_{case}")
     name, prediction = f"loss_{variance}_{mean}_MSE", {"EPSILON": "eps", "START_X": "x0"}[mean]
     p, theta = official(case, variance, prediction=prediction), torch.ones(2, requires_grad=True)
-    model = toy(variance == "LEARNED_RANGE", theta)
+    model = toy(variance, theta)
     x0, t, eps = g["in_x0"], g["in_t"], g["in_noise"]
     for i in range(len(x0)):                        # the golden losses are those of single samples
         row = slice(i, i + 1)
@@ -98,7 +99,7 @@ def test_the_bound_and_its_gradient_match_official(case, variance):
     p, theta = official(case, variance), torch.ones(2, requires_grad=True)
     x0, t, eps = g["in_x0"], g["in_t"], g["in_noise"]
     xt = p.q_sample(x0, t, eps)
-    term = p.vb_term(toy(variance == "LEARNED_RANGE", theta)(xt, t), x0, xt, t)
+    term = p.vb_term(toy(variance, theta)(xt, t), x0, xt, t)
     assert_close(term.detach(), g[f"loss_{variance}_EPSILON_KL_loss"], **TOLERANCE)
     grad = torch.autograd.grad(term.mean(), theta)[0]
     assert_close(grad, g[f"loss_{variance}_EPSILON_KL_dtheta"], rtol=1e-3, atol=1e-5)
@@ -117,7 +118,8 @@ def test_the_bound_in_the_loss_trains_the_variance_only(case):
     for learned in (True, False):
         theta = torch.ones(2, requires_grad=True)
         p = GaussianDiffusion(schedule=OFFICIAL[case], learn_sigma=learned)
-        loss, _ = p.loss(toy(learned, theta), g["in_x0"], None, **draws)
+        model = toy("LEARNED_RANGE" if learned else "FIXED_LARGE", theta)
+        loss, _ = p.loss(model, g["in_x0"], None, **draws)
         gradient[learned] = torch.autograd.grad(loss, theta)[0]
     assert_close(gradient[True][0], gradient[False][0])
     assert gradient[True][1] != 0
@@ -198,7 +200,7 @@ def test_chains_match_official_step_by_step(case):
         path = walk(learned, lambda *x: learned.ddpm_step(*x, clip=clip), model)
         assert_close(path, g[f"p_chain_clip{int(clip)}"], **tolerance)
         assert [s[0].item() for s in model.saw] == d["chain_model_saw_t"]
-    path = walk(fixed, lambda *x: fixed.ddpm_step(*x, clip=True), toy(False))
+    path = walk(fixed, lambda *x: fixed.ddpm_step(*x, clip=True), toy("FIXED_LARGE"))
     assert_close(path, g["p_chain_FIXED_LARGE_clip1"], **tolerance)
     names = [name for name in g if name.startswith("ddim_chain_eta")]
     assert len(names) == 3
@@ -436,6 +438,11 @@ def exact(process, prediction="eps", error=0.0):
     return model
 
 
+def with_small_variance(network):
+    """The network, and the posterior's variance: v = -1."""
+    return lambda x, t, c: torch.cat([network(x, t), torch.full_like(x, -1.0)], 1)
+
+
 def exact_velocity(x, t, cond=None):
     u = (t / 1000).view(-1, 1)
     x0 = M + S ** 2 * (1 - u) / ((1 - u) ** 2 * S ** 2 + u ** 2) * (x - (1 - u) * M)
@@ -471,8 +478,9 @@ def test_samplers_solve_the_ode_to_their_order(schedule, prediction):
 @pytest.mark.parametrize("options", [{"sampler": "ddpm"}, {"sampler": "ddim", "eta": 1.0}])
 def test_random_samplers_reach_the_known_gaussian(schedule, options):
     """20,000 samples: the standard errors of mean and deviation are 0.003 and 0.002."""
-    p = GaussianDiffusion(schedule=schedule, variance="fixed_small")
-    x = p.sample(exact(p), (20_000, 1), steps=1000, generator=seeded(), **options)
+    p = GaussianDiffusion(schedule=schedule, learn_sigma=True)
+    model = with_small_variance(exact(p))
+    x = p.sample(model, (20_000, 1), steps=1000, generator=seeded(), **options)
     assert abs(x.mean() - M) < 0.015 and abs(x.std() - S) < 0.01, (x.mean(), x.std())
 
 
@@ -519,23 +527,24 @@ def test_the_three_predictions_are_one_estimate(schedule, sampler):
 @pytest.mark.parametrize("error", [0.01, -0.01])
 def test_a_small_error_of_the_network_stays_small(schedule, sampler, error):
     """An eps that is 1 % off: cosine's last steps would multiply it by up to 20,000 in x0."""
-    p = GaussianDiffusion(schedule=schedule, variance="fixed_small")
-    x = p.sample(exact(p, "eps", error), (4000, 1), sampler=sampler, steps=50, generator=seeded())
+    p = GaussianDiffusion(schedule=schedule, learn_sigma=True)
+    model = with_small_variance(exact(p, "eps", error))
+    x = p.sample(model, (4000, 1), sampler=sampler, steps=50, generator=seeded())
     assert abs(x.mean() - M) < 0.05 and 0.8 * S < x.std() < 1.2 * S, (x.mean(), x.std())
 
 
 def test_ddim_eta_one_on_every_step_is_ddpm():
-    p = GaussianDiffusion(schedule="cosine", steps=60, variance="fixed_small")
-    x, y = (p.sample(exact(p), (16, 4), steps=60, generator=seeded(5), **options)
+    p = GaussianDiffusion(schedule="cosine", steps=60, learn_sigma=True)
+    model = with_small_variance(exact(p))
+    x, y = (p.sample(model, (16, 4), steps=60, generator=seeded(5), **options)
             for options in ({"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm"}))
     assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("v,variance", [(1.0, "fixed_large"), (-1.0, "fixed_small")])
-def test_the_learned_variance_has_the_fixed_ones_as_its_ends(v, variance):
-    fixed, learned = GaussianDiffusion(variance=variance), GaussianDiffusion(learn_sigma=True)
+def test_the_learned_variance_has_the_fixed_one_as_its_upper_end():
+    fixed, learned = GaussianDiffusion(), GaussianDiffusion(learn_sigma=True)
     network = exact(fixed)
-    model = lambda x, t, c: torch.cat([network(x, t), torch.full_like(x, v)], 1)
+    model = lambda x, t, c: torch.cat([network(x, t), torch.ones_like(x)], 1)
     assert fixed.default_sampler == "ddim" and learned.default_sampler == "ddpm"
     got = learned.sample(model, (8, 1), steps=20, generator=seeded())       # ddpm is the default
     want = fixed.sample(network, (8, 1), sampler="ddpm", steps=20, generator=seeded())
@@ -781,7 +790,7 @@ def test_a_timestep_is_cosines_then_sines_then_a_zero_if_odd(dim):
 
 
 def test_wrong_names_are_named():
-    for bad in (dict(schedule="exp"), dict(prediction="mu"), dict(variance="learned")):
+    for bad in (dict(schedule="exp"), dict(prediction="mu")):
         with pytest.raises(ValueError, match=next(iter(bad.values()))):
             GaussianDiffusion(**bad)
     with pytest.raises(ValueError, match="more than 20"):
