@@ -1,8 +1,7 @@
 """A run's file: written whole or not at all, read without running code, checked before use.
 
 The idea. A checkpoint is a dict of tensors and plain values, saved by torch.save.
-  write  into a second file beside the old one, which replaces it in one step when it is complete.
-         A crash, a kill or a full disk therefore leaves the old file as it was.
+  write  into a second file, which replaces the old one when complete: a crash changes nothing.
   read   with torch's restricted unpickler (weights_only), which runs nothing. The zip file's
          checksums are compared first: a flipped bit would otherwise load as a wrong number.
   check  keys and types against FORMS, names and shapes against the model, before any is used.

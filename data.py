@@ -2,10 +2,7 @@
 
     python train.py --data folder:my_pictures              # any name that load knows
 
-A data set is one tensor in memory: images, a label for each, a caption for each or none.
-A batch is a function of (seed, step) alone: a run that resumes needs no other state, and several
-processes can each take their rows of the same batch.
-`load` turns a name into a data set: drawn, official, your own pictures, arrays."""
+A data set is one tensor in memory: images, a label for each, a caption for each or none."""
 import difflib
 import functools
 import glob

@@ -5,8 +5,7 @@ Papers: Muon (Jordan et al. 2024); AdamW (Loshchilov & Hutter 2019); averaged we
 The idea.  AdamW scales every number of a gradient by its own history. Muon looks at a whole matrix:
 it replaces the update by the nearest orthogonal matrix, so that all directions are learned at the
 same rate. Here Muon gets the matrices inside the blocks (`model.matrices`), AdamW the rest. What is
-sampled from is the running average of the weights. A step whose gradient is not finite changes
-nothing, and the host need not wait for the device to find out.
+sampled from is the running average of the weights.
 
     python train.py --optimizer adamw                 # compare with the default, muon"""
 import copy

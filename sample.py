@@ -9,9 +9,7 @@
     python sample.py --ckpt adapter.pt --base assets/unet-scenes.pt --scale 0.7     # adapters.py
     python sample.py --ckpt assets/unet-scenes.pt --concept concept.pt --prompt "a <new1> circle"
     python sample.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "an astronaut riding a horse"
-    python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse.safetensors --class 207
-
-Picture i has its own seed (--seed + i), so it is the same picture whatever the batch size."""
+    python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse.safetensors --class 207"""
 import dataclasses
 import difflib
 import pathlib
