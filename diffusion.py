@@ -196,8 +196,7 @@ class GaussianDiffusion:
         return x
 
     def respaced(self, kept):
-        """The process on fewer steps: a list, or see respaced_steps. Source: improved DDPM §4."""
-        kept = kept if isinstance(kept, list) else respaced_steps(self.steps, kept)
+        """The process on the steps `kept` alone, an ascending list. Source: improved DDPM §4."""
         ab, short = self.alpha_bar[kept], copy.copy(self)
         short._set_tables(1 - ab / F.pad(ab[:-1], (1, 0), value=1.0), self.timestep_map[kept])
         return short

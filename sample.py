@@ -105,8 +105,7 @@ def load(path, device="cpu", options=None):
 
 
 def add_concept(path, task):
-    """Put a concept's matrices and new words into a text-to-image task -> the names of its things.
-    Raises ValueError if they do not fit. Source: Custom Diffusion §3."""
+    """Put a concept into a text-to-image task -> the names of its things. Raises ValueError."""
     if task.tokenizer is None:
         raise ValueError("--concept needs a text-to-image --ckpt: this one was trained on classes")
     W, words, things = load_concept(path, task.model.denoiser.state_dict())

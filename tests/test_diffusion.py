@@ -158,14 +158,16 @@ def test_the_loss_of_a_chain_of_any_length_is_the_hybrid_of_the_paper(steps):
 @pytest.mark.parametrize("case", OFFICIAL)
 def test_respaced_process_matches_official(case):
     d, g = golden_case(f"diffusion_{case}")
-    short, model = official(case).respaced(d["config"]["loss_respacing"]), toy()
+    short = official(case).respaced(respaced_steps(1000, d["config"]["loss_respacing"]))
+    model = toy()
     for i, t in enumerate(torch.tensor(d["config"]["loss_respacing_t"])):
         row = slice(i, i + 1)
         loss, terms = short.loss(model, g["in_x0"][row], t=t[None], eps=g["in_noise"][row])
         assert_close(loss, g["respaced_MSE_loss"][i], **TOLERANCE)
         assert_close(terms["vb"], g["respaced_MSE_vb"][i], **TOLERANCE)
     assert torch.cat(model.saw).tolist() == d["respaced_model_saw_t"]
-    chain = official(case, "FIXED_LARGE").respaced(d["config"]["chain_respacing"])
+    kept = respaced_steps(1000, d["config"]["chain_respacing"])
+    chain = official(case, "FIXED_LARGE").respaced(kept)
     assert chain.timestep_map.tolist() == d["chain_timestep_map"]
     assert_close(chain.betas, g["spaced_betas"], rtol=1e-9, atol=0)
     assert_close(chain.alpha_bar, g["spaced_alphas_cumprod"], rtol=1e-9, atol=0)
@@ -184,8 +186,8 @@ def test_respaced_process_matches_official(case):
 @pytest.mark.parametrize("case", OFFICIAL)
 def test_chains_match_official_step_by_step(case):
     d, g = golden_case(f"diffusion_{case}")
-    spec, noise = d["config"]["chain_respacing"], g["in_chain_noise"]
-    learned, fixed = official(case).respaced(spec), official(case, "FIXED_LARGE").respaced(spec)
+    kept, noise = respaced_steps(1000, d["config"]["chain_respacing"]), g["in_chain_noise"]
+    learned, fixed = official(case).respaced(kept), official(case, "FIXED_LARGE").respaced(kept)
 
     def walk(p, step, model):
         x, path = g["in_xT"], []
@@ -696,7 +698,7 @@ def test_strength_is_the_noise_level_to_begin_at(kind, sampler, strength):
 
 
 def test_strength_keeps_its_meaning_on_a_shorter_chain():
-    calls, process = [], GaussianDiffusion().respaced(100)
+    calls, process = [], GaussianDiffusion().respaced(respaced_steps(1000, 100))
     process.sample(recorded(read_all, calls), SHAPE, COND, steps=20, x_init=KNOWN, strength=0.5)
     assert 480 <= calls[0][1] <= 499            # the noisiest of the 100 that is not above 0.5
 

@@ -13,7 +13,7 @@ import data
 import sample
 from checkpoint import load_checkpoint
 from conftest import fill_by_recipe, write_safetensors
-from diffusion import GaussianDiffusion
+from diffusion import GaussianDiffusion, respaced_steps
 from dit import DiT
 from pretrained import infer_dit
 from tasks import DiffusionTask
@@ -98,7 +98,7 @@ def shrunk_dit(**sizes):
 
 def chain(model, y, null, seeds, scale, channels, sampler, steps, shape):
     """Guidance by hand, and the step of a sampler, which test_diffusion.py tests."""
-    process = GaussianDiffusion(learn_sigma=True).respaced(steps)
+    process = GaussianDiffusion(learn_sigma=True).respaced(respaced_steps(1000, steps))
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     noise = lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
     x, y, null = noise(), torch.tensor(y), torch.full((len(y),), null)
