@@ -86,13 +86,6 @@ class MaskReplace:
         xt = torch.where(u[..., 0] < mask + replace, code, x0)
         return torch.where(u[..., 0] < mask, K, xt)                             # (B, N)
 
-    def marginal(self, p0, t):
-        """q(x_t | x_0), (B, N, K+1), for p0 like it, t (B,) or -1. Source: VQ-Diffusion Eq. 8."""
-        a, b, g = (bar[t].float().to(p0.device).view(-1, 1, 1) for bar in
-                   (self.alpha_bar, self.beta_bar, self.gamma_bar))
-        codes, mask = p0.split([self.num_codes, 1], dim=-1)                     # (B, N, K or 1)
-        return torch.cat([a * codes + b * codes.sum(-1, keepdim=True), mask + g * (1 - mask)], -1)
-
     def posterior(self, p0, xt, t, s=None):
         """p(x_s | x_t) = sum over x_0 of q(x_s | x_t, x_0) p0(x_0), (B, N, K+1), for any s < t.
         p0 (B, N, K+1): the prediction, 0 at [MASK]. xt (B, N). t, s: (B,) or ints; None = t - 1.
