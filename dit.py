@@ -25,7 +25,6 @@ Differences from the official code (facebookresearch/DiT; same state_dict names,
 3. Guidance is diffusion.guided, the same for every model, and guides all channels.
 4. Two arguments that the paper does not have, off by default: norm="rms" and qk_norm=True.
 """
-import re
 from collections import OrderedDict
 
 import torch
@@ -328,16 +327,3 @@ DIT_CONFIGS = {
     for name, width, depth, heads in (("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16),
                                       ("XL", 1152, 28, 16))
     for patch in (2, 4, 8)}
-
-
-def dit_config(name):
-    """Sizes of a named DiT: of the paper ("DiT-S/2"), or "DiT-WxD/p": width, depth, patch size.
-    Width W is a multiple of 32 = width of a head. Source: DiT Table 1."""
-    if name in DIT_CONFIGS:
-        return dict(DIT_CONFIGS[name])
-    size = re.fullmatch(r"DiT-(\d+)x(\d+)/(\d+)", name)
-    if not size or min(map(int, size.groups())) < 1 or int(size[1]) % 32:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(DIT_CONFIGS)}, "
-                         "or DiT-WxD/p (width W, a multiple of 32; depth D; patch size p)")
-    width, depth, patch = map(int, size.groups())
-    return dict(hidden_size=width, depth=depth, num_heads=width // 32, patch_size=patch)

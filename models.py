@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 
 import torch
 
@@ -19,7 +20,7 @@ import data
 from checkpoint import built_from, load_checkpoint, load_weights
 from cli import check, flag
 from diffusion import GaussianDiffusion, RectifiedFlow
-from dit import DIT_CONFIGS, DiT, dit_config
+from dit import DIT_CONFIGS, DiT
 from pretrained import (build, infer_dit, is_official, load_first_stage, read_stable_diffusion,
                         read_weights)
 from tasks import AutoencoderTask, DiffusionTask, check_same, identity, image_shape
@@ -180,17 +181,21 @@ PRESETS = {
 
 
 def find_model(name):
-    """Name of a model -> (its family, constructor arguments). Raises ValueError."""
+    """Name of a model -> (its family, constructor arguments). Beside those of FAMILIES, DiT-WxD/p:
+    width W, a multiple of 32 = width of a head; depth D; patch size p. Raises ValueError."""
     for family, row in FAMILIES.items():
         if name in row.sizes:
             return family, dict(row.sizes[name])
-    try:
-        return "dit", dit_config(name)                                      # DiT-WxD/p
-    except ValueError as error:
-        known = [model for row in FAMILIES.values() for model in row.sizes]
-        near = difflib.get_close_matches(name, known, 1, 0.4)
-        raise ValueError(f"unknown model {name!r}{f', did you mean {near[0]}?' if near else '.'} "
-                         f"Known: DiT-WxD/p (width, depth, patch), {', '.join(known)}") from error
+    if size := re.fullmatch(r"DiT-([1-9]\d*)x([1-9]\d*)/([1-9]\d*)", name):
+        width, depth, patch = map(int, size.groups())
+        if width % 32 == 0:
+            heads = width // 32
+            return "dit", dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
+    known = [model for row in FAMILIES.values() for model in row.sizes]
+    near = difflib.get_close_matches(name, known, 1, 0.4)
+    raise ValueError(f"unknown model {name!r}{f', did you mean {near[0]}?' if near else '.'} "
+                     "Known: DiT-WxD/p (width, a multiple of 32; depth; patch), "
+                     f"{', '.join(known)}")
 
 
 def build_task(model, settings, info, first_stage):

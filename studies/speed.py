@@ -31,7 +31,7 @@ from tqdm import tqdm
 import bench
 import train
 from cli import one_line, resolve_device
-from dit import DiT, dit_config
+from dit import DIT_CONFIGS, DiT
 from studies.common import Table, markdown, parser, whole
 from studies.meters import clock, memory
 from udit import UDIT_CONFIGS, UDiT
@@ -47,7 +47,7 @@ CHECKPOINTED = (("DiT-S/2", 4, 32), ("unet-small", 8, 32))
 # a file of the checkout -> (what it names the model, our name, pictures, our model)
 OFFICIAL = {
     "udit_models.py": ("U_DiT_S", "U-DiT-S", 4, lambda: UDiT(**UDIT_CONFIGS["U-DiT-S"])),
-    "models.py": ("DiT_S_2", "DiT-S/2", 8, lambda: DiT(**dit_config("DiT-S/2")))}
+    "models.py": ("DiT_S_2", "DiT-S/2", 8, lambda: DiT(**DIT_CONFIGS["DiT-S/2"]))}
 
 
 def row(what, setting, measure, value):

@@ -17,9 +17,8 @@ import torch
 import data
 import sample
 from cli import one_line
-from dit import dit_config
 from evaluate import class_accuracy, kept_classifier, score_pictures
-from models import FAMILIES
+from models import FAMILIES, find_model
 from studies.common import (Table, compared, figure, heldout_loss, markdown, mean_se,
                             notice, parser, run, setup, shown, train_and_watch)
 from tasks import macs
@@ -27,7 +26,7 @@ from tasks import macs
 U = dict(hidden_size=16, num_heads=2, depth=(1, 1, 1, 1, 1))
 PLAIN = dict(U, cosine=False, rope=False, mlp="basic")
 MODELS = {      # name: (family, constructor arguments); mlp_ratio makes the MACs equal
-    "isotropic DiT": ("dit", dict(dit_config("DiT-96x3/2"), mlp_ratio=5.1875)),
+    "isotropic DiT": ("dit", dict(find_model("DiT-96x3/2")[1], mlp_ratio=5.1875)),
     "DiT-UNet": ("udit", dict(PLAIN, down_factor=1, kernel_size=0, mlp_ratio=2)),
     "U, keys and values downsampled": ("udit", dict(PLAIN, downsample="kv", mlp_ratio=7.1875)),
     "U, tokens downsampled": ("udit", dict(PLAIN, mlp_ratio=6.4375)),

@@ -17,11 +17,11 @@ from torch.profiler import profile
 from tqdm import tqdm
 
 from cli import one_line
-from dit import DiT, dit_config
+from dit import DIT_CONFIGS, DiT
 from studies.common import Table, markdown, parser, whole
 from udit import UDIT_CONFIGS, UDiT
 
-MODELS = {"DiT-S/2": lambda: DiT(**dit_config("DiT-S/2")),
+MODELS = {"DiT-S/2": lambda: DiT(**DIT_CONFIGS["DiT-S/2"]),
           "U-DiT-S": lambda: UDiT(**UDIT_CONFIGS["U-DiT-S"]),
           "U-DiT-S vanilla": lambda: UDiT(**UDIT_CONFIGS["U-DiT-S"], cosine=False, rope=False,
                                           mlp="basic")}

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import GOLDEN, fill_by_recipe, golden_case
 from diffusion import guided, timestep_embedding
-from dit import BLOCKS, DIT_CONFIGS, NORMS, DiT, dit_config, sincos_positions
+from dit import BLOCKS, DIT_CONFIGS, NORMS, DiT, sincos_positions
+from models import find_model
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 TINY = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=3, num_heads=2,
@@ -66,7 +67,7 @@ def test_forward_guidance_and_gradients_match_official(case):
 
 def build(name, **overrides):
     with torch.device("meta"):
-        return DiT(**{**dit_config(name), **overrides})
+        return DiT(**{**find_model(name)[1], **overrides})
 
 
 def macs(model, size):
@@ -137,7 +138,7 @@ def test_starts_at_zero_and_learns_in_the_right_order(conditioning):
 
 def test_initial_spread_is_the_official_one():
     torch.manual_seed(0)
-    model = DiT(**dit_config("DiT-S/2"))
+    model = DiT(**DIT_CONFIGS["DiT-S/2"])
     for name, std in {"blocks.3.attn.qkv.weight": .0361, "blocks.3.attn.proj.weight": .0510,
                       "blocks.3.mlp.fc1.weight": .0323, "blocks.3.mlp.fc2.weight": .0323,
                       "x_embedder.proj.weight": .0701, "y_embedder.embedding_table.weight": .02,
@@ -378,6 +379,3 @@ def test_sizes_that_do_not_fit_are_named():
     for shape in ((1, 4, 4, 16), (1, 3, 8, 8), (1, 4, 16, 16)):  # the first has 16 tokens
         with pytest.raises(ValueError, match=r"expects pictures of shape \(4, 8, 8\), got \(\d"):
             DiT(**TINY)(torch.zeros(shape), t, y)
-    for name in ("DiT-S/3", "DiT-50x2/2", "dit", "DiT-96x0/1"):
-        with pytest.raises(ValueError, match="choose one of"):
-            dit_config(name)

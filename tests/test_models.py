@@ -36,7 +36,8 @@ def test_a_name_is_found_in_one_family_or_the_nearest_is_named():
     find_model("udit-tiny")[1]["num_heads"] = 77                        # a copy: the table stays
     assert find_model("udit-tiny")[1]["num_heads"] != 77
     for wrong, near in (("DiT-S/3", "DiT-S"), ("unet-tinny", "unet-tiny"), ("u-dit-s", "U-DiT-S"),
-                        ("DiT-33x2/2", "DiT-"), ("zzz", "DiT-WxD/p")):
+                        ("DiT-33x2/2", "DiT-"), ("DiT-96x0/1", "DiT-"), ("dit", "DiT-"),
+                        ("zzz", "DiT-WxD/p")):
         with pytest.raises(ValueError, match=f"unknown model '{wrong}'.*{near}"):
             find_model(wrong)
 

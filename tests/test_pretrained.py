@@ -13,7 +13,8 @@ import torch
 import pretrained
 from checkpoint import save_checkpoint
 from conftest import fill_by_recipe, write_safetensors
-from dit import DIT_CONFIGS, DiT, dit_config
+from dit import DIT_CONFIGS, DiT
+from models import find_model
 from text import TextEncoder
 from unet import UNet
 from vae import AutoencoderKL
@@ -494,7 +495,8 @@ def test_published_sizes_of_the_other_two():
 @pytest.mark.parametrize("name", [*DIT_CONFIGS, "DiT-32x1/2", "DiT-160x2/1", "DiT-512x1/4"])
 def test_sizes_of_a_dit_are_read_off_its_tensors(name):
     """The paper's heads by width, or heads of 32 channels, as every DiT-WxD/p has them."""
-    sizes = dict(dit_config(name), input_size=16, in_channels=3, num_classes=7, learn_sigma=False)
+    sizes = {**find_model(name)[1], "input_size": 16, "in_channels": 3, "num_classes": 7,
+             "learn_sigma": False}
     with torch.device("meta"):
         state = DiT(**sizes).state_dict()
     assert pretrained.infer_dit(state) == sizes
