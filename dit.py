@@ -54,7 +54,10 @@ class Block(nn.Module):
         self.norm1 = NORMS[norm](hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
         self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.norm2 = NORMS[norm](hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
-        self.mlp = make_mlp(hidden_size, int(hidden_size * mlp_ratio))
+        wide = int(hidden_size * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(hidden_size, wide),      # ViT §3.1
+                                             gelu=nn.GELU(approximate="tanh"),
+                                             fc2=nn.Linear(wide, hidden_size)))
         self.adaLN_modulation = make_modulation(hidden_size, self.modulations)
 
     def forward(self, x, c, tokens):
@@ -145,12 +148,6 @@ class CrossAttention(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4)                                        # 2x (B, h, L, d)
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)   # (B, h, N, d)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))                    # (B, N, D)
-
-
-def make_mlp(width, hidden):
-    """Linear, tanh-approximated GELU, Linear: (B, N, D) -> (B, N, D). Source: ViT §3.1."""
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), gelu=nn.GELU(approximate="tanh"),
-                                     fc2=nn.Linear(hidden, width)))
 
 
 # the norms, over the last axis; rms: x / sqrt(mean(x^2) + eps), Zhang & Sennrich 2019 Eq. 4
