@@ -53,7 +53,6 @@ def infer_unet(state):
         num_res_blocks=(down or [_count(state, r"input_blocks\.(\d+)\.")])[0] - 1,
         attention_resolutions=tuple(2 ** level for level, i in enumerate(first)
                                     if f"input_blocks.{i}.1.norm.weight" in state),
-        transformer_depth=_count(state, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
         context_dim=context_dim, **heads)
 
 

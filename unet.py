@@ -108,23 +108,22 @@ class GEGLU(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the cells of a map (B, C, H, W), added to it. Source: LDM §3.3."""
+    """A transformer block over the cells of a map (B, C, H, W), added to it. Source: LDM §3.3."""
 
-    def __init__(self, channels, num_heads, head_dim, depth, context_dim, norm_groups=32):
+    def __init__(self, channels, num_heads, head_dim, context_dim, norm_groups=32):
         super().__init__()
         width = num_heads * head_dim
         self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)       # as published, else 1e-5
         self.proj_in = nn.Conv2d(channels, width, 1)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(width, num_heads, head_dim, context_dim) for _ in range(depth))
+        block = TransformerBlock(width, num_heads, head_dim, context_dim)
+        self.transformer_blocks = nn.ModuleList([block])        # one; in a list, as published
         self.proj_out = nn.Conv2d(width, channels, 1)
 
     def forward(self, x, context):
         h = self.proj_in(self.norm(x))                                          # (B, C, H, W)
         H, W = h.shape[2:]
         h = h.flatten(2).transpose(1, 2)                                        # (B, H*W, C)
-        for block in self.transformer_blocks:
-            h = block(h, context)                                               # (B, H*W, C)
+        h = self.transformer_blocks[0](h, context)                              # (B, H*W, C)
         return x + self.proj_out(h.transpose(1, 2).unflatten(2, (H, W)))        # (B, C, H, W)
 
 
@@ -173,31 +172,38 @@ class UNet(nn.Module):
     num_res_blocks: ResBlocks per level on the way down, one more on the way up;
     attention_resolutions: down-sampling factors (1, 2, 4, ...) of the levels with transformers, the
     middle always has one; num_heads: at every width, or -1 and then num_head_channels: channels per
-    head; transformer_depth: blocks per transformer; context_dim: width D_ctx of a text state;
-    norm_groups: of each GroupNorm, divides every width. Source: LDM Eq. 3, §3.3, Table 15."""
+    head; context_dim: width D_ctx of a text state; norm_groups: of each GroupNorm, divides every
+    width. Source: LDM Eq. 3, §3.3, Table 15."""
     # what Muon (optim.py) trains: all but the first and last convolution and the timestep MLP
     matrices = r"(?:input_blocks\.(?!0\.)|middle_block\.|output_blocks\.)"
 
     def __init__(self, in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
                  num_res_blocks=2, attention_resolutions=(1, 2, 4), num_heads=8,
-                 num_head_channels=-1, transformer_depth=1, context_dim=768, norm_groups=32):
+                 num_head_channels=-1, context_dim=768, norm_groups=32):
         super().__init__()
-        check_sizes(model_channels, channel_mult, attention_resolutions, num_heads,
-                    num_head_channels, norm_groups)
+        if (num_heads == -1) == (num_head_channels == -1):
+            raise ValueError("of num_heads and num_head_channels exactly one must be -1")
+        for width in (mult * model_channels for mult in channel_mult):
+            if width % max(num_heads, num_head_channels):               # of the other, which is -1
+                raise ValueError(f"{width:g} channels are not a multiple of num_heads {num_heads} "
+                                 f"or num_head_channels {num_head_channels}: change one of them")
+        factors = [2 ** level for level in range(len(channel_mult))]
+        if not set(attention_resolutions) <= set(factors):
+            raise ValueError(f"attention_resolutions {tuple(attention_resolutions)} must be down-"
+                             f"sampling factors out of {factors} (1 = full size), not pixel sizes")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.context_dim, self.model_channels = context_dim, model_channels
-        self.min_size, emb_dim = 2 ** (len(channel_mult) - 1), 4 * model_channels
+        self.min_size, emb_dim = factors[-1], 4 * model_channels
 
         def layers(ch_in, ch, attend):
             stage = [ResBlock(ch_in, emb_dim, ch, norm_groups)]
             if attend:
                 heads = num_heads if num_heads != -1 else ch // num_head_channels
-                stage.append(SpatialTransformer(ch, heads, ch // heads, transformer_depth,
-                                                context_dim, norm_groups))
+                stage.append(SpatialTransformer(ch, heads, ch // heads, context_dim, norm_groups))
             return stage
 
-        levels = [(int(mult * model_channels), 2 ** i in attention_resolutions)
-                  for i, mult in enumerate(channel_mult)]       # width, and whether it attends
+        levels = [(int(mult * model_channels), factor in attention_resolutions)
+                  for mult, factor in zip(channel_mult, factors)]   # width, and whether it attends
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.build_blocks(levels, num_res_blocks, layers)
@@ -266,23 +272,6 @@ class UNet(nn.Module):
         for name, parameter in self.named_parameters():
             if "out_layers.3." in name or "proj_out." in name or name.startswith("out.2."):
                 nn.init.zeros_(parameter)
-
-
-def check_sizes(model_channels, channel_mult, attention_resolutions, num_heads, num_head_channels,
-                norm_groups):
-    """Raises ValueError for sizes of UNet that do not fit together. Source: LDM Table 15."""
-    if (num_heads == -1) == (num_head_channels == -1):
-        raise ValueError("of num_heads and num_head_channels exactly one must be -1")
-    heads = max((num_heads, "num_heads"), (num_head_channels, "num_head_channels"))  # the other: -1
-    checks = [(mult, norm_groups, "norm_groups") for mult in (1, *channel_mult)]
-    for mult, divisor, name in checks + [(mult, *heads) for mult in channel_mult]:
-        if mult * model_channels % divisor:
-            raise ValueError(f"{mult * model_channels:g} channels are not a multiple of {name} "
-                             f"{divisor}: change it, a width or model_channels {model_channels}")
-    factors = [2 ** level for level in range(len(channel_mult))]
-    if not set(attention_resolutions) <= set(factors):
-        raise ValueError(f"attention_resolutions {tuple(attention_resolutions)} must be down-"
-                         f"sampling factors out of {factors} (1 = full size), not pixel sizes")
 
 
 # what the two for 8x8 latents on a CPU share (in_channels, out_channels: those of the latents)

@@ -20,8 +20,7 @@ from unet import UNet
 from vae import AutoencoderKL
 
 UNET = dict(in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2, 2),
-            num_res_blocks=1, attention_resolutions=(1, 2), num_heads=8, transformer_depth=1,
-            context_dim=64)
+            num_res_blocks=1, attention_resolutions=(1, 2), num_heads=8, context_dim=64)
 VAE = dict(channels=32, multipliers=(1, 2, 2), res_blocks=1, in_channels=3, z_channels=4)
 TEXT = dict(vocab_size=50, max_length=9, hidden_size=64, depth=2, num_heads=1, mlp_ratio=4.0)
 PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
@@ -452,8 +451,7 @@ def test_all_686_names_of_the_real_unet_one_to_one_from_diffusers():
     assert all(back[name] is official[name] for name in official)   # the tensor itself
     assert pretrained.infer_unet(back) == dict(
         in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
-        num_res_blocks=2, attention_resolutions=(1, 2, 4), num_heads=8, transformer_depth=1,
-        context_dim=768)
+        num_res_blocks=2, attention_resolutions=(1, 2, 4), num_heads=8, context_dim=768)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -469,14 +467,14 @@ def test_sizes_are_read_off_the_tensors(states):
 @pytest.mark.parametrize("sizes", [
     # one level; in_channels of the inpainting model
     dict(model_channels=64, channel_mult=(1,), num_res_blocks=3, attention_resolutions=(),
-         num_heads=8, context_dim=5, transformer_depth=2, in_channels=9, out_channels=8),
+         num_heads=8, context_dim=5, in_channels=9, out_channels=8),
     dict(model_channels=64, channel_mult=(1, 1.5, 2.5), num_res_blocks=2,
-         attention_resolutions=(4,), num_heads=8, context_dim=7, transformer_depth=1, in_channels=3,
+         attention_resolutions=(4,), num_heads=8, context_dim=7, in_channels=3,
          out_channels=3),
     # Stable Diffusion 2
     dict(model_channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=2,
          attention_resolutions=(1, 2, 4), num_heads=-1, num_head_channels=64, context_dim=1024,
-         transformer_depth=1, in_channels=4, out_channels=4)])
+         in_channels=4, out_channels=4)])
 def test_other_unets(sizes):
     with torch.device("meta"):
         state = UNet(**sizes).state_dict()
