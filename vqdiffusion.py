@@ -42,8 +42,8 @@ SCHEDULES = {"paper": (0.99999, 9e-6, 9e-6, 0.9), "released": (0.99999, 9e-6, 9e
 Jump = namedtuple("Jump", "alpha beta gamma alpha_bar_t beta_bar_t gamma_bar_t "
                           "alpha_bar_s beta_bar_s gamma_bar_s")
 # the options that every sampler reads, with defaults; meanings: MaskReplace.trajectory
-SAMPLING = dict(cfg_scale=1.0, truncation=1.0, top_k=None, x_init=None, mask=None, strength=1.0,
-                start=None, generator=None, device="cpu")
+SAMPLING = dict(cfg_scale=1.0, truncation=1.0, x_init=None, mask=None, strength=1.0, start=None,
+                generator=None, device="cpu")
 
 
 class MaskReplace:
@@ -131,17 +131,15 @@ class MaskReplace:
         log_p = (self.posterior(p0, xt, t) + 1e-30).log()                       # (B, N, K+1)
         return (torch.xlogy(q, q) - q * log_p).sum(-1)
 
-    def guess(self, logits, truncation=1.0, top_k=None):
+    def guess(self, logits, truncation=1.0):
         """Logits (B, N, K) -> p(x_0 | x_t) over K+1 states, (B, N, K+1) float32, 0 at [MASK].
-        truncation: keep of each token the most likely codes, as few as reach this sum; top_k: keep
-        so many. The others become 0, without rescaling. Source: VQ-Diffusion §4.2."""
+        truncation: keep of each token the most likely codes, as few as reach this sum; the others
+        become 0, without rescaling. Source: VQ-Diffusion §4.2."""
         p = F.pad(logits.float(), (0, 1), value=-math.inf).softmax(-1)          # (B, N, K+1)
-        if truncation >= 1 and top_k is None:
+        if truncation >= 1:
             return p
         p, order = p.sort(-1, descending=True)
-        before = p.cumsum(-1) - p                           # the sum of all more likely codes
-        keep = (before < truncation) | (truncation >= 1)
-        keep[..., top_k or p.shape[-1]:] = False
+        keep = p.cumsum(-1) - p < truncation                # the sum of all more likely codes
         return torch.zeros_like(p).scatter(-1, order, p * keep)
 
     @torch.no_grad()
@@ -150,8 +148,8 @@ class MaskReplace:
         sampler: "posterior", or "fewer" and "purity", which only fill in [MASK]s, equally many per
         call: "fewer" anywhere, "purity" mostly where the network is sure. steps: calls, at most T,
         for the latter two N; None: 25. cfg_scale: guidance of the logits, Improved's s + 1.
-        truncation, top_k: see guess. x_init (B, N) with mask (B, N), 1 = paint here: inpainting;
-        with strength < 1: start from x_init after that share of the chain. start (B, N): the first
+        truncation: see guess. x_init (B, N) with mask (B, N), 1 = paint here: inpainting; with
+        strength < 1: start from x_init after that share of the chain. start (B, N): the first
         tokens. stride: see jumps. Source: VQ-Diffusion algorithm 2; Improved §3, Eq. 11."""
         sampler = sampler or self.default_sampler
         check_options(self, sampler, options)
@@ -165,7 +163,7 @@ class MaskReplace:
             seen = torch.full(shape[:1], shown, device=o.device)                # (B,)
             if sampler != "posterior":          # the step at which the chain has so many [MASK]s
                 seen = (masked[:, None] / shape[1] - gamma_bar).abs().argmin(1)
-            p0 = self.guess(denoise(xt, seen, 1.0), o.truncation, o.top_k)      # (B, N, K+1)
+            p0 = self.guess(denoise(xt, seen, 1.0), o.truncation)               # (B, N, K+1)
             if sampler == "posterior":
                 p = self.posterior(p0, xt, t, s)                                # (B, N, K+1)
                 xt = race(p, rand(p.shape, o.generator, o.device))

@@ -295,7 +295,6 @@ def test_guess_truncation_and_guidance_match_official():
     assert_close(chain.guess(logits), probabilities(g["log_p"]), **close)
     for r in (0.86, 0.5, 1.0):
         assert_close(chain.guess(logits, truncation=r), probabilities(g[f"top_r_{r}"]), **close)
-    assert_close(chain.guess(logits, top_k=3), probabilities(g["top_k_3"]), **close)
     model = lambda x, t, cond: cond
     for s in (3, 5):
         denoise = vqdiffusion.guided(model, logits, uncond, float(s))
@@ -475,7 +474,7 @@ def test_toy_with_the_exact_denoiser(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("options", [
-    dict(), dict(steps=1), dict(steps=7, stride="official"), dict(top_k=2), dict(truncation=0.3),
+    dict(), dict(steps=1), dict(steps=7, stride="official"), dict(truncation=0.3),
     dict(sampler="fewer", steps=5), dict(sampler="purity", steps=15)])
 def test_no_mask_survives_and_rows_do_not_depend_on_the_batch(schedule, options):
     chain = MaskReplace(20, 4, schedule)
@@ -562,7 +561,7 @@ def test_every_option_is_read_by_the_samplers_that_name_it():
     chain, x = MaskReplace(30, 9), torch.randint(9, (2, 16), generator=seeded(0))
     model = lambda x, t, cond: cond[:, :, None] * torch.linspace(0, 3, 9) + one_hot(x, 10)[..., :9]
     cond, uncond = torch.ones(2, 16), torch.zeros(2, 16)
-    changed = {"cfg_scale": 3.0, "truncation": 0.3, "top_k": 1, "mask": (x > 4).float(),
+    changed = {"cfg_scale": 3.0, "truncation": 0.3, "mask": (x > 4).float(),
                "strength": 0.3, "start": x, "generator": seeded(1), "purity": 5.0,
                "stride": "official"}
     for sampler in chain.samplers:
