@@ -14,8 +14,7 @@ The idea. unet.py, vae.py and text.py keep the official names, so loading takes 
     models = build(parts, dtype=torch.float32)  # {"unet": UNet, "vae": AutoencoderKL, "text": ...}
     python -m pytest tests/test_pretrained.py
 
-The U-Net of SD 2 loads too; its text encoder and SD XL do not. While tensors are in use, do not
-write into their file: replace it.
+SD 2 and SD XL do not load. While tensors are in use, do not write into their file: replace it.
 """
 import json
 import math
@@ -34,18 +33,17 @@ from vae import AutoencoderKL, first_stage_from
 # ---- sizes, and the modules ----------------------------------------------------------------------
 
 def infer_unet(state):
-    """Arguments of the UNet with this state_dict. Heads: 8 as in SD v1, or of 64 channels if the
-    context is 1024 wide, as in SD 2. Source: LDM table 15; v2-inference.yaml of SD 2."""
+    """Arguments of the UNet with this state_dict; 8 heads, as in SD v1. Source: LDM table 15."""
     shape = _shapes(state, "a U-Net of the Stable Diffusion family")
-    if any(name.startswith(("add_embedding.", "label_emb.")) for name in state):
-        raise ValueError("a U-Net with a second embedding, as in Stable Diffusion XL: give v1's")
+    context_dim = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
+    if context_dim == 1024 or any(name.startswith(("add_embedding.", "label_emb."))
+                                  for name in state):
+        raise ValueError("a U-Net of Stable Diffusion 2 or XL: give v1's")
     model_channels, in_channels = shape("input_blocks.0.0.weight", 4)[:2]
     down = sorted(int(name.split(".")[1]) for name in state
                   if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name))
     first = [1, *(i + 1 for i in down)]             # the first block of each level
     widths = [shape(f"input_blocks.{i}.0.out_layers.3.weight", 4)[0] for i in first]
-    context_dim = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
-    heads = dict(num_heads=8) if context_dim != 1024 else dict(num_heads=-1, num_head_channels=64)
     return dict(
         in_channels=in_channels, out_channels=shape("out.2.weight", 4)[0],
         model_channels=model_channels, channel_mult=tuple(w / model_channels for w in widths),
@@ -53,7 +51,7 @@ def infer_unet(state):
         num_res_blocks=(down or [_count(state, r"input_blocks\.(\d+)\.")])[0] - 1,
         attention_resolutions=tuple(2 ** level for level, i in enumerate(first)
                                     if f"input_blocks.{i}.1.norm.weight" in state),
-        context_dim=context_dim, **heads)
+        num_heads=8, context_dim=context_dim)
 
 
 def infer_vae(state):
@@ -282,10 +280,9 @@ SD_V1 = {
     "prediction_type": ["epsilon"], "beta_schedule": ["scaled_linear"], "beta_start": [0.00085],
     "beta_end": [0.012], "num_train_timesteps": [1000], "trained_betas": [None], "steps_offset":
     [0, 1], "rescale_betas_zero_snr": [False], "timestep_spacing": ["leading", "linspace"],
-    "attention_head_dim": [8, [5, 10, 20, 20]],     # heads in v1; in v2, of 64 channels each
-    "act_fn": ["silu"], "norm_eps": [1e-5], "norm_num_groups": [32], "class_embed_type": [None],
-    "scaling_factor": [0.18215], "shift_factor": [None], "hidden_act": ["quick_gelu"],
-    "layer_norm_eps": [1e-5]}
+    "attention_head_dim": [8], "act_fn": ["silu"], "norm_eps": [1e-5], "norm_num_groups": [32],
+    "class_embed_type": [None], "scaling_factor": [0.18215], "shift_factor": [None],
+    "hidden_act": ["quick_gelu"], "layer_norm_eps": [1e-5]}
 
 
 def check_configs(folder):

@@ -171,22 +171,19 @@ class UNet(nn.Module):
     channel_mult: width of each level in units of model_channels, the largest map first;
     num_res_blocks: ResBlocks per level on the way down, one more on the way up;
     attention_resolutions: down-sampling factors (1, 2, 4, ...) of the levels with transformers, the
-    middle always has one; num_heads: at every width, or -1 and then num_head_channels: channels per
-    head; context_dim: width D_ctx of a text state; norm_groups: of each GroupNorm, divides every
-    width. Source: LDM Eq. 3, §3.3, Table 15."""
+    middle always has one; num_heads: at every width; context_dim: width D_ctx of a text state;
+    norm_groups: of each GroupNorm, divides every width. Source: LDM Eq. 3, §3.3, Table 15."""
     # what Muon (optim.py) trains: all but the first and last convolution and the timestep MLP
     matrices = r"(?:input_blocks\.(?!0\.)|middle_block\.|output_blocks\.)"
 
     def __init__(self, in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
-                 num_res_blocks=2, attention_resolutions=(1, 2, 4), num_heads=8,
-                 num_head_channels=-1, context_dim=768, norm_groups=32):
+                 num_res_blocks=2, attention_resolutions=(1, 2, 4), num_heads=8, context_dim=768,
+                 norm_groups=32):
         super().__init__()
-        if (num_heads == -1) == (num_head_channels == -1):
-            raise ValueError("of num_heads and num_head_channels exactly one must be -1")
         for width in (mult * model_channels for mult in channel_mult):
-            if width % max(num_heads, num_head_channels):               # of the other, which is -1
-                raise ValueError(f"{width:g} channels are not a multiple of num_heads {num_heads} "
-                                 f"or num_head_channels {num_head_channels}: change one of them")
+            if width % num_heads:
+                raise ValueError(f"{width:g} channels are not a multiple of num_heads {num_heads}: "
+                                 "change one of them")
         factors = [2 ** level for level in range(len(channel_mult))]
         if not set(attention_resolutions) <= set(factors):
             raise ValueError(f"attention_resolutions {tuple(attention_resolutions)} must be down-"
@@ -198,8 +195,8 @@ class UNet(nn.Module):
         def layers(ch_in, ch, attend):
             stage = [ResBlock(ch_in, emb_dim, ch, norm_groups)]
             if attend:
-                heads = num_heads if num_heads != -1 else ch // num_head_channels
-                stage.append(SpatialTransformer(ch, heads, ch // heads, context_dim, norm_groups))
+                stage.append(SpatialTransformer(ch, num_heads, ch // num_heads, context_dim,
+                                                norm_groups))
             return stage
 
         levels = [(int(mult * model_channels), factor in attention_resolutions)

@@ -414,7 +414,7 @@ def test_bad_diffusers_folders(tmp_path, states):
         with pytest.raises(ValueError, match=f"{folder} is no diffusers folder: .* text_encoder"):
             pretrained.read_diffusers(folder)
     unet, vae = unet_to_diffusers(states["unet"]), vae_to_diffusers(states["vae"])
-    with pytest.raises(ValueError, match="second embedding, as in Stable Diffusion XL"):
+    with pytest.raises(ValueError, match="a U-Net of Stable Diffusion 2 or XL"):
         pretrained.build({"unet": pretrained.rename_unet(
             unet | {"add_embedding.linear_1.weight": torch.ones(2, 3)})})
     for name in ("down_blocks.0.resnets.0.conv3.weight", "x",
@@ -469,12 +469,7 @@ def test_sizes_are_read_off_the_tensors(states):
     dict(model_channels=64, channel_mult=(1,), num_res_blocks=3, attention_resolutions=(),
          num_heads=8, context_dim=5, in_channels=9, out_channels=8),
     dict(model_channels=64, channel_mult=(1, 1.5, 2.5), num_res_blocks=2,
-         attention_resolutions=(4,), num_heads=8, context_dim=7, in_channels=3,
-         out_channels=3),
-    # Stable Diffusion 2
-    dict(model_channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=2,
-         attention_resolutions=(1, 2, 4), num_heads=-1, num_head_channels=64, context_dim=1024,
-         in_channels=4, out_channels=4)])
+         attention_resolutions=(4,), num_heads=8, context_dim=7, in_channels=3, out_channels=3)])
 def test_other_unets(sizes):
     with torch.device("meta"):
         state = UNet(**sizes).state_dict()
@@ -645,8 +640,11 @@ def test_files_of_other_kinds_are_refused_by_name(states):
         with pytest.raises(ValueError, match="is a LoRA, .* or predicts v"):
             pretrained.split_compvis(state)
     for name in ("label_emb.0.0.weight", "add_embedding.linear_1.bias"):
-        with pytest.raises(ValueError, match="Stable Diffusion XL"):
+        with pytest.raises(ValueError, match="Stable Diffusion 2 or XL"):
             pretrained.build({"unet": states["unet"] | {name: torch.ones(3)}})
+    name = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    with pytest.raises(ValueError, match="Stable Diffusion 2 or XL"):       # as wide as 2's text
+        pretrained.build({"unet": states["unet"] | {name: torch.ones(64, 1024)}})
 
 
 def test_a_sit_is_told_from_a_dit_by_the_variance_that_it_never_learned():

