@@ -21,11 +21,11 @@ from checkpoint import built_from, load_checkpoint, load_weights
 from cli import check, flag
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DIT_CONFIGS, DiT
-from pretrained import (build, infer_dit, is_official, load_first_stage, read_stable_diffusion,
-                        read_weights)
+from pretrained import (build, infer_dit, infer_udit, is_official, load_first_stage,
+                        read_stable_diffusion, read_weights)
 from tasks import AutoencoderTask, DiffusionTask, check_same, identity, image_shape
 from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
-from udit import UDIT_CONFIGS, UDiT, infer_config as infer_udit
+from udit import UDIT_CONFIGS, UDiT
 from unet import UNET_CONFIGS, UNet
 from vae import VQVAE, AutoencoderKL, Pixels, TinyAutoencoder, first_stage_from
 from vqdiffusion import VQ_CONFIGS, MaskReplace, VQTransformer

@@ -98,6 +98,27 @@ def infer_dit(state):
                 learn_sigma=learn_sigma)
 
 
+def infer_udit(state):
+    """Arguments of the UDiT with this state_dict. What no tensor shows is the paper's: latents
+    of 32x32, down_factor 2, shortcut; with cosine rope, else 24 channels a head. Source: §4.1."""
+    shape = _shapes(state, "a U-DiT")
+    hidden_size, in_channels = shape("x_embedder.proj.weight", 4)[:2]
+    kinds = {"dwconv.0": "rep", "dwconv": "dw", "fc1": "basic"}     # by a layer that only it has
+    layer = next((layer for layer in kinds if f"latent.0.mlp1.{layer}.weight" in state), "fc1")
+    levels = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
+    scale, kernel = "latent.0.attn1.logit_scale", "latent.0.attn1.downsampler.layer.weight"
+    cosine = scale in state
+    return dict(
+        in_channels=in_channels, hidden_size=hidden_size,
+        depth=tuple(_count(state, rf"{level}\.(\d+)\.") for level in levels),
+        num_heads=shape(scale, 3)[0] if cosine else max(1, hidden_size // 24),
+        mlp_ratio=shape(f"latent.0.mlp1.{layer}.weight", 4)[0] / (4 * hidden_size),     # width 4D
+        num_classes=shape("y_embedder_1.embedding_table.weight", 2)[0] - 1,
+        learn_sigma=shape("final_layer.out_proj.weight", 4)[0] == 2 * in_channels,
+        cosine=cosine, rope=cosine, mlp=kinds[layer],
+        kernel_size=shape(kernel, 4)[-1] if kernel in state else 0)
+
+
 def _shapes(state, what):
     """shape(name, axes): of a tensor that must be there, with so many axes, else ValueError."""
     def shape(name, axes):

@@ -356,31 +356,6 @@ UDIT_CONFIGS = {
     "udit-small": dict(hidden_size=48, num_heads=2, depth=(1, 2, 2, 2, 1))}     # 5.3, 4.7
 
 
-def infer_config(state):
-    """Constructor arguments of the UDiT whose state_dict this is, for instance an official file.
-    What no tensor shows is the paper's: 32x32 latents, down_factor 2, shortcut, rope if cosine, and
-    if not, 24 channels per head at first. Source: U-DiT §4.1."""
-    block = {name.removeprefix("latent.0."): tensor.shape for name, tensor in state.items()}
-    first = {"mlp1.dwconv.0.weight": "rep", "mlp1.dwconv.weight": "dw", "mlp1.fc1.weight": "basic"}
-    layer = next((name for name in first if name in block), "mlp1.fc1.weight")
-    levels = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
-    cosine = "attn1.logit_scale" in block
-    try:
-        hidden_size, in_channels = state["x_embedder.proj.weight"].shape[:2]
-        return dict(
-            in_channels=in_channels, hidden_size=hidden_size,
-            depth=tuple(len({name.split(".")[1] for name in state if name.startswith(level + ".")})
-                        for level in levels),
-            num_heads=block["attn1.logit_scale"][0] if cosine else max(1, hidden_size // 24),
-            mlp_ratio=block[layer][0] / (4 * hidden_size),      # the latent level has width 4D
-            num_classes=len(state["y_embedder_1.embedding_table.weight"]) - 1,
-            learn_sigma=len(state["final_layer.out_proj.weight"]) == 2 * in_channels,
-            cosine=cosine, rope=cosine, mlp=first[layer],
-            kernel_size=block.get("attn1.downsampler.layer.weight", (0,))[-1])
-    except KeyError as error:
-        raise ValueError(f"this is not the state_dict of a U-DiT: no tensor {error}") from error
-
-
 def norm(x):
     """LayerNorm over the last axis, without weights. Source: DiT §3.2 (adaLN)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)

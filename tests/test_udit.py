@@ -13,9 +13,10 @@ from conftest import fill_by_recipe, golden_case
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrained import infer_udit
 from studies.spectra import features, frequency_response, low_share, radial_spectrum
-from udit import (MLPS, UDIT_CONFIGS, Attention, RepMlp, UDiT, convolve, fold, infer_config,
-                  merge_phases, rope_table, rotate, split_phases)
+from udit import (MLPS, UDIT_CONFIGS, Attention, RepMlp, UDiT, convolve, fold, merge_phases,
+                  rope_table, rotate, split_phases)
 
 TINY = dict(input_size=8, hidden_size=16, depth=(1, 1, 1, 1, 1), num_heads=2, num_classes=5)
 VANILLA = dict(cosine=False, rope=False, mlp="basic")
@@ -531,11 +532,11 @@ def test_sizes_are_read_off_the_tensors(change):
                 kernel_size=5)
     want |= {k: v for k, v in arguments.items() if k != "input_size"}
     state = UDiT(**arguments).state_dict()
-    assert infer_config(state) == want
-    UDiT(input_size=8, **infer_config(state)).load_state_dict(state)
+    assert infer_udit(state) == want
+    UDiT(input_size=8, **infer_udit(state)).load_state_dict(state)
     for name in ("x_embedder.proj.weight", "y_embedder_1.embedding_table.weight"):
         with pytest.raises(ValueError, match=f"not the state_dict of a U-DiT.*{name}"):
-            infer_config({k: v for k, v in state.items() if k != name})
+            infer_udit({k: v for k, v in state.items() if k != name})
 
 
 def test_a_picture_of_one_channel():
