@@ -219,10 +219,9 @@ class DiT(nn.Module):
     def patchify(self, x):
         """(B, C, H, W) -> (B, N, D). A convolution whose stride is its size, p, is one linear layer
         on all patches, which is faster. Source: DiT §3.2 (patchify), Fig. 4."""
-        B, C, p, g = *x.shape[:2], self.patch_size, self.input_size // self.patch_size
-        x = x.reshape(B, C, g, p, g, p).permute(0, 2, 4, 1, 3, 5)          # (B, g, g, C, p, p)
+        patches = F.pixel_unshuffle(x, self.patch_size).flatten(2).mT.contiguous()  # (B, N, C*p*p)
         proj = self.x_embedder.proj
-        return F.linear(x.reshape(B, g * g, C * p * p), proj.weight.flatten(1), proj.bias)
+        return F.linear(patches, proj.weight.flatten(1), proj.bias)
 
     def unpatchify(self, x):
         """(B, N, p*p*C_out) -> (B, C_out, H, W). Source: DiT §3.2 (transformer decoder)."""
