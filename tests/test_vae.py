@@ -460,10 +460,7 @@ def test_the_batch_must_bring_enough_vectors():
 def test_vqvae_names_wrong_input():
     stage = VQVAE(image_size=8, num_codes=12, width=16)
     for call, words in ((lambda: VQVAE(image_size=30), "divisible by 4, not 3 x 30 x 30"),
-                        (lambda: stage.encode(torch.zeros(1, 3, 16, 16)), r"not \(3, 16, 16\)"),
-                        (lambda: stage.decode(torch.full((1, 4), 12)), "below 12 .no .MASK"),
-                        (lambda: stage.decode(torch.full((1, 4), -1)), "from -1 to -1"),
-                        (lambda: stage.decode(torch.zeros(1, 3).long()), "not 3 tokens")):
+                        (lambda: stage.encode(torch.zeros(1, 3, 16, 16)), r"not \(3, 16, 16\)")):
         with pytest.raises(ValueError, match=words):
             call()
 
