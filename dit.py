@@ -13,8 +13,6 @@ patch a token, and let a Vision Transformer (ViT) denoise them. Two questions re
   How does quality grow?  With compute: more depth and width, or smaller patches (half the side is
   four times the tokens). In the paper's comparison adaln_zero is the best of the four.
 
-A model is model(x (B, C, H, W), t (B,), y (B,)) -> (B, C or 2C, H, W). (CFG: Ho & Salimans 2022.)
-
     python train.py                                    # a tiny DiT on 8x8 latents, minutes on a CPU
     python train.py --model DiT-S/2 --data cifar10     # the paper's smallest width, on one GPU
 
@@ -22,7 +20,7 @@ Differences from the official code (facebookresearch/DiT; same state_dict names,
 1. All four blocks; only adaln_zero was released. The others follow the paper's text and counts.
 2. Label dropout draws no random numbers in forward: the caller passes them to `drop_labels`, so a
    training step is a function of its inputs (it compiles, resumes, and splits over GPUs).
-3. Guidance is diffusion.guided, the same for every model, and guides all channels.
+3. Guidance (CFG: Ho & Salimans 2022) is diffusion.guided for all models; it guides all channels.
 4. Two arguments that the paper does not have, off by default: norm="rms" and qk_norm=True.
 """
 from collections import OrderedDict

@@ -12,8 +12,6 @@ every token with every other. Token-downsampling attention:
 Four changes are added: cosine attention, rotary positions in 2-D, a depth-wise convolution in the
 MLP, and extra branches in it while training; for inference they are added into one, at no cost.
 
-A model is model(x (B, C, H, W), t (B,), y (B,)) -> (B, C or 2C, H, W); maps inside: (B, H, W, D).
-
     python train.py --model udit-tiny                     # on 8x8 latents, minutes on a laptop
     python train.py --model U-DiT-S --data latents:FILE   # the paper's smallest, on one GPU
 
