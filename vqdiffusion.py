@@ -188,17 +188,15 @@ class MaskReplace:
 
     def jumps(self, steps, stride="exact", first=None):
         """What each network call does, noisiest first: [(t of network, t of posterior, s), ...].
-        steps: so many calls, evenly over the whole chain, or a list of t. first: leave out calls at
-        t > first. stride "exact": jump from each t to the next, from the last to -1, clean.
-        "official": calls at every (T // steps)-th t and at 0; x_t is treated as if it were
-        x_{t-skip} and takes one step, to the next call's t. Source: VQ-Diffusion §4.2; its code."""
-        T, times = self.steps, steps or None
+        steps: so many calls, evenly over the whole chain; first: leave out calls at t > first.
+        stride "exact": jump from each t to the next, from the last to -1, clean. "official": calls
+        at every (T // steps)-th t and at 0; x_t is treated as if it were x_{t-skip} and takes one
+        step, to the next call's t. Source: VQ-Diffusion §4.2; its code."""
+        T = self.steps
         check_name("stride", stride, ("exact", "official"))
-        if isinstance(steps, int) and 1 <= steps <= T:
-            times = ([round(T * (1 - i / steps)) - 1 for i in range(steps)] if stride == "exact"
-                     else sorted({0, *range(T - 1, -1, -(T // steps))}, reverse=True))
-        if not isinstance(times, list) or times != sorted({*times} & {*range(T)}, reverse=True):
-            raise ValueError(f"steps are 1 to {T}, or a list of falling t < {T}, not {steps!r}")
+        times = [round(T * (1 - i / steps)) - 1 for i in range(steps)]
+        if stride == "official":
+            times = sorted({0, *range(T - 1, -1, -(T // steps))}, reverse=True)
         times = [t for t in times if first is None or t <= first] or [first]
         if stride == "exact":
             return list(zip(times, times, [*times[1:], -1]))
@@ -209,14 +207,14 @@ class MaskReplace:
     def _plan(self, sampler, steps, N, o):
         """The jumps of a run, one per network call; "fewer" and "purity" count them."""
         first = max(0, round(o.strength * self.steps) - 1)
-        if steps is None:
-            steps = min(self.default_steps[sampler], self.steps if sampler == "posterior" else N)
+        most = self.steps if sampler == "posterior" else N
+        steps = min(self.default_steps[sampler], most) if steps is None else steps
+        if not isinstance(steps, int) or not 1 <= steps <= most:
+            raise ValueError(f"{sampler} takes 1 to {most} steps, not {steps!r}")
         if sampler == "posterior":
             return self.jumps(steps, o.stride, first)
         if self.gamma_bar.max() == 0:
             raise ValueError(f"{sampler} fills in [MASK]s, this schedule has none: use posterior")
-        if not isinstance(steps, int) or not 1 <= steps <= N:
-            raise ValueError(f"{sampler} fills in {N} tokens in 1 to {N} steps, not {steps!r}")
         return [(first, None, None)] * steps
 
     def _begin(self, sampler, jumps, shape, o):
@@ -285,12 +283,11 @@ class Attention(nn.Module):
         self.query, self.proj = (nn.Linear(hidden_size, hidden_size) for _ in range(2))
 
     def forward(self, x, context=None):
-        B, N, D = x.shape
         context = x if context is None else context
-        heads = lambda y: y.view(B, -1, self.num_heads, D // self.num_heads).transpose(1, 2)
-        q, k, v = heads(self.query(x)), heads(self.key(context)), heads(self.value(context))
+        q, k, v = (u.unflatten(2, (self.num_heads, -1)).transpose(1, 2)         # (B, h, N or L, d)
+                   for u in (self.query(x), self.key(context), self.value(context)))
         x = F.scaled_dot_product_attention(q, k, v)                             # (B, h, N, d)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))                    # (B, N, D)
+        return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
 
 
 class GELU2(nn.Module):
@@ -353,9 +350,8 @@ class TokenEmbed(nn.Module):
 
 class VQTransformer(nn.Module):
     """Predicts clean tokens: noisy ones (B, N), t (B,), condition -> logits (B, N, K).
-    num_codes: K, so [MASK] = K; grid: N = grid^2; steps: T. condition: "text" (B, L, context_dim),
-    "class" (B,), or "none", not read. class_dropout_prob: how often training hides the class;
-    above 0 there is a null class, num_classes; text.TextConditional hides text. mlp: "fc", "conv";
+    num_codes: K, so [MASK] = K; grid: N = grid^2; steps: T; condition: "text" (B, L, context_dim),
+    "class" (B,), or "none", not read; class_dropout_prob: of classes, as in DiT; mlp: "fc", "conv";
     position_grid: TokenEmbed's side, if above grid. Source: VQ-Diffusion §4.3."""
     matrices = r"blocks\.\d+\.(attn\d?|mlp|ln\w*\.linear)"      # Muon's share; AdamW: the tables
 

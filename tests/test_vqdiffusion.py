@@ -323,14 +323,15 @@ def test_steps_back_and_whole_chains_match_official(case, monkeypatch):
         assert_close(chain.posterior(p0, xt, same(t)), probabilities(g["p_pred"][i]), **close)
     for skip in c["skips"]:
         times = g[f"fast{skip}/t_list"].tolist()
-        official, exact = chain.jumps(times, "official"), chain.jumps(times)
+        official = chain.jumps(c["T"] // (skip + 1), "official")
+        assert [shown for shown, _, _ in official] == times
         for i, k in enumerate(g[f"fast{skip}/sel"].tolist()):
             p0 = chain.guess(model(xt, same(times[k])))
             p = chain.posterior(p0, xt, *official[k][1:])
             assert_close(p, probabilities(g[f"fast{skip}/official"][i]), **close)
-            p = chain.posterior(p0, xt, *exact[k][1:])
+            p = chain.posterior(p0, xt, times[k], [*times[1:], -1][k])
             assert_close(p.double(), g[f"fast{skip}/exact"][i].transpose(1, 2), **close)
-    fast = g[f"fast{c['skips'][0]}/t_list"].tolist()
+    fast = c["T"] // (c["skips"][0] + 1)
     for name, options in {"chain": dict(steps=c["T"]),
                           "chaintrunc": dict(steps=c["T"], truncation=c["truncation"]),
                           "chainfast": dict(steps=fast, stride="official")}.items():
@@ -730,8 +731,8 @@ def test_bfloat16_autocast_trains():
 def test_wrong_input_is_named():
     chain, x = MaskReplace(10, 4), torch.zeros(1, 4, dtype=torch.int64)
     model = lambda x, t, cond: torch.zeros(1, 4, 4)
-    for bad, words in ((dict(steps=11), "1 to 10, .*not 11"), (dict(steps=0), "not 0"),
-                       (dict(steps=[3, 5]), r"not \[3, 5\]"), (dict(steps="25"), "not '25'"),
+    for bad, words in ((dict(steps=11), "1 to 10 steps, not 11"), (dict(steps=0), "not 0"),
+                       (dict(steps="25"), "not '25'"),
                        (dict(sampler="ddim"), "unknown sampler 'ddim'"),
                        (dict(stride="even"), "unknown stride 'even'"), (dict(mask=x), "x_init"),
                        (dict(strength=0.5), "x_init"), (dict(x_init=x, strength=0.0), "above 0"),
