@@ -120,11 +120,10 @@ class Attention(nn.Module):
                                     else nn.Identity() for _ in range(2))
 
     def forward(self, x):
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, -1)                     # (B, N, 3, h, d)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))                 # (B, N, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # 3x (B, h, N, d)
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)   # (B, h, N, d)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))                    # (B, N, D)
+        return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
 
 
 class CrossAttention(nn.Module):
@@ -140,12 +139,11 @@ class CrossAttention(nn.Module):
                                     else nn.Identity() for _ in range(2))
 
     def forward(self, x, tokens):
-        B, N, D = x.shape
-        q = self.q(x).view(B, N, self.num_heads, -1).transpose(1, 2)            # (B, h, N, d)
-        kv = self.kv(tokens).view(B, tokens.shape[1], 2, self.num_heads, -1)    # (B, L, 2, h, d)
+        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)        # (B, h, N, d)
+        kv = self.kv(tokens).unflatten(2, (2, self.num_heads, -1))              # (B, L, 2, h, d)
         k, v = kv.permute(2, 0, 3, 1, 4)                                        # 2x (B, h, L, d)
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)   # (B, h, N, d)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))                    # (B, N, D)
+        return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
 
 
 # the norms, over the last axis; rms: x / sqrt(mean(x^2) + eps), Zhang & Sennrich 2019 Eq. 4
@@ -161,11 +159,10 @@ def make_modulation(width, count):
 
 class DiT(nn.Module):
     """Diffusion transformer. The defaults are DiT-XL/2.
-    input_size: side of x, in pixels or latent cells; patch_size: of a token; in_channels: C of x;
-    num_classes: 0 = no classes, y is always the null class 0; class_dropout_prob: share of the
-    labels that training hides; above 0 there is a null class, num_classes, which guidance needs;
-    learn_sigma: 2C channels out, prediction then variance; conditioning: a key of BLOCKS; norm: of
-    NORMS, "rms" without bias; qk_norm: see Attention. Source: DiT §3, Fig. 3, Table 1."""
+    input_size: side of x, in pixels or latent cells; num_classes: 0 = no classes, y is always the
+    null class 0; class_dropout_prob: share of the labels that training hides; above 0 there is a
+    null class, num_classes, which guidance needs; learn_sigma: 2C channels out, prediction then
+    variance; conditioning: a key of BLOCKS; norm: of NORMS. Source: DiT §3, Fig. 3, Table 1."""
     matrices = r"blocks\."          # Muon's share (optim.py); embedders and last layer: AdamW
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,

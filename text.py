@@ -48,11 +48,10 @@ class CausalAttention(nn.Module):
             nn.Linear(hidden_size, hidden_size) for _ in range(4))
 
     def forward(self, x):
-        B, L, D = x.shape
-        q, k, v = (proj(x).view(B, L, self.num_heads, -1).transpose(1, 2)       # 3x (B, h, L, d)
+        q, k, v = (proj(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)   # 3x (B, h, L, d)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)                 # (B, h, L, d)
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, D))                    # (B, L, D)
+        return self.out_proj(x.transpose(1, 2).flatten(2))                          # (B, L, D)
 
 
 class Layer(nn.Module):
@@ -131,8 +130,8 @@ class TextConditional(nn.Module):
     """A text encoder and a denoiser that reads its states: model(x, t, y) with captions y.
     denoiser: denoiser(x, t, context (B, L, D)), a UNet or VQTransformer; text: ids (B, L) ->
     states (B, L, D); null_ids (L,): ids of the empty caption, which replaces a share
-    class_dropout_prob of the captions in training; if that is above 0, guidance can compare with it
-    (can_guide); matrices: Muon's share of the weights. Source: LDM §3.3; VQ-Diffusion §4.3."""
+    class_dropout_prob of the captions in training; so guidance can compare with it, if the share is
+    above 0. Source: LDM §3.3; VQ-Diffusion §4.3."""
 
     def __init__(self, denoiser, text, null_ids, class_dropout_prob):
         super().__init__()
