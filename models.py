@@ -313,9 +313,8 @@ def task_from(state, path, weights="ema"):
 
 
 def official_task(path, vae, dtype, bpe, image_size):
-    """An official DiT, U-DiT or Stable Diffusion v1 file, or a diffusers folder -> its task.
-    vae: file of the autoencoder, or None; bpe: CLIP's list of merges. Raises ValueError.
-    Source: LDM §4.3.1; DiT §4; U-DiT §4.1."""
+    """An official DiT, U-DiT or Stable Diffusion v1 file, or a diffusers folder -> its task. vae:
+    file, or None; bpe: CLIP's merges. Raises ValueError. Source: LDM §4.3.1; DiT §4; U-DiT §4.1."""
     state = {} if os.path.isdir(path) else read_weights(path)
     is_dit, is_udit = "x_embedder.proj.weight" in state, "latent.0.attn1.to_qkv.weight" in state
     parts = {} if is_dit else read_stable_diffusion(path)

@@ -169,10 +169,9 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """The conditional U-Net. The defaults are Stable Diffusion v1.
     channel_mult: width of each level in units of model_channels, the largest map first;
-    num_res_blocks: ResBlocks per level on the way down, one more on the way up;
-    attention_resolutions: down-sampling factors (1, 2, 4, ...) of the levels with transformers, the
-    middle always has one; num_heads: at every width; context_dim: width D_ctx of a text state;
-    norm_groups: of each GroupNorm, divides every width. Source: LDM Eq. 3, §3.3, Table 15."""
+    num_res_blocks: per level on the way down, one more on the way up; attention_resolutions: down-
+    sampling factors (1, 2, 4, ...) of the levels with transformers, the middle always has one;
+    context_dim: width D_ctx of a text state. Source: LDM Eq. 3, §3.3, Table 15."""
     # what Muon (optim.py) trains: all but the first and last convolution and the timestep MLP
     matrices = r"(?:input_blocks\.(?!0\.)|middle_block\.|output_blocks\.)"
 
