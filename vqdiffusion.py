@@ -52,8 +52,7 @@ class MaskReplace:
     SCHEDULES, or four such numbers. aux_weight: lambda of Eq. 12; short runs want 1, because the
     bound weighs mostly the steps with few [MASK]s. Public: alpha_bar, beta_bar, gamma_bar (T+1,)
     float64, linear in t; the last is "clean": 1, 0, 0. Source: VQ-Diffusion §4.1, Eq. 7-9."""
-    samplers = ("posterior", "fewer", "purity")
-    default_sampler = "posterior"
+    samplers, default_sampler = ("posterior", "fewer", "purity"), "posterior"
     default_steps = dict.fromkeys(samplers, 25)
     options = {"posterior": frozenset({*SAMPLING, "stride"}), "fewer": frozenset(SAMPLING),
                "purity": frozenset({*SAMPLING, "purity"})}
