@@ -99,8 +99,8 @@ def infer_dit(state):
 
 
 def infer_udit(state):
-    """Arguments of the UDiT with this state_dict. What no tensor shows is the paper's: latents
-    of 32x32, down_factor 2, shortcut; with cosine rope, else 24 channels a head. Source: §4.1."""
+    """Arguments of the UDiT with this state_dict. What no tensor shows is the paper's: input size
+    32, down_factor 2, shortcut; rope if cosine, else heads of 24 channels. Source: U-DiT §4.1."""
     shape = _shapes(state, "a U-DiT")
     hidden_size, in_channels = shape("x_embedder.proj.weight", 4)[:2]
     kinds = {"dwconv.0": "rep", "dwconv": "dw", "fc1": "basic"}     # by a layer that only it has
