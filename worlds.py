@@ -5,8 +5,11 @@
     parse_caption(captions[0])                 # {"objects": [{"shape": "ring", ...}], ...}
 
 `shapes` shows one object on black, in 48 classes.  `scenes` shows one or two objects with sizes,
-places, relations, backgrounds and a caption.  An object is the signed distance d to its outline, in
-pixels; it covers clamp(0.5 - d, 0, 1) of a pixel: soft edges at any image size.
+places, relations, backgrounds and a caption.  Captions leave things out, and none names the part,
+a smaller shape that most objects have inside: a model of `scenes` can draw what it has no word for,
+and so learn a new word for it from a few pictures.
+An object is the signed distance d to its outline, in pixels; it covers clamp(0.5 - d, 0, 1) of a
+pixel: soft edges at any image size.
 Because the program draws the pictures, it knows what is true of each of them, and evaluate.py can
 read a sampled picture back and compare it with its caption, exactly.
 A world is a function of (name, image size, split, count, seed, hold_out) and of nothing else."""
@@ -37,6 +40,16 @@ CONVERSE = {"train": 0.2, "test": 0.5}
 # apart: each shape once, with six different colours.
 HELD_OUT = (("circle", "purple"), ("square", "cyan"), ("triangle", "orange"),
             ("star", "blue"), ("cross", "yellow"), ("ring", "red"))
+
+# An object's part: a smaller shape inside, in another colour, which no caption names.
+PARTS = ("circle", "square", "cross", "star")
+PART_SHARE = 0.6                # of the objects have one
+PART_RADIUS = (0.4, 0.55)       # of the object's r
+HUB_RADIUS = 0.35               # in the hole of a ring
+# How far below the object's centre the part's is, in units of r: a triangle is wider there.
+PART_DROP = torch.tensor([0.35 if shape == "triangle" else 0.0 for shape in SHAPES])
+# What a caption leaves out, each by itself: the share of captions, or of the two objects' colours.
+UNSAID = {"color": 0.3, "size": 0.5, "place": 0.5, "background": 0.4}
 
 CLASS_NAMES = [f"{color} {shape}" for shape in SHAPES for color in COLORS]  # shape * 8 + color
 OBJECTS = [{"shape": shape, "color": color} for shape in SHAPES for color in COLORS]  # the same
@@ -128,7 +141,7 @@ def render_shapes(shape, color, cx, cy, r, background, image_size=32):
 
 def caption_of(objects, relation=None, background=None):
     """The caption of a scene, e.g. "a red circle left of a blue square on gray".
-    objects: one or two dicts with shape, color and, for a single object, optionally size and place;
+    objects: one or two dicts with shape, optionally color and, for a single object, size and place;
     relation: between two objects, not said of one.
     The inverse of parse_caption: caption_of(**parse_caption(text)) == text."""
     phrases = []
@@ -140,22 +153,21 @@ def caption_of(objects, relation=None, background=None):
 
 def parse_caption(caption):
     """The facts that a caption of `shapes` or `scenes` states.
-    Returns {"objects": [{"shape", "color", "size"?, "place"?}, ...], "relation"?, "background"?};
+    Returns {"objects": [{"shape", "color"?, "size"?, "place"?}, ...], "relation"?, "background"?};
     a key with ? only if the caption states it.  Raises ValueError for any other caption."""
     colors, shapes = "|".join(COLORS), "|".join(SHAPES + NEW_SHAPES)
-    one = (rf"an? (?:(?P<size>{'|'.join(SIZES)}) )?(?P<color>{colors}) (?P<shape>{shapes})"
+    one = (rf"an? (?:(?P<size>{'|'.join(SIZES)}) )?(?:(?P<color>{colors}) )?(?P<shape>{shapes})"
            rf"(?: (?P<place>{'|'.join(PLACES)}))?")
-    two = (rf"an? (?P<color>{colors}) (?P<shape>{shapes}) (?P<relation>{'|'.join(RELATIONS)}) "
-           rf"an? (?P<color2>{colors}) (?P<shape2>{shapes})")
+    two = (rf"an? (?:(?P<color>{colors}) )?(?P<shape>{shapes}) (?P<relation>{'|'.join(RELATIONS)}) "
+           rf"an? (?:(?P<color2>{colors}) )?(?P<shape2>{shapes})")
     ground = rf"(?: on (?P<background>{'|'.join(BACKGROUNDS)}))?"
     match = re.fullmatch(one + ground, caption) or re.fullmatch(two + ground, caption)
     if match is None:
         raise ValueError(f"{caption!r} is not a caption such as 'a red ring above a blue star'")
     found = {key: value for key, value in match.groupdict().items() if value is not None}
     keys = ("shape", "color", "size", "place")
-    facts = {"objects": [{key: found[key] for key in keys if key in found}]}
-    if "shape2" in found:
-        facts["objects"].append({"shape": found["shape2"], "color": found["color2"]})
+    facts = {"objects": [{key: found[key + n] for key in keys if key + n in found}
+                         for n in ("", "2") if "shape" + n in found]}
     return facts | {key: found[key] for key in ("relation", "background") if key in found}
 
 
@@ -166,24 +178,37 @@ def draw_world(name, image_size=32, split="train", count=None, seed=0, hold_out=
     count: pictures; None = 48,000 for split "train" and 2,000 for "test".  hold_out: leave the
     pairs of HELD_OUT out of the training split.  Returns images (N, 3, H, W) uint8, labels (N,)
     int64 into CLASS_NAMES (the class of the first object), captions (N strings)."""
-    count = count or (48_000 if split == "train" else 2_000)
-    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
-    first, second = _draw_classes(count, hold_out and split == "train", generator)
-    classes, cx, cy, r, ground, captions = (
-        _shapes_world(first, generator) if name == "shapes" else
-        _scenes_world(first, second, generator, CONVERSE[split]))
+    scene = plan_world(name, split, count, seed, hold_out)
     palette = torch.tensor(list(COLORS.values()), dtype=torch.uint8)                 # (8, 3)
     grounds = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.uint8)            # (4, 3)
-    shape = torch.where(classes < 0, -1, classes // len(COLORS))                     # (N, K)
-    color = palette[classes % len(COLORS)]                                           # (N, K, 3)
-    images = render_shapes(shape, color, cx, cy, r, grounds[ground], image_size)
-    return images, first, captions
+    shape, color, cx, cy, r = (scene[key] for key in ("shape", "color", "cx", "cy", "r"))
+    if "part" in scene:             # in the order of drawing: object, its part, object, its part
+        parts = scene["part"], scene["part_color"], cx, cy + PART_DROP[shape] * r, scene["part_r"]
+        shape, color, cx, cy, r = (torch.stack(pair, 2).flatten(1)                   # (N, 4)
+                                   for pair in zip((shape, color, cx, cy, r), parts))
+    images = render_shapes(shape, palette[color], cx, cy, r, grounds[scene["background"]],
+                           image_size)
+    return images, scene["label"], scene["captions"]
 
 
-def _draw_classes(count, hold_out, generator):
+def plan_world(name, split="train", count=None, seed=0, hold_out=False):
+    """All that is to be seen in the pictures of draw_world, for the same arguments: a dict of
+    label (N,), captions, background (N,), and for K objects shape, color (N, K), -1 = absent;
+    cx, cy, r (N, K) in pixels of a 32-pixel picture.  `scenes`, K = 2, also has size, place (of a
+    single object, else -1), relation (N,), -1 for one object, and of the parts part, part_color
+    (N, 2), -1 = no part, and part_r (N, 2).  Each is an index into SHAPES, COLORS, ..."""
+    count = count or (48_000 if split == "train" else 2_000)
+    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    removed = {f"{c} {s}" for s, c in HELD_OUT} if hold_out and split == "train" else {}
+    allowed = torch.tensor([name not in removed for name in CLASS_NAMES])            # (48,)
+    first, second = _draw_classes(count, allowed, generator)
+    return {"label": first, **(_shapes_world(first, generator) if name == "shapes" else
+                               _scenes_world(first, second, allowed, generator, split))}
+
+
+def _draw_classes(count, allowed, generator):
     """Classes (count,) of two objects, never the same two; as the first, all equally often."""
-    removed = {f"{color} {shape}" for shape, color in HELD_OUT} if hold_out else set()
-    allowed = torch.tensor([i for i, name in enumerate(CLASS_NAMES) if name not in removed])
+    allowed = allowed.nonzero()[:, 0]                                    # (42,) or (48,) classes
     first = torch.arange(count)[torch.randperm(count, generator=generator)] % len(allowed)
     distance = torch.randint(1, len(allowed), (count,), generator=generator)
     return allowed[first], allowed[(first + distance) % len(allowed)]
@@ -195,22 +220,23 @@ def _uniform(shape, low, high, generator):
 
 
 def _shapes_world(first, generator):
-    """One large object near the centre: class, cx, cy, r (N, 1), background (N,), captions."""
+    """One large object near the centre."""
     count = len(first)
     cx, cy = (_uniform((count, 1), 13.0, 19.0, generator) for _ in range(2))
     r = _uniform((count, 1), 8.0, 11.0, generator)
     of_class = [caption_of([thing]) for thing in OBJECTS]
-    captions = [of_class[label] for label in first.tolist()]
-    return first[:, None], cx, cy, r, torch.zeros(count, dtype=torch.int64), captions
+    return {"shape": first[:, None] // 8, "color": first[:, None] % 8, "cx": cx, "cy": cy, "r": r,
+            "background": torch.zeros(count, dtype=torch.int64),
+            "captions": [of_class[label] for label in first.tolist()]}
 
 
-def _scenes_world(first, second, generator, converse):
-    """One object (60 %) or two: class, cx, cy, r (N, 2), background (N,), captions."""
+def _scenes_world(first, second, allowed, generator, split):
+    """One object (60 %) or two, with parts."""
     count = len(first)
     two = torch.rand(count, generator=generator) < 0.4                               # (N,)
     small, place, upright, ground = (torch.randint(n, (count,), generator=generator)
                                      for n in (2, 5, 2, 4))
-    small, turned = small.bool(), torch.rand(count, generator=generator) < converse
+    small, turned = small.bool(), torch.rand(count, generator=generator) < CONVERSE[split]
     relation = 2 * upright + turned                                     # (N,), as RELATIONS
     # One object: a small one has more room, so it goes further to the side.
     r1 = torch.where(small | two, _uniform(count, 4.5, 6.0, generator),
@@ -221,11 +247,30 @@ def _scenes_world(first, second, generator, converse):
     alone = alone.clamp(r1[:, None], CANVAS - r1[:, None])  # fully inside
     r2 = _uniform(count, 4.5, 6.0, generator)
     pair_x, pair_y = _place_pair(relation, r1, r2, generator)                        # (N, 2) each
-    cx = torch.where(two[:, None], pair_x, alone[:, :1])  # (N, 2); an absent object's is not used
-    cy = torch.where(two[:, None], pair_y, alone[:, 1:])
     classes = torch.stack([first, torch.where(two, second, -1)], 1)                  # (N, 2)
-    captions = _scene_captions(first, second, two, small, place, relation, ground)
-    return classes, cx, cy, torch.stack([r1, r2], 1), ground, captions
+    scene = {"shape": classes.div(8, rounding_mode="floor"),                         # -1 stays -1
+             "color": torch.where(classes < 0, -1, classes % 8), "background": ground,
+             "cx": torch.where(two[:, None], pair_x, alone[:, :1]),     # (N, 2); an absent object's
+             "cy": torch.where(two[:, None], pair_y, alone[:, 1:]),     # is not used
+             "r": torch.stack([r1, r2], 1), "relation": torch.where(two, relation, -1),
+             "size": torch.where(two, -1, 1 - small.long()), "place": torch.where(two, -1, place)}
+    scene |= _parts(classes, scene["r"], allowed, generator)
+    return scene | {"captions": _scene_captions(scene, generator)}
+
+
+def _parts(classes, r, allowed, generator):
+    """Parts of objects (N, 2): any of PARTS, in any other colour, of the pairs that are allowed."""
+    fits = allowed & torch.tensor([thing["shape"] in PARTS for thing in OBJECTS])    # (48,)
+    other = torch.arange(48) % 8 != torch.arange(8)[:, None]            # (8, 48), per own colour
+    known = (fits & other).cumsum(1)[classes % 8]                       # (N, 2, 48), counts them
+    chosen = (torch.rand(classes.shape, generator=generator) * known[..., -1]).long()
+    inner = (known > chosen[..., None]).long().argmax(2)    # (N, 2), the first of the highest
+    there = (torch.rand(classes.shape, generator=generator) < PART_SHARE) & (classes >= 0)
+    share = _uniform(classes.shape, *PART_RADIUS, generator)
+    ring = classes.div(8, rounding_mode="floor") == SHAPES.index("ring")
+    return {"part": torch.where(there, inner // 8, -1),
+            "part_color": torch.where(there, inner % 8, -1),
+            "part_r": torch.where(ring, HUB_RADIUS, share) * r}
 
 
 def _place_pair(relation, r1, r2, generator):
@@ -241,11 +286,20 @@ def _place_pair(relation, r1, r2, generator):
     return torch.where(sideways, along, level), torch.where(sideways, level, along)
 
 
-def _scene_captions(*columns):
-    """Captions of N scenes; columns: first, second, two, small, place, relation, ground (N,)."""
-    captions = []
-    for a, b, two, small, place, relation, ground in zip(*(column.tolist() for column in columns)):
-        alone = {"size": SIZES[not small], "place": PLACES[place]}
-        objects = [OBJECTS[a], OBJECTS[b]] if two else [OBJECTS[a] | alone]
-        captions.append(caption_of(objects, RELATIONS[relation], tuple(BACKGROUNDS)[ground]))
+def _scene_captions(scene, generator):
+    """Captions of N scenes, which leave things out as UNSAID says."""
+    names = {"color": tuple(COLORS), "size": SIZES, "place": PLACES, "shape": SHAPES}
+    rows = {key: value.tolist() for key, value in scene.items()}
+    count, captions = len(rows["shape"]), []
+    said = {key: (torch.rand(count, 2, generator=generator) >= share).tolist()
+            for key, share in UNSAID.items()} | {"shape": [[True, True]] * count}
+    for i in range(count):
+        objects = []
+        for k in range(2 if rows["shape"][i][1] >= 0 else 1):
+            facts = {key: rows[key][i][k] for key in ("shape", "color")}
+            facts |= {key: rows[key][i] for key in ("size", "place")}       # -1 of two objects
+            objects.append({key: names[key][index] for key, index in facts.items()
+                            if index >= 0 and said[key][i][k]})
+        ground = tuple(BACKGROUNDS)[rows["background"][i]] if said["background"][i][0] else None
+        captions.append(caption_of(objects, RELATIONS[rows["relation"][i]], ground))
     return captions

@@ -10,7 +10,7 @@ from checkpoint import load_checkpoint
 from conftest import ROOT
 from evaluate import prompt_accuracy
 from vae import first_stage_from
-from worlds import parse_caption
+from worlds import parse_caption, plan_world
 
 SHORT = ["--batch-size", "8", "--log-every", "1", "--sample-every", "0"]
 
@@ -104,11 +104,15 @@ def test_wrong_input_gets_one_line(texts, tokeniser, scenes, tmp_path, capsys):
 
 
 def test_the_shipped_model_draws_what_one_asks():
-    world = data.load("scenes", split="test", count=80)
-    captions = [c for c in world.captions if "relation" not in parse_caption(c)][:32]
+    # It was trained when captions left nothing out, and objects had no parts.
+    world, plan = data.load("scenes", split="test"), plan_world("scenes", "test")
+    said = [(c, parse_caption(c)) for c in world.captions]
+    captions = [c for c, facts in said if {*facts["objects"][0]} >= {"color", "size", "place"}
+                and "background" in facts][:32]
     task, model = sample.load(str(ROOT / "assets" / "vq-scenes.pt"))
     _, pictures, _ = sample.sample_all(task, model, task.tokenizer(captions), steps=10)
     right = prompt_accuracy(pictures, captions)
     assert right["color"][0] >= 0.95 and right["shape"][0] >= 0.7       # 95 % of 300 with 25 steps
-    again = task.to_pictures(task.encode(data.to_float(world.images)))
-    assert prompt_accuracy(again, world.captions)["all"][0] >= 0.95
+    rows = (plan["part"] < 0).all(1).nonzero()[:80, 0]
+    again = task.to_pictures(task.encode(data.to_float(world.images[rows])))
+    assert prompt_accuracy(again, [world.captions[i] for i in rows])["all"][0] >= 0.95

@@ -135,7 +135,8 @@ def test_palette_is_well_apart():
 
 @pytest.fixture(scope="module")
 def scenes():
-    return worlds.draw_world("scenes", count=2000)
+    """Pictures, and the plan that they were drawn from."""
+    return worlds.draw_world("scenes", count=2000)[0], worlds.plan_world("scenes", count=2000)
 
 
 def test_shapes_world():
@@ -155,59 +156,128 @@ def test_the_worlds_do_not_change():
     """The default run's data, once for all: captions and labels hold no rounding."""
     for name, split, want in (
             ("shapes", "train", "b1b8eb483c3cdc33"), ("shapes", "test", "215ab2b8c033c057"),
-            ("scenes", "train", "3d2bf37b49f3e97b"), ("scenes", "test", "936c6fe479d89cd5")):
+            ("scenes", "train", "b2e5acf5ea12316f"), ("scenes", "test", "fdb2df5442984baa")):
         _, labels, captions = worlds.draw_world(name, 4, split, count=300)
         text = f"{labels.tolist()} {captions}"
         assert hashlib.sha256(text.encode()).hexdigest()[:16] == want, (name, split)
+    for split, want in (("train", "a4c76705fa5e8a9c"), ("test", "a7378c51aa5406e2")):
+        plan = worlds.plan_world("scenes", split, count=300)
+        text = f"{plan['part'].tolist()} {plan['part_color'].tolist()}"
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == want, split
 
 
-def seen(image, facts):
-    """Masks of the stated objects, by colour: pixels nearer to the object's than to the others."""
-    colors = [worlds.BACKGROUNDS[facts["background"]]]
-    colors += [worlds.COLORS[thing["color"]] for thing in facts["objects"]]
-    colors = torch.tensor(colors)[:, :, None, None].float()                  # (1 + K, 3, 1, 1)
-    distance = ((image[None].float() - colors) ** 2).sum(1)                  # (1 + K, H, W)
-    return [distance.argmin(0) == k for k in range(1, len(colors))]
+def facts_of(plan, i):
+    """All that is true of picture i: what a caption that leaves nothing out would say."""
+    two = plan["shape"][i, 1] >= 0
+    objects = [{"shape": worlds.SHAPES[s], "color": list(worlds.COLORS)[c]} for s, c in
+               zip(plan["shape"][i].tolist(), plan["color"][i].tolist()) if s >= 0]
+    facts = {"objects": objects, "background": list(worlds.BACKGROUNDS)[plan["background"][i]]}
+    if two:
+        return facts | {"relation": worlds.RELATIONS[plan["relation"][i]]}
+    objects[0] |= {"size": worlds.SIZES[plan["size"][i]], "place": worlds.PLACES[plan["place"][i]]}
+    return facts
 
 
-def look(image, facts):
+def seen(image, plan, i):
+    """Masks of the objects with their parts, by colour: pixels nearer to the object's or the
+    part's colour than to the others."""
+    colors, owners = [list(worlds.BACKGROUNDS.values())[plan["background"][i]]], [-1]
+    for key in ("color", "part_color"):
+        for k, color in enumerate(plan[key][i].tolist()):
+            if color >= 0:
+                colors, owners = colors + [list(worlds.COLORS.values())[color]], owners + [k]
+    colors = torch.tensor(colors)[:, :, None, None].float()                      # (n, 3, 1, 1)
+    nearest = torch.tensor(owners)[((image[None].float() - colors) ** 2).sum(1).argmin(0)]
+    return [nearest == k for k in range(2) if k in owners]                       # (H, W) each
+
+
+def look(image, plan, i):
     """Centre (x, y) from the middle of the picture, and extent, of each object; by colour alone."""
     found = []
-    for mask in seen(image, facts):
+    for mask in seen(image, plan, i):
         y, x = mask.nonzero().float().T
         centre = [((v.min() + v.max()) / 2 - 15.5).item() for v in (x, y)]
         found.append((*centre, max(x.max() - x.min(), y.max() - y.min()).item() + 1))
     return found
 
 
-def test_scenes_look_as_captioned(scenes):
+def test_scenes_look_as_planned(scenes):
     """Place, size, relation, background and colour, all measured from the pixels."""
-    kinds = Counter()
-    for image, label, caption in zip(scenes[0], scenes[1].tolist(), scenes[2]):
-        facts = worlds.parse_caption(caption)
+    kinds, (images, plan) = Counter(), scenes
+    for i, image in enumerate(images):
+        facts = facts_of(plan, i)
         first, *others = facts["objects"]
-        assert worlds.caption_of(**facts) == caption
-        assert worlds.CLASS_NAMES[label] == f"{first['color']} {first['shape']}"
+        assert worlds.CLASS_NAMES[plan["label"][i]] == f"{first['color']} {first['shape']}"
         kinds[facts.get("relation")] += 1
         corners = image[:, [0, 0, -1, -1], [0, -1, 0, -1]].T
         ground = torch.tensor(worlds.BACKGROUNDS[facts["background"]])
         assert (corners == ground).all(1).sum() >= 2
         assert first not in others
-        if others and others[0]["color"] == first["color"]:
+        if others and (others[0]["color"] == first["color"] or plan["part"][i].max() >= 0):
             continue  # colour alone cannot part them
-        (x, y, extent), *second = look(image, facts)
+        (x, y, extent), *second = look(image, plan, i)
         if others:
             dx, dy = x - second[0][0], y - second[0][1]
             relation = ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else \
                 ("above" if dy < 0 else "below")
-            assert relation == facts["relation"], caption
+            assert relation == facts["relation"], i
         else:
             place = ("on the left" if x < -2.5 else "on the right" if x > 2.5 else
                      "at the top" if y < -2.5 else "at the bottom" if y > 2.5 else "in the middle")
-            assert place == first["place"], caption
-            assert (extent > 12.6) == (first["size"] == "large"), caption
+            assert place == first["place"], i
+            assert (extent > 12.6) == (first["size"] == "large"), i
     assert 0.55 < kinds[None] / 2000 < 0.65
     assert all(kinds[relation] > 50 for relation in worlds.RELATIONS)
+
+
+def test_captions_say_the_truth_and_leave_out_what_they_should(scenes):
+    """Never a wrong word, every part of a caption as often as UNSAID says, and never the part."""
+    plan, said, could = scenes[1], Counter(), Counter()
+    for i, caption in enumerate(plan["captions"]):
+        facts, truth = worlds.parse_caption(caption), facts_of(plan, i)
+        assert worlds.caption_of(**facts) == caption
+        assert len(facts["objects"]) == len(truth["objects"])
+        assert facts.get("relation") == truth.get("relation")
+        pairs = [(facts, truth), *zip(facts["objects"], truth["objects"])]
+        for key in worlds.UNSAID:
+            for stated, true in pairs:
+                could[key] += key in true
+                said[key] += key in stated
+                assert key not in stated or stated[key] == true[key], caption
+        for stated, true in pairs[1:]:
+            assert stated["shape"] == true["shape"]
+    for key, share in worlds.UNSAID.items():
+        deviation = (share * (1 - share) / could[key]) ** 0.5
+        assert could[key] > 1000 and abs(1 - share - said[key] / could[key]) < 4 * deviation, key
+    assert any(f"a {shape}" in plan["captions"] for shape in worlds.SHAPES)     # bare categories
+
+
+def test_parts_are_there_in_all_kinds(scenes):
+    """60 % of the objects, any of four shapes, any colour but the object's own."""
+    plan = scenes[1]
+    present, part = plan["shape"] >= 0, plan["part"]
+    count = present.sum().item()
+    assert abs((part >= 0).sum() / count - 0.6) < 4 * (0.24 / count) ** 0.5
+    assert (part[~present] == -1).all() and torch.equal(part < 0, plan["part_color"] < 0)
+    there = part >= 0
+    assert (plan["part_color"] != plan["color"])[there].all()
+    shapes = Counter(worlds.SHAPES[s] for s in part[there].tolist())
+    assert {*shapes} == {*worlds.PARTS} and min(shapes.values()) > 0.2 * there.sum()
+    colors = Counter(plan["part_color"][there].tolist())
+    assert len(colors) == 8 and min(colors.values()) > 0.08 * there.sum()
+
+
+def test_a_part_has_its_colour_in_the_picture(scenes):
+    """The pixel in the middle of every part, of a circle or square that is large enough."""
+    images, plan = scenes
+    palette = torch.tensor(list(worlds.COLORS.values()))
+    rows = ((plan["part_r"][:, 0] > 2) & (plan["part"][:, 0] >= 0)).nonzero()[:, 0].tolist()
+    assert len(rows) > 500
+    for i in rows:
+        drop = 0.35 * plan["r"][i, 0] if worlds.SHAPES[plan["shape"][i, 0]] == "triangle" else 0
+        x, y = int(plan["cx"][i, 0]), int(plan["cy"][i, 0] + drop)
+        pixel = images[i, :, y, x].float()
+        assert (palette - pixel).norm(dim=1).argmin() == plan["part_color"][i, 0], i
 
 
 def test_training_prefers_left_of_and_above_and_tests_do_not():
@@ -233,7 +303,8 @@ def test_objects_are_inside_and_disjoint(name, monkeypatch):
     pairs = 0
     for i in range(0, 1500, 5):
         masks = []
-        for s, x, y, size in zip(*(v[i].tolist() for v in (shape, cx, cy, r))):
+        layers = slice(0, None, 2 if name == "scenes" else 1)       # the others are parts
+        for s, x, y, size in zip(*(v[i, layers].tolist() for v in (shape, cx, cy, r))):
             if s >= 0:  # half the size, with a margin of 8 pixels of 64 on each side
                 masks.append(brute_force(EIGHT[s], (x + 16) / 2, (y + 16) / 2, size / 2, 64) > 0)
                 assert masks[-1].sum() == masks[-1][16:48, 16:48].sum() > 0
@@ -268,15 +339,20 @@ def test_hold_out(name):
     assert sorted(shapes) == sorted(worlds.SHAPES) and len(set(colors)) == 6
     held = set(worlds.HELD_OUT)
 
-    def pairs(captions):
-        return {(thing["shape"], thing["color"]) for caption in captions
-                for thing in worlds.parse_caption(caption)["objects"]}
+    def pairs(plan, *kinds):
+        found = [(worlds.SHAPES[s], list(worlds.COLORS)[c]) for shape, color in kinds
+                 for s, c in zip(plan[shape].flatten().tolist(), plan[color].flatten().tolist())
+                 if s >= 0]
+        return {*found}
 
-    _, labels, captions = worlds.draw_world(name, 4, count=4200, hold_out=True)
-    assert not pairs(captions) & held and len(pairs(captions)) == 42
-    assert set(Counter(labels.tolist()).values()) == {100}
-    assert held <= pairs(worlds.draw_world(name, 4, "test", count=2000, hold_out=True)[2])
-    assert held <= pairs(worlds.draw_world(name, 4, count=2000)[2])
+    objects, parts = ("shape", "color"), ("part", "part_color")
+    plan = worlds.plan_world(name, count=4200, hold_out=True)
+    assert not pairs(plan, objects) & held and len(pairs(plan, objects)) == 42
+    assert set(Counter(plan["label"].tolist()).values()) == {100}
+    if name == "scenes":
+        assert not pairs(plan, parts) & held and len(pairs(plan, parts)) == 28
+    assert held <= pairs(worlds.plan_world(name, "test", 2000, hold_out=True), objects)
+    assert held <= pairs(worlds.plan_world(name, count=2000), objects)
 
 
 def test_parse_caption():
@@ -288,8 +364,13 @@ def test_parse_caption():
         "relation": "right of"}
     assert worlds.parse_caption("a red circle") == {
         "objects": [{"shape": "circle", "color": "red"}]}
+    assert worlds.parse_caption("a star") == {"objects": [{"shape": "star"}]}
+    assert worlds.parse_caption("a circle below an orange circle on navy") == {
+        "objects": [{"shape": "circle"}, {"shape": "circle", "color": "orange"}],
+        "relation": "below", "background": "navy"}
     for bad in ("", "red circle", "a red", "a circle red", "a red circle near a blue square",
                 "a pink circle", "a red circle ", "a red circle on pink", "A red circle",
-                "a red circle left of", "a red circle left of a small blue square"):
+                "a red circle left of", "a red circle left of a small blue square", "a small",
+                "a circle with a red star"):
         with pytest.raises(ValueError, match="not a caption"):
             worlds.parse_caption(bad)
