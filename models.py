@@ -170,8 +170,8 @@ FAMILIES = {
 # what a model changes among the defaults of all flags
 PAPER = dict(schedule="linear", prediction="eps", learn_sigma=True, optimizer="adamw", lr=1e-4,
              warmup=0, lr_decay="constant", grad_clip=0.0, ema=0.9999)      # DiT §4
-UNET = dict(steps=2500, latent_channels=6, latent_noise=0.2, first_stage_steps=800, cfg_scale=3.0,
-            flow_shift=3.0)
+UNET = dict(steps=2500, latent_channels=12, latent_noise=0.2, first_stage_steps=1200,
+            cfg_scale=3.0, flow_shift=3.0)
 VQ = dict(steps=3000, batch_size=32, first_stage_steps=1600, cfg_scale=3.0)
 PRESETS = {
     "tiny-ae": dict(steps=500), "kl-ae": dict(steps=1000), "unet-tiny": UNET, "unet-small": UNET,

@@ -450,7 +450,7 @@ def test_init_keeps_the_rows_of_words(scenes):
     init = str(ROOT / "assets" / "unet-scenes.pt")
     dataset = data.load(f"folder:{scenes}", 32)
     dataset.captions[:2] = ["a teal circle", "a mauve star"]
-    settings = settings_class("unet")(first_stage=init, latent_channels=6)
+    settings = settings_class("unet")(first_stage=init, latent_channels=12)
     task = make_task(Config(model="unet-tiny", init=init), settings, dataset)
     known = load_checkpoint(init)["info"]["vocabulary"]
     assert task.tokenizer.words == [*known["words"], "mauve", "teal"]
@@ -647,7 +647,7 @@ def test_a_flag_that_nothing_reads_is_refused(tmp_path, monkeypatch, capsys, arg
 def test_a_preset_is_not_a_given_flag():
     """What a model's preset says may go unread; only flags that were given are refused."""
     _, settings = train.read_flags(["--model", "unet-tiny", "--data", "latents:x"])
-    assert settings.first_stage == "none" and settings.latent_channels == 6
+    assert settings.first_stage == "none" and settings.latent_channels == 12
     assert train.read_flags(["--recipe", "paper"])[0].optimizer == "adamw"
     assert train.read_flags(["--no-skip-bad", "--data", "mnist"])[0].skip_bad is False
 
