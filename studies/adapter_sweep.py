@@ -93,7 +93,7 @@ class World:
             held, self.held_captions = photographs(name, 64, seed=50)
             self.prompts = [f"a <new1> {self.category}", f"a large <new1> {self.category} on gray",
                             f"a small <new1> {self.category} on navy"] * 16
-            self.judge = Judge(name, self.task, self.sample(self.model, self.bare))
+            self.judge = Judge(name, self.task)
         self.dataset = dataclasses.replace(train, name=name, images=pictures, captions=captions,
                                            labels=torch.zeros(len(pictures), dtype=torch.int64))
         self.held = self.task.encode(to_float(held)), self.task.tokenizer(self.held_captions)
@@ -122,9 +122,9 @@ class World:
         pictures = self.sample(model, self.prompts)
         if self.name == "stripes":
             return {**row, "alignment": stripes(pictures)}
-        row["alignment"] = self.judge(pictures).mean().item()
+        row["alignment"] = self.judge(pictures)[0].mean().item()
         if not brief:
-            row["leak"] = self.judge.hits(self.sample(model, self.bare))
+            row["leak"] = self.judge.hits(self.sample(model, self.bare)).float().mean().item()
             rates = prompt_accuracy(self.sample(model, self.plain), self.plain)
             row["plain"] = rates["all"][0]
         return row

@@ -5,7 +5,8 @@ word comes near to training all weights, beats the word alone, and forgets less;
 the category turns into the thing; concepts learned apart merge by the closed form better than by
 averaging.  Here six things (things.py) on assets/unet-scenes.pt, 250 steps of 8 + 8 pictures; five
 have a centre, and one is cut in two halves (hard). Columns:
-  alignment  0 what the base samples, 1 real pictures
+  alignment  contrast of the part (things.py): 0 no part, 1 real pictures
+  body, hits likeness of the body's colour; share of pictures with part > 0.5 and body > 0.6
   text       share of pictures with size and background as asked
   leak       share of the bare category's pictures that look like the thing, less the base's share
   category   48 held-out captions of its category: share with all attributes right
@@ -150,8 +151,9 @@ class Bench:
         self.own = {name: [test.captions[i] for i in rows[:48]] for name, rows in mine.items()}
         self.real = {name: features(self.eye, test.images[rows]) for name, rows in mine.items()}
         bare = {name: self.sample(self.task, [f"a {THINGS[name][0]}"] * 32) for name in THINGS}
-        self.judges = {name: Judge(name, self.task, pictures) for name, pictures in bare.items()}
-        self.base_leak = {name: self.judges[name].hits(pictures) for name, pictures in bare.items()}
+        self.judges = {name: Judge(name, self.task) for name in THINGS}
+        self.base_leak = {name: self.judges[name].hits(pictures).float().mean().item()
+                          for name, pictures in bare.items()}
         self.base_kid = {name: self.kid(self.sample(self.task, self.own[name]), name)
                          for name in THINGS}
 
@@ -171,7 +173,7 @@ class Bench:
         if len(names) == 2:
             one, two = (f"a <new{k}> {THINGS[name][0]}" for k, name in enumerate(names, 1))
             halves = split(self.sample(task, [f"{one} left of {two}"] * 32))
-            seen = [self.judges[name](half) > 0.5 for name, half in zip(names, halves)]
+            seen = [self.judges[name].hits(half) for name, half in zip(names, halves)]
             row["both"] = (seen[0] & seen[1]).float().mean().item()
         plain = prompt_accuracy(self.sample(task, self.plain), self.plain)["all"][0]
         return {**row, "plain": plain}
@@ -186,9 +188,11 @@ class Bench:
                   for size, ground in (("large", "gray"), ("small", "navy"))]
         right = [(read["size"][:, 0] == size) & (read["background"] == ground)
                  for read, (size, ground) in zip(map(read_shapes, pictures[1:]), wanted)]
-        leak = judge.hits(self.sample(task, [f"a {category}"] * 32))
+        leak = judge.hits(self.sample(task, [f"a {category}"] * 32)).float().mean().item()
         own = self.sample(task, self.own[name])
-        return {"alignment": judge(torch.cat(pictures)).mean().item(),
+        part, body = judge(torch.cat(pictures))
+        hits = judge.hits(torch.cat(pictures)).float().mean().item()
+        return {"alignment": part.mean().item(), "body": body.mean().item(), "hits": hits,
                 "text": torch.cat(right).float().mean().item(),
                 "leak": leak - self.base_leak[name],
                 "category": prompt_accuracy(own, self.own[name])["all"][0],

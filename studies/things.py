@@ -1,18 +1,19 @@
 """Things to personalise with, which have a part that no caption names, and measures of likeness.
 
-A thing is a shape of its category with a smaller shape of another colour on it, such as a cyan
-circle with a red disc. The base knows the category, the size and place words and the backgrounds,
-but has never seen the part. The hard ones are cut in two colours. Alignment compares a picture with
-the thing itself, both through the autoencoder, and is scaled: 0 is what the base samples for the
-bare category, 1 is a real picture of the thing.
+A thing is a shape of its category with a smaller shape of another colour inside, such as a cyan
+circle with a red disc. The base has seen such pictures, and no word of a caption tells which part
+there is. The hard thing is cut in two colours, which no picture of the base's world was. A thing is
+measured by its part, the difference of colour between the part's pixels and the body's along the
+thing's own difference, 0 = no part, 1 = as in real pictures, and by its body, 1 = its own colour. A
+picture is a hit if part > 0.5 and body > 0.6. Colour and outline alone do not make a hit.
 
     python -m studies.adapter_sweep                 # one of the studies that use this
 """
 import torch
-import torch.nn.functional as F
 
 import worlds
 from data import to_float, to_uint8
+from evaluate import read_shapes
 
 # name: (category, colour, part's shape, its colour, its share of the radius); half: cut in two
 THINGS = {"target circle": ("circle", "cyan", "circle", "red", 0.55),
@@ -62,62 +63,55 @@ def photographs(name, count, word="<new1>", seed=0):
     return pictures, [full[k] if k % 2 else f"a {what}" for k in range(count)]
 
 
-def crop(pictures, side=24):
-    """The object in each picture, cut out at its own size -> colours (B, 3, s, s), mask (B, s, s).
+def part_and_body(name, pictures):
+    """Contrast of the part and likeness of the body's colour, (B,) each, of uint8 (B, 3, H, W).
 
-    pictures: uint8 (B, 3, H, W). The background is the median of the border; the box is 2.2 times
-    the object's spread around its centre.
+    The largest object of a picture is measured, at its centre and radius as the reader sees them,
+    in the outline of the thing. Without an object both are 0.
     """
-    x = pictures.float() / 255
-    border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], -1)    # (B, 3, 4W)
-    ground = border.median(-1).values[..., None, None]                              # (B, 3, 1, 1)
-    mask = ((x - ground).norm(dim=1) > 0.25).float()                                    # (B, H, W)
-    axis = (torch.arange(x.shape[-1]) + 0.5) / x.shape[-1] * 2 - 1
-    mass = mask.sum((1, 2)).clamp(min=1)                                                # (B,)
-    cx, cy = (mask.sum(1) * axis).sum(1) / mass, (mask.sum(2) * axis).sum(1) / mass
-    away = (axis - cx.view(-1, 1, 1)) ** 2 + (axis[:, None] - cy.view(-1, 1, 1)) ** 2   # (B, H, W)
-    spread = ((mask * away).sum((1, 2)) / mass).sqrt().clamp(min=0.05)                  # (B,)
-    steps = 2.2 / 2 ** 0.5 * spread[:, None] * ((torch.arange(side) + 0.5) / side * 2 - 1)  # (B, s)
-    grid = torch.stack([(cx[:, None] + steps)[:, None].expand(-1, side, -1),
-                        (cy[:, None] + steps)[:, :, None].expand(-1, -1, side)], -1)
-    cut = F.grid_sample(torch.cat([x, mask[:, None]], 1), grid, align_corners=False)
-    return cut[:, :3], (cut[:, 3] > 0.5).float()
-
-
-def likeness(pictures, reference):
-    """How like the reference (1, 3, H, W) each picture is, (B,) in [0, 1].
-
-    Overlap x (1 - mean colour difference in the overlap).
-    """
-    (a, m), (b, n) = crop(pictures), crop(reference)
-    both = (m * n).sum((1, 2))                                                          # (B,)
-    either = torch.maximum(m, n.expand_as(m)).sum((1, 2)).clamp(min=1)
-    gap = ((a - b).abs().mean(1) * m * n).sum((1, 2)) / both.clamp(min=1)
-    return both / either * (1 - gap)
+    category, color, part, part_color, share = THINGS[name]
+    read, x = read_shapes(pictures), pictures.float() / 255
+    there = read["count"] > 0
+    cx, cy = torch.where(there[:, None], read["center"][:, 0], 16.0).unbind(1)          # (B,)
+    r = torch.where(there, read["radius"][:, 0], 8.0)
+    side, lower = x.shape[-1], cy + worlds.PART_DROP[SHAPE[category]] * r
+    body = worlds.shape_coverage(SHAPE[category], cx, cy, r, side)                      # (B, H, W)
+    if part == "half":
+        right = (torch.arange(side) + 0.5)[None, None] * 32 / side > cx.view(-1, 1, 1)
+        inner, outer = body * right, body * ~right
+    else:               # the edge between the two, which is soft, is left out
+        inner = worlds.shape_coverage(SHAPE[part], cx, lower, 0.75 * share * r, side)
+        outer = body * (1 - worlds.shape_coverage(SHAPE[part], cx, lower, 1.25 * share * r, side))
+    ground = torch.tensor(list(worlds.BACKGROUNDS.values()))[read["background"]] / 255  # (B, 3)
+    mine, other = (torch.tensor(worlds.COLORS[c]) / 255 for c in (color, part_color))
+    mean = lambda mask: (x * mask[:, None]).sum((2, 3)) / mask.sum((1, 2)).clamp(min=1e-3)[:, None]
+    # what is there without a part: the body's colour; in the hole of a ring the background
+    bare, seen = (ground, ground) if category == "ring" else (mine, mean(outer))
+    step = other - bare                                                     # (3,) or (B, 3)
+    contrast = ((mean(inner) - seen) * step).sum(-1) / step.square().sum(-1)
+    likeness = 1 - (mean(outer) - mine).norm(dim=1) / (mine - ground).norm(dim=1)
+    return contrast * there, likeness.clamp(min=0) * there
 
 
 class Judge:
-    """Alignment with one thing: 0 the base's bare category, 1 real pictures, both as decoded.
+    """How much of a thing is in pictures, part and body scaled so that real ones, decoded, give 1.
 
-    task: the base's; base_pictures: what it samples; hit: nearer to the thing than to those.
+    task: the base's, whose first stage shows what real pictures can reach.
     """
 
-    def __init__(self, name, task, base_pictures, ground=1):
-        again = lambda pictures: task.to_pictures(task.encode(to_float(pictures)))
-        middle = torch.tensor([16.0])
-        thing = render(name, middle, middle, torch.tensor([9.5]), torch.tensor([ground]))
-        self.reference = again(thing)
-        real, _ = photographs(name, 64, seed=99)
-        self.high = likeness(again(real), self.reference).mean().item()
-        self.low = likeness(base_pictures, self.reference).mean().item()
+    def __init__(self, name, task):
+        self.name = name
+        real = task.to_pictures(task.encode(to_float(photographs(name, 64, seed=99)[0])))
+        self.real = [score.mean() for score in part_and_body(name, real)]
 
     def __call__(self, pictures):
-        """(B,) alignment of uint8 pictures (B, 3, H, W)."""
-        return (likeness(pictures, self.reference) - self.low) / (self.high - self.low)
+        """(part, body) of uint8 pictures (B, 3, H, W), two (B,)."""
+        return [score / real for score, real in zip(part_and_body(self.name, pictures), self.real)]
 
     def hits(self, pictures):
-        """Share of the pictures that are nearer to the thing than to what the base samples."""
-        return (self(pictures) > 0.5).float().mean().item()
+        """Which pictures show the thing, (B,) bool."""
+        part, body = self(pictures)
+        return (part > 0.5) & (body > 0.6)
 
 
 def striped(pictures):

@@ -19,8 +19,9 @@ import models
 import train
 import worlds
 from adapters import anova
+from data import to_uint8
 from diffusion import RectifiedFlow
-from studies import common, report
+from studies import common, report, things
 from studies.adapter_sweep import adjusted_F, permutation_p
 
 RESULTS = pathlib.Path(common.__file__).parent / "results"
@@ -457,3 +458,17 @@ def test_subjects_of_dreambooth_are_read_where_they_lie(tmp_path, monkeypatch):
     for _ in range(2):                                      # the second run finds the first's links
         found = data.load(dreambooth.subject(tmp_path / "dog6", "dog"), 8)
         assert found.captions == ["a photo of a dog"] and found.images[0, 0, 0, 0] == 9
+
+
+@pytest.mark.parametrize("name", things.THINGS)
+def test_a_hit_is_the_thing_and_not_its_colour_and_outline(name, monkeypatch):
+    """Real pictures are hits; without the part, or with a body of another colour, none is."""
+    judge = things.Judge(name, types.SimpleNamespace(encode=lambda x: x, to_pictures=to_uint8))
+    category, color, part, part_color, share = things.THINGS[name]
+    assert judge.hits(things.photographs(name, 6, seed=5)[0]).all()
+    for other in ((category, color, "circle", color, 0.01), (category, "green", part, part_color,
+                                                              share)):
+        monkeypatch.setitem(things.THINGS, "other", other)
+        assert not judge.hits(things.photographs("other", 6, seed=5)[0]).any(), other
+    part, body = judge(torch.full((2, 3, 32, 32), 20, dtype=torch.uint8))
+    assert part.tolist() == body.tolist() == [0, 0]                             # nothing is there
