@@ -132,8 +132,8 @@ def _fit(coverage, near, shape, disc):
 
 
 def _find_objects(images):
-    """Images (B, 3, H, W) -> ground (B, 3); away (B, 3, H, W), smoothed difference from it;
-    coverage (B, H, W), 0 where a pixel has its colour, 1 where it has one of the palette; the two
+    """Images (B, 3, H, W) -> ground (B, 3); away (B, 3, H, W), the difference from it; coverage
+    (B, H, W), smoothed, 0 where a pixel has its colour, 1 where it has one of the palette; the two
     largest objects' area (B, 2) and near (B, 2, H, W): round it, not in the other; count, dusty."""
     B, _, H, W = images.shape
     # Objects may touch the border but never fill half of it, so its median is the background.
@@ -222,9 +222,9 @@ def _smooth(x):
     """Binomial 3 x 3 filter over the last two axes: 3/8 of the pixel noise, equally soft edges."""
     for axis in (-1, -2):           # by shifted copies: conv2d is slow with one channel
         n = x.shape[axis]
-        before, after = (x.index_select(axis, k) for k in (
-            (torch.arange(n) - 1).clamp(min=0), (torch.arange(n) + 1).clamp(max=n - 1)))
-        x = x / 2 + (before + after) / 4
+        x = torch.cat([x.narrow(axis, 0, 1), x, x.narrow(axis, n - 1, 1)], axis)
+        before, middle, after = (x.narrow(axis, k, n) for k in range(3))
+        x = middle / 2 + (before + after) / 4
     return x
 
 

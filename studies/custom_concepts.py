@@ -254,9 +254,9 @@ def report():
     if not all(table.rows() for table in (SINGLE, PAIR, SMALL, MOVED)):
         return ""
     text = notice(SINGLE) + notice(SINGLE, (
-        "Alignment compares colour and outline and hardly sees the inner part: real pictures of "
-        "the thing without its part pass as hits. So `alignment`, `leak` and `both` measure "
-        "whether colour and outline arrived. A new run should measure the part by itself."))
+        "Their alignment saw colour and outline and hardly the inner part: real pictures of "
+        "the thing without its part passed as hits. So `alignment`, `leak` and `both` measure "
+        "whether colour and outline arrived. A new run measures the part by itself."))
     text += "**One thing**; units are things, each the mean of its seeds\n\n" + comparison(
         SINGLE, "thing", "method", "K/V and word",
         ["alignment", "text", "leak", "category", "kid", "plain"])
