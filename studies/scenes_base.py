@@ -171,7 +171,8 @@ def main(argv):
             if {"what": what, "guidance": guidance} not in Table(TABLE.name, TABLE.keys[:2]):
                 TABLE.add(*run_cell(what, guidance, first, task))
         state["config"]["out"], state["ema"] = "", task.model.state_dict()
-        state["settings"] |= {"first_stage": "new", "latent_channels": 12}
+        state["settings"] |= {"first_stage": "new", "latent_channels": 12,
+                              "first_stage_steps": 2000}
         save_checkpoint(OUT / "centred.pt", state)
         named = TABLE.column("value", what="named", guidance=3, measure="one object: all")[0]
         sample.export(OUT / "centred.pt", ASSET, "python -m studies.scenes_base; of 500 test "
