@@ -21,7 +21,7 @@ Differences from the official code (facebookresearch/DiT; same state_dict names,
 2. Label dropout draws no random numbers in forward: the caller passes them to `drop_labels`, so a
    training step is a function of its inputs (it compiles, resumes, and splits over GPUs).
 3. Guidance (CFG: Ho & Salimans 2022) is diffusion.guided for all models; it guides all channels.
-4. Two arguments that the paper does not have, off by default: norm="rms" and qk_norm=True.
+4. An argument that the paper does not have, off by default: qk_norm.
 """
 from collections import OrderedDict
 
@@ -43,15 +43,15 @@ def modulate(x, shift, scale):
 class Block(nn.Module):
     """The standard ViT block, block(x (B, N, D), c (B, D), tokens (B, 2, D)) -> (B, N, D).
     c = emb(t) + emb(y), tokens = [emb(t), emb(y)]. This block reads neither: it is "in_context",
-    where x already holds the tokens. norm: a key of NORMS, without weight if a modulation follows;
-    qk_norm: see Attention. Source: DiT §3.2, Fig. 3 (right); ViT Eq. 2 and 3."""
+    where x already holds the tokens. A norm has no weight if a modulation follows. qk_norm: see
+    Attention. Source: DiT §3.2, Fig. 3 (right); ViT Eq. 2 and 3."""
     modulations = 0     # how many vectors (D,) are computed from c: shifts, scales, gates
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio, norm="layer", qk_norm=False):
+    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm=False):
         super().__init__()
-        self.norm1 = NORMS[norm](hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
         self.attn = Attention(hidden_size, num_heads, qk_norm)
-        self.norm2 = NORMS[norm](hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
         wide = int(hidden_size * mlp_ratio)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(hidden_size, wide),      # ViT §3.1
                                              gelu=nn.GELU(approximate="tanh"),
@@ -89,9 +89,9 @@ class AdaLNBlock(Block):
 class CrossAttentionBlock(Block):
     """After attention, image tokens read condition tokens. Source: DiT §3.2, Fig. 3 (middle)."""
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio, norm="layer", qk_norm=False):
-        super().__init__(hidden_size, num_heads, mlp_ratio, norm, qk_norm)
-        self.norm_cross = NORMS[norm](hidden_size, eps=1e-6)
+    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm=False):
+        super().__init__(hidden_size, num_heads, mlp_ratio, qk_norm)
+        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
         self.cross_attn = CrossAttention(hidden_size, num_heads, qk_norm)
 
     def forward(self, x, c, tokens):
@@ -146,10 +146,6 @@ class CrossAttention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
 
 
-# the norms, over the last axis; rms: x / sqrt(mean(x^2) + eps), Zhang & Sennrich 2019 Eq. 4
-NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-
-
 def make_modulation(width, count):
     """(B, D) -> (B, count * D): shifts, scales, gates; None if count is 0. Source: DiT §3.2."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width)) if count else None
@@ -162,12 +158,12 @@ class DiT(nn.Module):
     input_size: side of x, in pixels or latent cells; num_classes: 0 = no classes, y is always the
     null class 0; class_dropout_prob: share of the labels that training hides; above 0 there is a
     null class, num_classes, which guidance needs; learn_sigma: 2C channels out, prediction then
-    variance; conditioning: a key of BLOCKS; norm: of NORMS. Source: DiT §3, Fig. 3, Table 1."""
+    variance; conditioning: a key of BLOCKS. Source: DiT §3, Fig. 3, Table 1."""
     matrices = r"blocks\."          # Muon's share (optim.py); embedders and last layer: AdamW
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
                  num_heads=16, mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1,
-                 learn_sigma=True, conditioning="adaln_zero", norm="layer", qk_norm=False):
+                 learn_sigma=True, conditioning="adaln_zero", qk_norm=False):
         super().__init__()
         for what, size, unit, divisor in (
                 ("input_size", input_size, "patch_size", patch_size),
@@ -176,7 +172,6 @@ class DiT(nn.Module):
             if size % divisor:
                 raise ValueError(f"{what} {size} is not divisible by {unit} {divisor}: change it")
         check_name("conditioning", conditioning, BLOCKS)
-        check_name("norm", norm, NORMS)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
@@ -190,8 +185,8 @@ class DiT(nn.Module):
         positions = torch.zeros(1, (input_size // patch_size) ** 2, hidden_size)        # (1, N, D)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(BLOCKS[conditioning](
-            hidden_size, num_heads, mlp_ratio, norm, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive, norm)
+            hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive)
         self.initialize_weights()
 
     def forward(self, x, t, y):
@@ -261,9 +256,9 @@ class DiT(nn.Module):
 class FinalLayer(nn.Module):
     """(B, N, D) -> (B, N, p*p*C_out); adaptive: c sets shift and scale. Source: DiT §3.2."""
 
-    def __init__(self, hidden_size, patch_size, out_channels, adaptive, norm="layer"):
+    def __init__(self, hidden_size, patch_size, out_channels, adaptive):
         super().__init__()
-        self.norm_final = NORMS[norm](hidden_size, eps=1e-6, elementwise_affine=not adaptive)
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not adaptive)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = make_modulation(hidden_size, 2 * adaptive)
 

@@ -47,7 +47,6 @@ FLAGS = {
     "learn_sigma": (bool, flag(False, "Gaussian schedules: also learn the variance")),
     "conditioning": (str, flag("adaln_zero", "kind of block", choices=[
         "adaln_zero", "adaln", "cross_attention", "in_context"])),
-    "norm": (str, flag("layer", "LayerNorm or RMSNorm", choices=["layer", "rms"])),
     "qk_norm": (bool, flag(False, "normalise queries and keys")),
     "aux_weight": (float, flag(1.0, "weight of the cross-entropy; long runs: 5e-4", "[0, inf)"))}
 MERGES = "data/bpe_simple_vocab_16e6.txt.gz"            # CLIP's list of merges, if not given
@@ -157,7 +156,7 @@ class Family:
 
 
 FAMILIES = {
-    "dit": Family((*CONTINUOUS, "learn_sigma", "conditioning", "norm", "qk_norm"),
+    "dit": Family((*CONTINUOUS, "learn_sigma", "conditioning", "qk_norm"),
                   class_conditional(DiT), DIT_CONFIGS, "tiny-ae"),
     "udit": Family((*CONTINUOUS, "learn_sigma"), class_conditional(UDiT), UDIT_CONFIGS, "tiny-ae"),
     "unet": Family(CONTINUOUS, build_unet, UNET_CONFIGS, "tiny-ae", True, 3, "needed"),

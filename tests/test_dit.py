@@ -11,14 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import GOLDEN, fill_by_recipe, golden_case
 from diffusion import guided, timestep_embedding
-from dit import BLOCKS, DIT_CONFIGS, NORMS, DiT, sincos_positions
+from dit import BLOCKS, DIT_CONFIGS, DiT, sincos_positions
 from models import find_model
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 TINY = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=3, num_heads=2,
             num_classes=5)
-VARIANTS = [(conditioning, norm, qk_norm) for conditioning in BLOCKS for norm in NORMS
-            for qk_norm in (False, True)]
+VARIANTS = [(conditioning, qk_norm) for conditioning in BLOCKS for qk_norm in (False, True)]
 
 
 @pytest.mark.parametrize("case", ["dit_p2_sigma", "dit_p4_nosigma"])
@@ -163,7 +162,7 @@ def test_unpatchify_puts_every_patch_in_its_place():
         assert picture[b, ch, row * 2 + pr, col * 2 + pc] == value
 
 
-# ---- every block with either norm, with and without qk_norm -------------------------------------
+# ---- every block, with and without qk_norm -------------------------------------------------------
 
 class Plain:
     """The whole network as written in the papers, in float64, one head and one patch at a time.
@@ -171,8 +170,8 @@ class Plain:
     Takes every tensor that it uses out of `state`, so that what is left was read by nobody.
     """
 
-    def __init__(self, state, conditioning, norm, qk_norm, heads):
-        self.state, self.conditioning, self.norm = state, conditioning, norm
+    def __init__(self, state, conditioning, qk_norm, heads):
+        self.state, self.conditioning = state, conditioning
         self.qk_norm, self.heads = qk_norm, heads
         self.adaptive = conditioning in ("adaln", "adaln_zero")
 
@@ -185,9 +184,9 @@ class Plain:
 
     def norm_layer(self, name, u):
         if self.adaptive:
-            return self.normed(u, self.norm)
-        bias = self.state.pop(f"{name}.bias") if self.norm == "layer" else 0
-        return self.normed(u, self.norm, self.state.pop(f"{name}.weight"), bias)
+            return self.normed(u, "layer")
+        weight, bias = (self.state.pop(f"{name}.{s}") for s in ("weight", "bias"))
+        return self.normed(u, "layer", weight, bias)
 
     def attend(self, name, q, k, v):
         if self.qk_norm:
@@ -256,30 +255,30 @@ class Plain:
         return out
 
 
-def filled(conditioning, norm, qk_norm):
+def filled(conditioning, qk_norm):
     """A small float64 model with random weights, no two of its sizes equal, and inputs for it."""
     model = DiT(input_size=6, patch_size=2, in_channels=3, hidden_size=20, depth=2, num_heads=2,
-                mlp_ratio=1.5, num_classes=5, conditioning=conditioning, norm=norm, qk_norm=qk_norm)
+                mlp_ratio=1.5, num_classes=5, conditioning=conditioning, qk_norm=qk_norm)
     model = fill_by_recipe(model, ["pos_embed"]).double()
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 6, 6, generator=g, dtype=torch.float64)
     return model, x, torch.tensor([0.0, 17.5, 400.0, 999.0]), torch.tensor([3, 0, 5, 4])
 
 
-@pytest.mark.parametrize("conditioning,norm,qk_norm", VARIANTS)
-def test_it_is_the_plain_formula(conditioning, norm, qk_norm):
-    model, x, t, y = filled(conditioning, norm, qk_norm)
+@pytest.mark.parametrize("conditioning,qk_norm", VARIANTS)
+def test_it_is_the_plain_formula(conditioning, qk_norm):
+    model, x, t, y = filled(conditioning, qk_norm)
     state = dict(model.state_dict())
     assert state["blocks.1.mlp.fc1.weight"].shape == (30, 20)           # mlp_ratio 1.5
-    want = Plain(state, conditioning, norm, qk_norm, heads=2)(x, t, y, p=2, depth=2)
+    want = Plain(state, conditioning, qk_norm, heads=2)(x, t, y, p=2, depth=2)
     assert not state, f"tensors that the formula does not have: {list(state)}"
     # both in float64: only the order of sums differs
     assert_close(model(x, t, y).detach(), want, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("conditioning,norm,qk_norm", VARIANTS)
-def test_each_input_is_read_rows_stand_alone_and_gradients_arrive(conditioning, norm, qk_norm):
-    model, x, t, y = filled(conditioning, norm, qk_norm)
+@pytest.mark.parametrize("conditioning,qk_norm", VARIANTS)
+def test_each_input_is_read_rows_stand_alone_and_gradients_arrive(conditioning, qk_norm):
+    model, x, t, y = filled(conditioning, qk_norm)
     out = model(x, t, y)
     for other in (model(x.flip(0), t, y), model(x, t.flip(0), y), model(x, t, y.flip(0))):
         assert (other - out).abs().amax((1, 2, 3)).min() > 1e-3             # in every picture
@@ -296,20 +295,20 @@ def test_each_input_is_read_rows_stand_alone_and_gradients_arrive(conditioning, 
 
 
 @pytest.mark.parametrize("conditioning", BLOCKS)
-def test_the_norm_arguments_change_exactly_their_tensors(conditioning):
-    default, rms, qk = (set(DiT(**TINY, conditioning=conditioning, **arguments).state_dict())
-                        for arguments in ({}, dict(norm="rms"), dict(qk_norm=True)))
+def test_qk_norm_adds_exactly_its_tensors(conditioning):
+    default, qk = (set(DiT(**TINY, conditioning=conditioning, qk_norm=on).state_dict())
+                   for on in (False, True))
     norms = {n for n in default if "norm" in n}
     per_block = {"in_context": 2, "cross_attention": 3}.get(conditioning)
     assert len(norms) == (0 if per_block is None else 2 * (3 * per_block + 1))  # weight and bias
-    assert rms == default - {n for n in norms if n.endswith("bias")}
     attentions = ["attn", "cross_attn"] if conditioning == "cross_attention" else ["attn"]
     assert qk - default == {f"blocks.{i}.{attn}.{which}_norm.weight" for i in range(3)
                             for attn in attentions for which in "qk"}
-    model = DiT(**TINY, conditioning=conditioning, norm="rms", qk_norm=True)
+    model = DiT(**TINY, conditioning=conditioning, qk_norm=True)
     assert model.blocks[0].attn.q_norm.weight.shape == (16,)                # the width of one head
     fill_by_recipe(model).initialize_weights()                              # it sets every tensor
-    assert all((p == 1).all() for n, p in model.named_parameters() if "norm" in n)
+    assert all((p == n.endswith("weight")).all() for n, p in model.named_parameters()
+               if "norm" in n)
     y = torch.ones(1, dtype=torch.int64)
     assert model(torch.ones(1, 4, 8, 8), torch.ones(1), y).abs().max() == 0
 
@@ -342,12 +341,10 @@ def test_label_dropout_share():
     assert DiT(**TINY, class_dropout_prob=0.0).y_embedder.embedding_table.weight.shape[0] == 5
 
 
-@pytest.mark.parametrize("conditioning,norm,qk_norm", [
-    ("adaln_zero", "layer", False), ("in_context", "rms", True)])
-def test_overfits_one_batch(conditioning, norm, qk_norm):
+@pytest.mark.parametrize("conditioning,qk_norm", [("adaln_zero", False), ("in_context", True)])
+def test_overfits_one_batch(conditioning, qk_norm):
     torch.manual_seed(0)
-    model = DiT(**{**TINY, "learn_sigma": False}, conditioning=conditioning, norm=norm,
-                qk_norm=qk_norm)
+    model = DiT(**{**TINY, "learn_sigma": False}, conditioning=conditioning, qk_norm=qk_norm)
     x, t, y = torch.randn(8, 4, 8, 8), torch.randint(1000, (8,)), torch.arange(8) % 5
     target = torch.randn(8, 4, 8, 8)
     opt, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
@@ -360,7 +357,7 @@ def test_overfits_one_batch(conditioning, norm, qk_norm):
 
 
 def test_it_compiles_to_one_graph():
-    model = fill_by_recipe(DiT(**TINY, norm="rms", qk_norm=True))
+    model = fill_by_recipe(DiT(**TINY, qk_norm=True))
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 5])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_close(compiled(x, t, y), model(x, t, y), **TOLERANCE)
@@ -370,7 +367,6 @@ def test_sizes_that_do_not_fit_are_named():
     for bad, words in ((dict(input_size=9), "9 is not divisible by patch_size 2"),
                        (dict(num_heads=3), "num_heads 3"),
                        (dict(conditioning="film"), "'film': choose one of in_context, cross_att"),
-                       (dict(norm="batch"), "unknown norm 'batch': choose one of layer, rms"),
                        (dict(num_classes=0, class_dropout_prob=0.0), "null class"),
                        (dict(hidden_size=30, num_heads=2), "30 is not divisible by .* 4")):
         with pytest.raises(ValueError, match=words):

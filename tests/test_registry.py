@@ -21,7 +21,6 @@ from conftest import fill_by_recipe
 from torch.testing import assert_close
 
 import data
-import dit
 import models
 import vae
 from models import FAMILIES, FLAGS, PRESETS, find_model, make_task, settings_class
@@ -282,7 +281,7 @@ def test_norms_normalise_and_attention_is_what_it_says(case):
     task, model = filled(case)
 
     def kind(m):
-        norm = isinstance(m, tuple(dit.NORMS.values())) or re.match("(Layer|RMS)", type(m).__name__)
+        norm = re.match("(Layer|RMS)Norm", type(m).__name__)
         return "norm" if norm and list(m.children()) == [] else re.search(
             "(Attention|)$", type(m).__name__)[0]
     found, calls = {name: m for name, m in model.named_modules() if kind(m)}, {}
@@ -344,17 +343,6 @@ def check_attention(module, *args):
             assert (scaled(which, 3.0, rows) - out).abs().max() < 1e-3 * size, which
     else:
         assert_close(scaled("q", 2.0), scaled("k", 2.0), rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("norm", dit.NORMS)
-@pytest.mark.parametrize("block", dit.BLOCKS)
-def test_the_norm_that_is_asked_for_stands_everywhere(norm, block):
-    def places(name):
-        with torch.device("meta"):
-            model = dit.DiT(8, 2, 4, 32, 2, 2, conditioning=block, norm=name)
-        return {path: getattr(m, "weight", None) is not None for path, m in model.named_modules()
-                if isinstance(m, dit.NORMS[name])}
-    assert places(norm) == places("layer") and len(places(norm)) >= 5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
