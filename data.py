@@ -5,7 +5,6 @@
 A data set is one tensor in memory: images, a label for each, a caption for each or none."""
 import difflib
 import functools
-import glob
 import gzip
 import hashlib
 import io
@@ -15,7 +14,6 @@ import os
 import sys
 import tarfile
 import textwrap
-import unicodedata
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +109,6 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
     """Load a data set into memory.
     name: shapes, scenes            drawn (worlds.py); count None = 48,000 (train), 2,000 (test)
           mnist, fashion, cifar10   official files in data_dir, checked; downloaded if absent
-          emoji                     the installed Noto colour font; captions: Unicode names
           folder:PATH               classes or captions, see folders.py
           npz:FILE, latents:FILE    see read_arrays, save_latents (image_size is not used)
     split: train or test.  Where a source has no test split it is a fixed 5 %, or all if under 200.
@@ -127,8 +124,6 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
         return Dataset(name, *world, list(worlds.CLASS_NAMES), flip=False)
     if name in OFFICIAL:
         return _take(_official(name, image_size, split, data_dir), image_size, None, count, seed)
-    if name == "emoji":
-        return _take(_emoji(), image_size, split, count, seed)
     if kind == "folder" and path:
         *found, left_out = read_folder(path, image_size, split, count, seed, skip_bad)
         # A caption may say left or right: flips only without captions.
@@ -140,7 +135,7 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
             class_names = [*map(str, range(int(y.max()) + 1))]
         whole = Dataset(name, x, y, captions, class_names, kind == "npz" and captions is None)
         return _take(whole, image_size if kind == "npz" else None, split, count, seed)
-    known = ["shapes", "scenes", *OFFICIAL, "emoji", "folder:PATH", "npz:FILE", "latents:FILE"]
+    known = ["shapes", "scenes", *OFFICIAL, "folder:PATH", "npz:FILE", "latents:FILE"]
     near = [f"did you mean {near}? " for near in difflib.get_close_matches(name, known, 1, 0.5)]
     raise ValueError(f"unknown data set {name!r}; {''.join(near)}Known: {', '.join(known)}")
 
@@ -155,7 +150,7 @@ def _take(whole, image_size, split, count, seed):
     return Dataset(whole.name, images, labels, captions, whole.class_names, whole.flip)
 
 
-# ---------------------------------------------------------------- official files, emoji
+# ---------------------------------------------------------------- official files
 
 # {name: (address, {file: md5}, class names)}
 OFFICIAL = json.loads((Path(__file__).parent / "assets/official.json").read_text())
@@ -195,28 +190,6 @@ def _official_bytes(name, file, data_dir):
     if found != md5:
         raise ValueError(f"{path} has md5 {found}, expected {md5}: delete the file and load again")
     return bytearray(gzip.decompress(raw))
-
-
-EMOJI_FONT = "/usr/share/fonts/**/NotoColorEmoji.ttf"
-# Unicode 14's pictures of one code point each: no letters, arrows, buttons, skin tones; hexadecimal
-EMOJI = Path(__file__).parent / "assets/emoji.txt"
-
-
-def _emoji():
-    fonts = glob.glob(EMOJI_FONT, recursive=True)
-    if not fonts:
-        raise ValueError("no colour emoji font in /usr/share/fonts: apt install "
-                         "fonts-noto-color-emoji, or use a folder of pictures, folder:PATH")
-    font = ImageFont.truetype(fonts[0], 109)  # the only size it has; each glyph is 136 x 128
-    spans = [[int(end, 16) for end in span.split("-")] for span in EMOJI.read_text().split()]
-    glyphs = [chr(code) for span in spans for code in range(span[0], span[-1] + 1)]
-    images = torch.empty(len(glyphs), 3, 136, 136, dtype=torch.uint8)
-    for i, glyph in enumerate(glyphs):
-        canvas = Image.new("RGB", (136, 136), "white")
-        ImageDraw.Draw(canvas).text((0, 4), glyph, "black", font, "lt", embedded_color=True)
-        images[i] = torch.from_numpy(np.array(canvas)).permute(2, 0, 1)              # (3, H, W)
-    captions = [unicodedata.name(glyph).lower() for glyph in glyphs]
-    return Dataset("emoji", images, torch.zeros(len(glyphs)).long(), captions, [], flip=False)
 
 
 # ---------------------------------------------------------------- arrays and latents

@@ -210,8 +210,8 @@ class Config:
     """flags of the loop"""
     model: str = flag("DiT-128x4/2", "DiT-S/2 ... DiT-XL/8, DiT-WxD/p (width, depth, patch size), "
                       "U-DiT-S, udit-tiny, unet-tiny, vq-tiny, VQ-S, ..., tiny-ae, kl-ae, vq-vae")
-    data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, emoji, folder:PATH, "
-                     "npz:FILE, latents:FILE")
+    data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, folder:PATH, npz:FILE, "
+                     "latents:FILE")
     data_dir: str = flag("data", "where official files are looked for, and downloaded to")
     image_size: int = flag(32, "side of the training pictures in pixels", "[1, 65536]")
     hold_out: bool = flag(False, "shapes, scenes: keep six shape-colour pairs out of training")

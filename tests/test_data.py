@@ -255,22 +255,6 @@ def test_download(tmp_path, monkeypatch):
         "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]
 
 
-def test_emoji(monkeypatch):
-    """With any font that has a few of the letters: what is drawn, and its name."""
-    monkeypatch.setattr(data, "EMOJI_FONT", "/nowhere/*.ttf")
-    with pytest.raises(ValueError, match="fonts-noto-color-emoji.*folder:PATH"):
-        data.load("emoji")
-    from matplotlib import font_manager
-    monkeypatch.setattr(data, "EMOJI_FONT", font_manager.findfont("DejaVu Sans"))
-    got = data.load("emoji", 64)
-    assert len(got) + len(data.load("emoji", 8, "test")) == 1231
-    assert got.class_names == [] and not got.flip
-    assert (got.images[:, :, 0, 0] == 255).all() and len(set(got.captions)) == len(got)
-    sun, chess = (got.images[got.captions.index(name)].float()
-                  for name in ("black sun with rays", "black chess pawn"))
-    assert sun.min() < 50 and chess.min() < 50 and (sun - chess).abs().mean() > 20
-
-
 # ---------------------------------------------------------------- arrays and latents
 
 
