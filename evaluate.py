@@ -44,12 +44,12 @@ RING = worlds.SHAPES.index("ring")
 MADE_BY = "made by evaluate.py"
 
 
-def read_shapes(images, num_shapes=6):
+def read_shapes(images):
     """Read pictures of the worlds "shapes" and "scenes" back into what they show.
-    images: (B, 3, H, H) uint8, or float in [-1, 1]. num_shapes: 6, or 8 to look for NEW_SHAPES too.
+    images: (B, 3, H, H) uint8, or float in [-1, 1].
     Returns tensors for the two objects of largest area; absent is -1, or nan for floats:
       background (B,) index into BACKGROUNDS; count (B,) of all objects, may be above 2;
-      shape, color, size, place (B, 2) indices into SHAPES + NEW_SHAPES, COLORS, SIZES, PLACES;
+      shape, color, size, place (B, 2) indices into SHAPES, COLORS, SIZES, PLACES;
       part, part_color (B, 2) indices into SHAPES and COLORS, of the smaller shape inside;
       center (B, 2, 2) as x, y; radius (B, 2); residual (B,) the larger squared error per object
       area, inf without objects; tint (B,) the larger distance to the palette;
@@ -59,19 +59,19 @@ def read_shapes(images, num_shapes=6):
     if x.shape[1:] != (3, *2 * x.shape[-1:]) or not (eight_bit or x.is_floating_point()):
         raise ValueError(f"images must be (B, 3, H, H), uint8 or float, not {[*x.shape]} {x.dtype}")
     x = x / 255 if eight_bit else (x.float() + 1) / 2
-    chunks = [_read_chunk(chunk, num_shapes) for chunk in x.split(128)]         # fit the cache
+    chunks = [_read_chunk(chunk) for chunk in x.split(128)]         # fit the cache
     return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
 @torch.no_grad()
-def _read_chunk(images, num_shapes):
+def _read_chunk(images):
     """read_shapes for images (B, 3, H, W) on the 0..1 scale."""
     ground, away, coverage, area, near, count, dusty = _find_objects(images)
     present = area >= MIN_AREA                              # (B, 2)
     image_of, slot = present.nonzero(as_tuple=True)         # (P,): all objects of all images
     ground_of, away, near = ground[image_of], away[image_of], near[image_of, slot]
-    forms = torch.tensor([*range(num_shapes), RING])        # the last: a ring with a disc in it
-    fits = torch.stack([_fit(coverage[image_of], near, form, k == num_shapes)
+    forms = torch.tensor([*range(6), RING])                 # the last: a ring with a disc in it
+    fits = torch.stack([_fit(coverage[image_of], near, form, k == 6)
                         for k, form in enumerate(forms)], 1)                # (P, F, 4)
     # The outline names two candidates, (P, 2), and the colours decide.
     likely, rows = fits[:, :, 3].topk(2, largest=False).indices, torch.arange(len(fits))
@@ -210,7 +210,7 @@ def _maps(near, shape, *circle):
     parts = torch.tensor([-1] + [worlds.SHAPES.index(x) for x in worlds.PARTS for _ in shares])
     share = F.pad(shares.repeat(len(worlds.PARTS)), (1, 0))                     # (H,)
     share = torch.where(shape == RING, worlds.HUB_RADIUS, share)                # (P, H)
-    center = cy + F.pad(worlds.PART_DROP, (0, 2))[shape] * r    # (P, 1); new shapes: in the middle
+    center = cy + worlds.PART_DROP[shape] * r         # (P, 1)
     grid = (v.expand_as(share).flatten() for v in (parts, cx, center, share * r))
     inner = worlds.shape_coverage(*grid, W).view(P, len(parts), W, W)
     maps = torch.stack([body * (1 - inner), inner])                             # (2, P, H, W, W)
@@ -236,9 +236,7 @@ def prompt_accuracy(images, captions):
     if len(captions) != len(images):
         raise ValueError(f"{len(images)} images need as many captions, not {len(captions)}")
     asked = [worlds.parse_caption(caption) for caption in captions]
-    new = any(thing["shape"] in worlds.NEW_SHAPES for facts in asked for thing in facts["objects"])
-    read = read_shapes(images, len(worlds.SHAPES) + new * len(worlds.NEW_SHAPES))
-    hits = {}
+    read, hits = read_shapes(images), {}
     for facts, *row in zip(asked, *(column.tolist() for column in read.values())):
         for axis, hit in _judge(dict(zip(read, row)), facts).items():
             hits.setdefault(axis, []).append(hit)
@@ -256,7 +254,7 @@ def class_accuracy(images, labels):
 
 def _judge(seen, asked):
     """One reading against one parsed caption: {axis: bool}, for the axes that it mentions."""
-    names = {"shape": worlds.SHAPES + worlds.NEW_SHAPES, "color": tuple(worlds.COLORS),
+    names = {"shape": worlds.SHAPES, "color": tuple(worlds.COLORS),
              "size": worlds.SIZES, "place": worlds.PLACES}
     wanted, relation, count = asked["objects"], asked.get("relation"), min(seen["count"], 2)
     found = [{axis: names[axis][seen[axis][k]] for axis in names} for k in range(count)]

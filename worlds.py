@@ -21,7 +21,6 @@ import torch
 # ---------------------------------------------------------------- the vocabulary
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-NEW_SHAPES = ("heart", "diamond")  # indices 6, 7: in no training set, for new concepts
 COLORS = {
     "red": (230, 40, 40), "green": (50, 180, 60), "blue": (60, 100, 255), "yellow": (250, 220, 40),
     "orange": (255, 125, 10), "purple": (160, 60, 220), "cyan": (40, 215, 230),
@@ -69,14 +68,6 @@ def _star(x, y):
             - radius * angle.sin() * (edge[0] / length))
 
 
-def _heart(x, y):
-    # A square standing on its corner, and a disc on each of its two upper sides.
-    q = 0.8                                                  # half the diagonal of the square
-    x, y = x.abs(), y - 0.1 * q
-    disc = torch.hypot(x - q / 2, y + q / 2) - q * math.sqrt(0.5)
-    return torch.minimum((x + y.abs() - q) * math.sqrt(0.5), disc)
-
-
 def _triangle(x, y):
     # Apex (0, -0.95), base from (-1, 0.95) to (1, 0.95).
     slope = math.hypot(1.9, 1.0)
@@ -98,14 +89,12 @@ OUTLINES = (
     _star,
     _cross,
     lambda x, y: (torch.hypot(x, y) - 0.77).abs_() - 0.22,   # ring: radii 0.55 to 0.99
-    _heart,
-    lambda x, y: (x.abs() + y.abs() - 1.0) * math.sqrt(0.5),  # diamond
 )
 
 
 def shape_coverage(shape_index, cx, cy, r, image_size=32):
     """How much of each pixel a shape covers -> (B, H, W) float32 in [0, 1].
-    shape_index: (B,) int64 into SHAPES + NEW_SHAPES, or one int; -1 = absent, covers nothing.
+    shape_index: (B,) int64 into SHAPES, or one int; -1 = absent, covers nothing.
     cx, cy, r: (B,) float, centre and half extent in pixels of a 32-pixel picture, [0, 32]."""
     shape_index = torch.as_tensor(shape_index, device=cx.device).expand_as(cx)       # (B,)
     scale = image_size / CANVAS
@@ -155,7 +144,7 @@ def parse_caption(caption):
     """The facts that a caption of `shapes` or `scenes` states.
     Returns {"objects": [{"shape", "color"?, "size"?, "place"?}, ...], "relation"?, "background"?};
     a key with ? only if the caption states it.  Raises ValueError for any other caption."""
-    colors, shapes = "|".join(COLORS), "|".join(SHAPES + NEW_SHAPES)
+    colors, shapes = "|".join(COLORS), "|".join(SHAPES)
     one = (rf"an? (?:(?P<size>{'|'.join(SIZES)}) )?(?:(?P<color>{colors}) )?(?P<shape>{shapes})"
            rf"(?: (?P<place>{'|'.join(PLACES)}))?")
     two = (rf"an? (?:(?P<color>{colors}) )?(?P<shape>{shapes}) (?P<relation>{'|'.join(RELATIONS)}) "
@@ -179,6 +168,11 @@ def draw_world(name, image_size=32, split="train", count=None, seed=0, hold_out=
     pairs of HELD_OUT out of the training split.  Returns images (N, 3, H, W) uint8, labels (N,)
     int64 into CLASS_NAMES (the class of the first object), captions (N strings)."""
     scene = plan_world(name, split, count, seed, hold_out)
+    return draw_scene(scene, image_size), scene["label"], scene["captions"]
+
+
+def draw_scene(scene, image_size=32):
+    """The pictures (N, 3, H, W) uint8 of what plan_world planned."""
     palette = torch.tensor(list(COLORS.values()), dtype=torch.uint8)                 # (8, 3)
     grounds = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.uint8)            # (4, 3)
     shape, color, cx, cy, r = (scene[key] for key in ("shape", "color", "cx", "cy", "r"))
@@ -186,9 +180,7 @@ def draw_world(name, image_size=32, split="train", count=None, seed=0, hold_out=
         parts = scene["part"], scene["part_color"], cx, cy + PART_DROP[shape] * r, scene["part_r"]
         shape, color, cx, cy, r = (torch.stack(pair, 2).flatten(1)                   # (N, 4)
                                    for pair in zip((shape, color, cx, cy, r), parts))
-    images = render_shapes(shape, palette[color], cx, cy, r, grounds[scene["background"]],
-                           image_size)
-    return images, scene["label"], scene["captions"]
+    return render_shapes(shape, palette[color], cx, cy, r, grounds[scene["background"]], image_size)
 
 
 def plan_world(name, split="train", count=None, seed=0, hold_out=False):

@@ -19,7 +19,6 @@ import worlds
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT
 
-EIGHT = worlds.SHAPES + worlds.NEW_SHAPES
 DRAW = inspect.signature(evaluate.sampled)
 
 # ---------------------------------------------------------------- the reader
@@ -43,7 +42,7 @@ def box_blur(x, width):
 
 def picture(*objects, background="black", size=32):
     """One render (1, 3, size, size) of objects (shape, color, cx, cy, r)."""
-    shapes = worlds.SHAPES + worlds.NEW_SHAPES
+    shapes = worlds.SHAPES
     shape, color, cx, cy, r = zip(*objects)
     return worlds.render_shapes(
         torch.tensor([[shapes.index(s) for s in shape]]),
@@ -102,16 +101,17 @@ def test_everything_in_scenes_is_read_back(sigma):
 
 
 def test_a_part_in_every_shape():
-    """Also in new shapes; what has a quarter of a part's contrast is none."""
-    pairs = [(shape, part) for shape in EIGHT for part in worlds.PARTS]
+    """What has a quarter of a part's contrast is none."""
+    pairs = [(shape, part) for shape in worlds.SHAPES for part in worlds.PARTS]
     x = torch.cat([picture((shape, "red", 16.0, 16.0, 10.0),
                            (part, "white", 16.0, 16.0 + 3.5 * (shape == "triangle"),
                             10.0 * (worlds.HUB_RADIUS if shape == "ring" else 0.47)))
                    for shape, part in pairs])
-    read = evaluate.read_shapes(x, num_shapes=8)
+    read = evaluate.read_shapes(x)
     for row, (shape, part) in enumerate(pairs):
-        assert read["shape"][row].tolist() == [EIGHT.index(shape), -1] and read["legible"][row]
-        assert read["part"][row].tolist() == [EIGHT.index(part), -1]
+        assert read["shape"][row].tolist() == [worlds.SHAPES.index(shape), -1]
+        assert read["legible"][row]
+        assert read["part"][row].tolist() == [worlds.SHAPES.index(part), -1]
         assert read["part_color"][row].tolist() == [list(worlds.COLORS).index("white"), -1]
     whole = picture(("square", "red", 16.0, 16.0, 10.0)).float()
     with_part = picture(("square", "red", 16.0, 16.0, 10.0), ("circle", "white", 16.0, 16.0, 4.7))
@@ -172,9 +172,9 @@ def test_dust_is_not_an_object_and_not_legible():
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_centre_and_radius_of_every_shape(size):
-    for k, shape in enumerate(worlds.SHAPES + worlds.NEW_SHAPES):
+    for k, shape in enumerate(worlds.SHAPES):
         one = picture((shape, "cyan", 14.3, 17.6, 9.2), background="brown", size=size)
-        read = evaluate.read_shapes(one, num_shapes=8)
+        read = evaluate.read_shapes(one)
         assert read["shape"].tolist() == [[k, -1]] and read["count"].item() == 1
         assert read["legible"].item()
         # a tenth of a pixel: more than 8-bit colours, at most 1/255 per pixel of the edge, can move
@@ -235,13 +235,6 @@ def test_roles_of_two_objects():
     one = judge(picture(("circle", "red", 8.0, 16.0, 5.5), background="gray"),
                 "a red circle left of a blue square on gray")
     assert not any(one[axis] for axis in ("count", "relation", "shape", "color", "all"))
-
-
-def test_new_shapes_are_looked_for_when_a_caption_names_one():
-    for shape in worlds.NEW_SHAPES:
-        x = picture((shape, "red", 16.0, 16.0, 9.0))
-        for other in worlds.NEW_SHAPES:
-            assert judge(x, f"a red {other}")["all"] == (other == shape)
 
 
 def test_captions_are_also_scored_in_groups():
@@ -580,9 +573,9 @@ def test_skip_bad_and_data_dir_are_handed_on(tmp_path, capsys, monkeypatch, stri
     ckpt = run_of("ckpt.pt", fake, data="cifar10", data_dir="there", seed=3)
     for flags in ([], ["--data", "mnist", "--data-dir", "here"]):
         evaluate.main(["--ckpt", ckpt, "--n", "10", *flags, *few])
-    evaluate.main(["--images", file, "--data", "emoji", *few])
+    evaluate.main(["--images", file, "--data", "fashion", *few])
     assert asked == [("cifar10", 16, "there", False), ("mnist", 16, "here", False),
-                     ("emoji", 16, "data", False)]
+                     ("fashion", 16, "data", False)]
 
 
 def test_outputs_are_checked_before_anything_is_sampled(tmp_path, capsys, monkeypatch):
