@@ -260,6 +260,44 @@ def difference(a, b):
     return mean, error, t, incomplete_beta(df / (df + t * t), df / 2, 0.5)
 
 
+def interval(values, miss=0.05):
+    """(mean, low, high): the t interval, which misses the true mean with probability `miss`.
+
+    values: of independent units. Raises ValueError for fewer than two.
+    """
+    if len(values) < 2:
+        raise ValueError(f"an interval needs two units, not {len(values)}")
+    (mean, error), df, low, high = mean_se(values), len(values) - 1, 0.0, 1e9
+    for _ in range(200):                            # of how many errors is the half width?
+        t = (low + high) / 2
+        beyond = incomplete_beta(df / (df + t * t), df / 2, 0.5)    # chance of a larger |t|
+        low, high = (t, high) if beyond > miss else (low, t)
+    return mean, mean - low * error, mean + low * error
+
+
+RULE = """A claim **comes out** if the whole interval is above 0, and **does not** if it is below;
+else it is *not decidable here*. The interval is that of Student's t over the units, so wide that
+all intervals of one table hold at once in 19 cases of 20 (Bonferroni).
+"""
+
+
+def claims(unit, rows):
+    """The verdicts of a study as a table.
+
+    unit: what the units are, such as "things". rows: [(the paper's sentence, its numbers, what
+    should be above 0, {unit: that} or a list)]. Source: RULE.
+    """
+    lines = []
+    for sentence, numbers, gap, values in rows:
+        values = list(values.values()) if isinstance(values, dict) else list(values)
+        mean, low, high = interval(values, 0.05 / len(rows))
+        verdict = ("**comes out**" if low > 0 else "**does not**" if high < 0 else
+                   "not decidable here")
+        lines.append([sentence, numbers, gap, f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]",
+                      len(values), verdict])
+    return markdown(["the paper", "its numbers", "above 0?", "ours", unit, "verdict"], lines)
+
+
 def compared(a, b, digits=3, scale=1):
     """The same as text, "+0.017 ± 0.004 (t 4.5)"; bold if p < 0.05."""
     mean, error, t, p = difference(a, b)

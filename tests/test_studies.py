@@ -21,6 +21,7 @@ import worlds
 from adapters import anova
 from data import to_uint8
 from diffusion import RectifiedFlow
+from evaluate import read_shapes
 from studies import common, report, things
 from studies.adapter_sweep import adjusted_F, permutation_p
 
@@ -465,10 +466,46 @@ def test_a_hit_is_the_thing_and_not_its_colour_and_outline(name, monkeypatch):
     """Real pictures are hits; without the part, or with a body of another colour, none is."""
     judge = things.Judge(name, types.SimpleNamespace(encode=lambda x: x, to_pictures=to_uint8))
     category, color, part, part_color, share = things.THINGS[name]
-    assert judge.hits(things.photographs(name, 6, seed=5)[0]).all()
-    for other in ((category, color, "circle", color, 0.01), (category, "green", part, part_color,
+    alone = torch.arange(10) % 5 < 3            # beside another object, the larger one is measured
+    assert judge.hits(things.photographs(name, seed=5)[0][alone]).all()
+    wrong = "purple" if color == "green" else "green"
+    for other in ((category, color, "circle", color, 0.01), (category, wrong, part, part_color,
                                                               share)):
         monkeypatch.setitem(things.THINGS, "other", other)
-        assert not judge.hits(things.photographs("other", 6, seed=5)[0]).any(), other
+        assert not judge.hits(things.photographs("other", seed=5)[0][alone]).any(), other
     part, body = judge(torch.full((2, 3, 32, 32), 20, dtype=torch.uint8))
     assert part.tolist() == body.tolist() == [0, 0]                             # nothing is there
+
+
+def test_photographs_are_scenes_with_the_thing_and_captions_that_say_so():
+    for name, (category, color, *_) in things.THINGS.items():
+        pictures, captions = things.photographs(name, seed=1)
+        read = read_shapes(pictures)
+        for k, caption in enumerate(captions):
+            facts = worlds.parse_caption(caption.replace("<new1> ", ""))
+            assert f"<new1> {category}" in caption and "color" not in facts["objects"][0]
+            assert len(facts["objects"]) == read["count"][k] == 1 + (k % 5 > 2)
+            assert all(other["shape"] != category for other in facts["objects"][1:])
+            mine = (read["shape"][k] == worlds.SHAPES.index(category)).nonzero()[0, 0]
+            if name not in things.HARD:
+                assert read["color"][k, mine] == list(worlds.COLORS).index(color)
+                assert read["part"][k, mine] == worlds.SHAPES.index(things.THINGS[name][2])
+            if k % 5 < 3:
+                assert read["size"][k, 0] == (k % 5 < 2)
+
+
+def test_intervals_and_verdicts():
+    """t of 5 and of 2 degrees of freedom by tables; a verdict needs the whole interval."""
+    values = [1.0, 2, 3, 4, 5, 6]                                       # mean 3.5, error 0.7638
+    assert common.interval(values) == pytest.approx((3.5, 3.5 - 2.5706 * 0.76376,
+                                                     3.5 + 2.5706 * 0.76376), abs=1e-4)
+    assert common.interval([0.0, 1, 2], 0.01)[1] == pytest.approx(1 - 9.9248 / 3 ** 0.5, abs=1e-4)
+    with pytest.raises(ValueError, match="two units"):
+        common.interval([1.0])
+    rows = common.claims("things", [("a", "", "", dict(zip("abc", (1.0, 1.1, 1.2)))),
+                                    ("b", "", "", [-1.0, -1.1, -1.2]),
+                                    ("c", "", "", [1.0, 0.2, -0.9])]).splitlines()[2:]
+    assert [row.split("|")[-2].strip() for row in rows] == [
+        "**comes out**", "**does not**", "not decidable here"]
+    alone = common.claims("", [("a", "", "", [1.0, 2, 3.5])])           # 0.02 of the t test
+    assert "comes out" not in common.claims("", [("a", "", "", [1.0, 2, 3.5])] * 5) and alone
