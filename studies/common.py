@@ -268,7 +268,7 @@ def interval(values, miss=0.05):
     if len(values) < 2:
         raise ValueError(f"an interval needs two units, not {len(values)}")
     (mean, error), df, low, high = mean_se(values), len(values) - 1, 0.0, 1e9
-    for _ in range(200):                            # of how many errors is the half width?
+    for _ in range(80):                             # of how many errors is the half width?
         t = (low + high) / 2
         beyond = incomplete_beta(df / (df + t * t), df / 2, 0.5)    # chance of a larger |t|
         low, high = (t, high) if beyond > miss else (low, t)

@@ -1,26 +1,26 @@
-"""Custom Diffusion on things that can be measured exactly: what learns, what leaks, what merges.
+"""Custom Diffusion on things that can be measured exactly: what learns, what leaks, what it costs
 
-The claims (Kumari et al. 2022, tables 1, 2 and 4, figure 10): training keys and values with a new
-word comes near to training all weights, beats the word alone, and forgets less; without the prior
-the category turns into the thing; concepts learned apart merge by the closed form better than by
-averaging.  Here six things (things.py) on assets/unet-scenes.pt, 250 steps of 8 + 8 pictures; five
-have a centre, and one is cut in two halves (hard). Columns:
-  alignment  contrast of the part (things.py): 0 no part, 1 real pictures
+Claims (Kumari et al. 2022, tables 1 and 4, figure 10): training keys and values with a new word
+comes near to training all weights and beats the word alone; the prior keeps the meaning of the
+category; a change can be compressed. Here: six things (things.py), 10 pictures each, on
+assets/unet-scenes.pt, 500 steps of 8 + 8 pictures without shrinking or enlarging, 16 Euler steps.
+The learning rates of each arm are those with the most part minus leak on two other things. "no
+prior" sees as many pictures of the thing as the others. One more thing, cut in two colours, is
+outside of what the base can draw. Columns:
+  part       contrast of the part (things.py), 48 pictures: 0 no part, 1 real pictures
   body, hits likeness of the body's colour; share of pictures with part > 0.5 and body > 0.6
   text       share of pictures with size and background as asked
-  leak       share of the bare category's pictures that look like the thing, less the base's share
+  leak       share of 48 pictures of the bare category that are hits, less the base's share
   category   48 held-out captions of its category: share with all attributes right
   kid        classifier-KID (x 1000) of these pictures to real ones, less that of the base
   plain      48 held-out captions of any category: share with all attributes right
-  both       share of pictures of a pair that show each thing in its half
-Then, from the files that this leaves behind: how far each kind of layer moved when all weights
-learned, and what a compressed change still samples. The settings of the second merge were chosen on
-one pair with seed 0. About 35 CPU-seconds a cell on one thread; 126 single cells and 54 pairs.
+Then, from the files that this leaves behind: what a compressed change still samples, and how far
+each kind of layer moved when all weights learned. About 80 CPU-seconds a cell.
 
-    python -m studies.custom_concepts       # -> results/custom_*.csv, a figure
+    python -m studies.custom_concepts       # -> results/custom_*.csv, two figures
 """
-import copy
 import json
+import math
 import pathlib
 import re
 
@@ -32,58 +32,37 @@ import data
 import sample
 import worlds
 from cli import one_line
-from custom_diffusion import ConceptTask, gather, load_concept, save_concept
-from evaluate import features, kernel_distance, prompt_accuracy, read_shapes, train_classifier
+from custom_diffusion import ConceptTask, load_concept, save_concept
+from evaluate import features, kept_classifier, kernel_distance, prompt_accuracy, read_shapes
 from models import base_task
-from studies.common import (Table, compared, figure, markdown, mean_se, notice, parser, run,
-                            shown)
-from studies.things import THINGS, Judge, photographs
+from studies.common import RULE, Table, claims, figure, markdown, mean_se, parser, run, shown
+from studies.things import HARD, THINGS, TUNING, Judge, photographs
 from train import load_data, make_step
 
 BASE, OUT = "assets/unet-scenes.pt", pathlib.Path("out/studies/concepts")
-METHODS = {"K/V and word": [], "word alone": ["--part", "none", "--word-lr", "3e-2"],
-           "all weights": ["--part", "all", "--lr", "5e-4"], "no prior": ["--prior", "none"],
-           "generated prior": ["--prior", "generated"], "no augmentation": ["--no-augment"],
+ALWAYS = ["--no-augment", "--steps", "500"]
+METHODS = {"K/V and word": [], "word alone": ["--part", "none"], "all weights": ["--part", "all"],
+           "no prior": ["--prior", "none", "--batch-size", "8"],
+           "generated prior": ["--prior", "generated"], "augmented": ["--augment"],
            "word not optimised": ["--word-lr", "0"]}
-MAIN = ("K/V and word", "word alone", "all weights")            # the rest are ablations
-PAIRS = (("hub ring", "gem cross"), ("target circle", "pearl star"), ("eye square", "hub ring"))
-COMBINE = ("joint", "merge", "merge with padding", "average", "sum", "sequential")
+MAIN = ("K/V and word", "word alone", "all weights")    # the others have the rates of the first
+RATES = {"K/V and word": [(3e-3, 1e-1), (1e-2, 1e-1), (2e-2, 1e-1), (4e-2, 1e-1)],
+         "word alone": [(0, 1e-1), (0, 3e-2), (0, 1e-2)],
+         "all weights": [(5e-4, 1e-1), (2e-4, 1e-1)]}
+EASY = [name for name in THINGS if name not in HARD + TUNING]
 RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)                        # of the sum of singular values
+RATE = Table("custom_rates", ["method", "lr", "word_lr", "thing"])
 SINGLE = Table("custom_concepts", ["thing", "method", "seed"])
-PAIR = Table("custom_pairs", ["pair", "how", "seed"])
 SMALL = Table("custom_compression", ["thing", "ratio"])
 MOVED = Table("custom_change", ["thing", "seed"])
 
 
-def average(Ws):
-    """{name: mean of W_n}: the simplest way to put concepts together."""
-    return {name: sum(W[name] for W in Ws) / len(Ws) for name in Ws[0]}
-
-
-def add_changes(W0, Ws):
-    """{name: W0 + sum of (W_n - W0)}. Source: task arithmetic, Ilharco et al. 2022, Eq. 2."""
-    return {name: W0[name] + sum(W[name] - W0[name] for W in Ws) for name in Ws[0]}
-
-
-def weight_change(W0, W):
-    """How far each tensor of a state_dict moved, ||W - W0|| / ||W0||, but for those that were 0
-    -> ({name: change}, {kind of layer: mean}). Source: Custom Diffusion §3.1 and figure 3."""
-    change = {name: ((W[name].double() - w.double()).norm() / w.double().norm()).item()
-              for name, w in W0.items() if w.is_floating_point() and w.any()}
-    kinds = {}
-    for name, value in change.items():
-        kind = re.search(r"\.attn([12])\.|$", name)[1]
-        kinds.setdefault({"1": "self-attention", "2": "cross-attention"}.get(kind, "other"),
-                         []).append(value)
-    return change, {kind: sum(values) / len(values) for kind, values in kinds.items()}
-
-
 def folder_of(name):
-    """Six photographs of a thing as files, with captions of its category -> folder:PATH."""
+    """Ten photographs of a thing as files, with captions of its category -> folder:PATH."""
     folder = OUT / name
     if not (folder / "metadata.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        pictures, captions = photographs(name, 6)
+        pictures, captions = photographs(name)
         for k, picture in enumerate(pictures):
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{k}.png")
         rows = [{"file_name": f"{k}.png", "text": caption.replace("<new1> ", "")}
@@ -91,6 +70,24 @@ def folder_of(name):
         lines = [json.dumps(row) + "\n" for row in rows]
         (folder / "metadata.jsonl").write_text("".join(lines))
     return f"folder:{folder}"
+
+
+def flags_of(method):
+    """The flags of a method, with the learning rates that RATE chose for its arm."""
+    flags, arm = METHODS[method], method if method in MAIN else MAIN[0]
+    score = {}
+    for row in RATE.rows():
+        if row["method"] == arm:
+            score.setdefault((row["lr"], row["word_lr"]), []).append(row["part"] - row["leak"])
+    if {len(values) for values in score.values()} != {len(TUNING)} or len(score) < len(RATES[arm]):
+        raise ValueError(f"the rates of {arm!r} are not all measured: when the other --part has "
+                         "done that, say the same command again")
+    lr, word_lr = max(score, key=lambda rates: sum(score[rates]))
+    return [*ALWAYS, *rate_flags(lr, word_lr), *flags]      # of a flag said twice the last is read
+
+
+def rate_flags(lr, word_lr):
+    return [*(["--lr", str(lr)] if lr else []), "--word-lr", str(word_lr)]
 
 
 def learn(names, path, flags, seed, before=None):
@@ -105,7 +102,7 @@ def learn(names, path, flags, seed, before=None):
              *(THINGS[name][0] for name in names), *flags, "--seed", str(seed), "--device", "cpu"]
     options, config = custom_diffusion.read_flags(given)
     dataset, base = load_data(config), base_task(BASE, options.bpe)
-    original = copy.deepcopy(base.model.denoiser.state_dict())
+    original = {name: w.clone() for name, w in base.model.denoiser.state_dict().items()}
     if before:                              # the first thing's word becomes a row like any other
         W, rows, _ = before
         base.model.denoiser.load_state_dict({**original, **W})
@@ -128,20 +125,15 @@ def learn(names, path, flags, seed, before=None):
     folder.rmdir()
 
 
-def split(pictures):
-    """Left and right half of pictures (B, 3, H, W), each filled up with the background."""
-    border = torch.cat([pictures[:, :, 0], pictures[:, :, -1]], -1)                     # (B, 3, 2W)
-    ground = border.median(-1).values[..., None, None]                              # (B, 3, 1, 1)
-    left = torch.arange(pictures.shape[-1]) < pictures.shape[-1] // 2
-    return torch.where(left, pictures, ground), torch.where(left, ground, pictures)
-
+# --------------------------------------------------------------------------------------------------
+# what is measured
 
 class Bench:
     """The base, what it samples of every category, and how much of that passes for the thing."""
 
     def __init__(self):
         self.task = sample.load(BASE)[0]
-        self.eye, _ = train_classifier(data.load("scenes", count=20_000), steps=300)
+        self.eye, *_ = kept_classifier(data.load("scenes", count=20_000), OUT, steps=300)
         test = data.load("scenes", split="test", count=2000)
         single = [i for i, caption in enumerate(test.captions)
                   if "relation" not in worlds.parse_caption(caption)]
@@ -150,36 +142,32 @@ class Bench:
                 for name in THINGS}
         self.own = {name: [test.captions[i] for i in rows[:48]] for name, rows in mine.items()}
         self.real = {name: features(self.eye, test.images[rows]) for name, rows in mine.items()}
-        bare = {name: self.sample(self.task, [f"a {THINGS[name][0]}"] * 32) for name in THINGS}
         self.judges = {name: Judge(name, self.task) for name in THINGS}
-        self.base_leak = {name: self.judges[name].hits(pictures).float().mean().item()
-                          for name, pictures in bare.items()}
-        self.base_kid = {name: self.kid(self.sample(self.task, self.own[name]), name)
-                         for name in THINGS}
+        self.base = {}                                  # {thing: its row of the base}, when asked
 
     def sample(self, task, prompts):
         """A picture of each prompt, (B, 3, 32, 32) uint8, from the same noise in every cell."""
         return sample.sample_all(task, task.model, task.tokenizer(prompts), seed=0, steps=16)[1]
 
-    def kid(self, pictures, name):
-        return 1000 * kernel_distance(features(self.eye, pictures), self.real[name])
-
-    def measure(self, path, names):
-        """The columns of a concept file with the things `names`."""
+    def with_concept(self, path):
+        """The base's task with the concept in a file."""
         task = sample.load(BASE)[0]
         sample.add_concept(str(path), task)
-        rows = [self.measure_thing(task, name, f"<new{k}>") for k, name in enumerate(names, 1)]
-        row = {key: sum(r[key] for r in rows) / len(rows) for key in rows[0]}
-        if len(names) == 2:
-            one, two = (f"a <new{k}> {THINGS[name][0]}" for k, name in enumerate(names, 1))
-            halves = split(self.sample(task, [f"{one} left of {two}"] * 32))
-            seen = [self.judges[name].hits(half) for name, half in zip(names, halves)]
-            row["both"] = (seen[0] & seen[1]).float().mean().item()
+        return task
+
+    def measure(self, path, name):
+        """The columns of a concept file that holds one thing."""
+        task = self.with_concept(path)
+        if name not in self.base:
+            self.base[name] = self.measure_category(self.task, name)
+        category = self.measure_category(task, name)
+        category = {key: value - self.base[name][key] * (key != "category")
+                    for key, value in category.items()}
         plain = prompt_accuracy(self.sample(task, self.plain), self.plain)["all"][0]
-        return {**row, "plain": plain}
+        return {**self.measure_thing(task, name, "<new1>"), **category, "plain": plain}
 
     def measure_thing(self, task, name, word):
-        """The columns of one thing."""
+        """Part, body, hits and text alignment of one thing."""
         category, judge = THINGS[name][0], self.judges[name]
         asked = [f"a {word} {category}", f"a large {word} {category} on gray",
                  f"a small {word} {category} on navy"]
@@ -188,96 +176,143 @@ class Bench:
                   for size, ground in (("large", "gray"), ("small", "navy"))]
         right = [(read["size"][:, 0] == size) & (read["background"] == ground)
                  for read, (size, ground) in zip(map(read_shapes, pictures[1:]), wanted)]
-        leak = judge.hits(self.sample(task, [f"a {category}"] * 32)).float().mean().item()
-        own = self.sample(task, self.own[name])
         part, body = judge(torch.cat(pictures))
-        hits = judge.hits(torch.cat(pictures)).float().mean().item()
-        return {"alignment": part.mean().item(), "body": body.mean().item(), "hits": hits,
-                "text": torch.cat(right).float().mean().item(),
-                "leak": leak - self.base_leak[name],
+        return {"part": part.mean().item(), "body": body.mean().item(),
+                "hits": judge.hits(torch.cat(pictures)).float().mean().item(),
+                "text": torch.cat(right).float().mean().item()}
+
+    def measure_category(self, task, name):
+        """What became of the thing's category: leak, without that of the base; rate right; KID."""
+        bare, own = self.sample(task, [f"a {THINGS[name][0]}"] * 48), self.sample(
+            task, self.own[name])
+        return {"leak": self.judges[name].hits(bare).float().mean().item(),
                 "category": prompt_accuracy(own, self.own[name])["all"][0],
-                "kid": self.kid(own, name) - self.base_kid[name]}
-
-
-def combine(pair, how, seed, path):
-    """One concept file for two things that were learned apart (or together, or in turn)."""
-    own = [OUT / f"{name}-K V and word-{seed}.pt" for name in pair]
-    for name, file in zip(pair, own):
-        learn([name], file, [], seed)
-    unet = base_task(BASE, "").model.denoiser.state_dict()
-    if how == "joint":
-        learn(pair, path, ["--batch-size", "32"], seed)         # as many pictures of each as apart
-    elif how == "sequential":
-        learn(pair[1:], path, [], seed, before=load_concept(own[0], unet))
-    elif how.startswith("merge"):           # the U-Net also reads the padding after a short caption
-        padding = ["--padding", "--ridge", "10", "--tolerance", "0.3"]
-        path.unlink(missing_ok=True)                            # of a cell that was stopped
-        custom_diffusion.main(["merge", *map(str, own), "--base", BASE, "--out", str(path),
-                               *(padding if how.endswith("padding") else ["--ridge", "0.1"])])
-    else:
-        Ws, rows, concepts = gather(own, unet)
-        W = average(Ws) if how == "average" else add_changes(unet, Ws)
-        save_concept(path, W, rows, sum(concepts, []), unet)
+                "kid": 1000 * kernel_distance(features(self.eye, own), self.real[name])}
 
 
 def run_cell(cell, bench):
-    """One row of the table of single things, of pairs, or of compression."""
+    """One row of the table of rates, of single things, or of compression."""
     path = OUT / ("-".join(map(str, cell.values())).replace("/", " ") + ".pt")
     if "ratio" in cell:
         unet = bench.task.model.denoiser.state_dict()
         W, rows, concepts = load_concept(OUT / f"{cell['thing']}-K V and word-0.pt", unet)
         small = custom_diffusion.compress(W, unet, cell["ratio"])
         save_concept(path, {**W, **small}, rows, concepts, unet)
-        return {**cell, "kb": path.stat().st_size / 1e3, **bench.measure(path, [cell["thing"]])}
-    if "how" in cell:
-        pair = tuple(cell["pair"].split(" + "))
-        combine(pair, cell["how"], cell["seed"], path)
-        return {**cell, **bench.measure(path, pair)}
-    learn([cell["thing"]], path, METHODS[cell["method"]], cell["seed"])
-    return {**cell, **bench.measure(path, [cell["thing"]])}
+        kb = path.stat().st_size / 1e3
+        return {**cell, "kb": kb, **bench.measure(path, cell["thing"])}
+    if "lr" in cell:
+        flags = [*ALWAYS, *METHODS[cell["method"]], *rate_flags(cell["lr"], cell["word_lr"])]
+        learn([cell["thing"]], path, flags, 0)
+    else:
+        learn([cell["thing"]], path, flags_of(cell["method"]), cell["seed"])
+    return {**cell, **bench.measure(path, cell["thing"])}
 
 
-def comparison(table, unit, key, baseline, columns):
-    """A table of methods, units' means ± standard error over units, and the gaps to a baseline."""
-    names = list(dict.fromkeys(table.column(key)))
-    by = lambda name, column: table.by(unit, column, **{key: name})
-    rows = [[name, *(shown(by(name, column).values()) for column in columns)] for name in names]
-    gaps = [[name, *(compared(by(name, column), by(baseline, column), 2) for column in columns)]
-            for name in names if name != baseline]
-    units = len(by(baseline, columns[0]))
-    return (markdown([key, *columns], rows) + f"\nMinus {baseline}, paired ({units} units):\n\n"
-            + markdown([key, *columns], gaps))
+# --------------------------------------------------------------------------------------------------
+# the tables
+
+def by_thing(method, column):
+    """{thing: mean over seeds} of the six things."""
+    values = SINGLE.by("thing", column, method=method)
+    return {thing: values[thing] for thing in EASY if thing in values}
+
+
+def gap(column, method, other, share=1.0, less=0.0):
+    """{thing: column of a method - share * that of another - less}."""
+    a, b = by_thing(method, column), by_thing(other, column)
+    return {thing: a[thing] - share * b[thing] - less for thing in a if thing in b}
+
+
+def verdicts():
+    """The paper's sentences beside our differences."""
+    kv, word, whole = MAIN
+    minus = lambda values: {thing: -value for thing, value in values.items()}
+    small = {ratio: SMALL.by("thing", "part", ratio=ratio) for ratio in (0.6, 1)}
+    moved = {kind: MOVED.by("thing", kind) for kind in ("cross-attention", "self-attention")}
+    less = lambda a, b, share=1.0: {k: a[k] - share * b[k] for k in a if k in b}
+    rows = [
+        ("keys and values draw the thing as well as all weights", "image alignment .775, .748",
+         "part: K/V - all weights", gap("part", kv, whole)),
+        ("they come near to all weights", "", "part: K/V - 0.6 all weights",
+         gap("part", kv, whole, 0.6)),
+        ("the word alone draws it best", ".827, .775", "part: word - K/V", gap("part", word, kv)),
+        ("what was asked beside it is drawn better than with the word alone",
+         "text alignment .795, .670", "text: K/V - word", gap("text", kv, word)),
+        ("without the prior the category suffers", "KID 32.64, 20.96", "leak: no prior - K/V",
+         gap("leak", "no prior", kv)),
+        ("with the prior it does not", "KID 20.96, before 22.27", "0.05 - leak of K/V",
+         {thing: 0.05 - leak for thing, leak in by_thing(kv, "leak").items()}),
+        ("a generated prior is worse than real pictures", "KID 34.70, 20.96",
+         "KID: generated - K/V", gap("kid", "generated prior", kv)),
+        ("without the prior, much of the category becomes the thing", "", "leak: no prior - 0.2",
+         {thing: leak - 0.2 for thing, leak in by_thing("no prior", "leak").items()}),
+        ("(ours) keys and values draw the part, the word alone does not", "",
+         "part: K/V - word - 0.25", gap("part", kv, word, less=0.25)),
+        ("all weights keep the category better than keys and values", "KID 19.27, 20.96",
+         "leak: K/V - all weights", gap("leak", kv, whole)),
+        ("shrinking and enlarging helps", "image alignment .775, .736", "part: augmented - K/V",
+         gap("part", "augmented", kv)),
+        ("the word must learn too", "image alignment .774, .733", "part: K/V - word not optimised",
+         gap("part", kv, "word not optimised")),
+        ("60 % of the singular values' sum is enough", "quality the same", "part: 60 % - 0.9 all",
+         less(small[0.6], small[1], 0.9)),
+        ("cross-attention moves most when all weights learn", "a figure",
+         "change: cross - self-attention", less(*moved.values()))]
+    return claims("things", [row for row in rows if len(row[-1]) == len(EASY)])
 
 
 def report():
-    """Tables of single things, of pairs, of compressed changes, of how far layers move."""
-    if not all(table.rows() for table in (SINGLE, PAIR, SMALL, MOVED)):
+    """The verdicts, and tables of single things, rates, compressed changes, moved layers. A method
+    is shown when each of the six things has been measured with it."""
+    done = [method for method in METHODS if len(by_thing(method, "part")) == len(EASY)]
+    if MAIN[0] not in done:
         return ""
-    text = notice(SINGLE) + notice(SINGLE, (
-        "Their alignment saw colour and outline and hardly the inner part: real pictures of "
-        "the thing without its part passed as hits. So `alignment`, `leak` and `both` measure "
-        "whether colour and outline arrived. A new run measures the part by itself."))
-    text += "**One thing**; units are things, each the mean of its seeds\n\n" + comparison(
-        SINGLE, "thing", "method", "K/V and word",
-        ["alignment", "text", "leak", "category", "kid", "plain"])
-    text += "\n**Two things**; units are pairs\n\n" + comparison(
-        PAIR, "pair", "how", "average", ["alignment", "text", "leak", "both", "plain"])
-    columns, ratios = ("kb", "alignment", "text", "leak"), sorted(set(SMALL.column("ratio")))
-    lines = [[ratio, *(shown(SMALL.column(column, ratio=ratio)) for column in columns)]
-             for ratio in ratios[::-1]]
-    text += (f"\n**Compressed**; {len(set(SMALL.column('thing')))} things, one seed. Kept: the "
-             "share of the sum of singular values of the change of keys and values\n\n"
-             + markdown(["kept", "kB", "alignment", "text", "leak"], lines))
-    kinds = ("cross-attention", "self-attention", "other")
-    moved = (f"{kind} {shown(MOVED.by('thing', kind).values(), 4)}" for kind in kinds)
-    return text + ("\n**How far weights move** when all learn, ||W - W0|| / ||W0||; units are "
-                   "things: " + ", ".join(moved) + ".\n")
+    columns = ["part", "body", "hits", "text", "leak", "category", "kid", "plain"]
+    table = [[method, len(set(SINGLE.column("seed", method=method))),
+              *(shown(by_thing(method, column).values(), 1 if column == "kid" else 2)
+                for column in columns)] for method in done]
+    things = [name for name in (*EASY, *HARD) if name in SINGLE.column("thing")]
+    value = lambda thing, column, m: SINGLE.by("thing", column, method=m).get(thing, math.nan)
+    parts = [[thing, *(f"{value(thing, column, m):.2f}" for column in ("part", "leak")
+                       for m in MAIN)] for thing in things]
+    chosen = "; ".join(f"{m}: `{' '.join(flags_of(m)[len(ALWAYS):])}`" for m in MAIN)
+    text = (RULE + "\n" + verdicts() + "\n**Methods**; mean of six things ± its standard error; a "
+            "thing is the mean of its seeds\n\n" + markdown(["method", "seeds", *columns], table)
+            + "\n**Things**\n\n" + markdown(
+                ["thing", *(f"{column}, {m}" for column in ("part", "leak") for m in MAIN)], parts)
+            + f"\n**Rates**, chosen by part - leak on {' and '.join(TUNING)}: {chosen}\n")
+    if SMALL.rows():
+        lines = [[ratio, *(shown(SMALL.column(column, ratio=ratio), digits) for column, digits in
+                           (("kb", 1), ("part", 2), ("body", 2), ("leak", 2)))]
+                 for ratio in RATIOS if SMALL.column("part", ratio=ratio)]
+        text += ("\n**Compressed** changes; kept: the share of the sum of singular values of the "
+                 "change of keys and values\n\n"
+                 + markdown(["kept", "kB", "part", "body", "leak"], lines))
+    if MOVED.rows():
+        kinds = ("cross-attention", "self-attention", "other")
+        text += ("\n**How far weights move** when all learn, ||W - W0|| / ||W0||, mean of things: "
+                 + ", ".join(f"{kind} {shown(MOVED.by('thing', kind).values(), 4)}"
+                             for kind in kinds) + ".\n")
+    return text
+
+
+def weight_change(W0, W):
+    """How far each tensor of a state_dict moved, ||W - W0|| / ||W0||, but for those that were 0
+    -> ({name: change}, {kind of layer: mean}). Source: Custom Diffusion §3.1 and figure 3."""
+    change = {name: ((W[name].double() - w.double()).norm() / w.double().norm()).item()
+              for name, w in W0.items() if w.is_floating_point() and w.any()}
+    kinds = {}
+    for name, value in change.items():
+        kind = re.search(r"\.attn([12])\.|$", name)[1]
+        kinds.setdefault({"1": "self-attention", "2": "cross-attention"}.get(kind, "other"),
+                         []).append(value)
+    return change, {kind: sum(values) / len(values) for kind, values in kinds.items()}
 
 
 def measure_moves():
     """How far each kind of layer moved, of every file of all weights that is there."""
     unet = base_task(BASE, "").model.denoiser.state_dict()
-    for path in sorted(OUT.glob("*-all weights-*.pt")):
+    for path in sorted(OUT.glob("*-all weights-?.pt")):
         thing, _, seed = path.stem.split("-")
         if {"thing": thing, "seed": seed} not in MOVED:
             _, kinds = weight_change(unet, {**unet, **load_concept(path, unet)[0]})
@@ -285,28 +320,36 @@ def measure_moves():
 
 
 def plot(panels):
-    """The paper's figure 8: image against text alignment, with standard errors, per method."""
-    for axes, table, key in zip(panels, (SINGLE, PAIR), ("method", "how")):
-        for name in dict.fromkeys(table.column(key)):
-            (x, dx), (y, dy) = (mean_se(table.column(column, **{key: name}))
-                                for column in ("text", "alignment"))
-            axes.errorbar(x, y, dy, dx, fmt="o", capsize=2, label=name)
-        axes.set(xlabel="text alignment (size and background as asked)",
-                 title="one thing" if table is SINGLE else "two things")
+    """Left: part against leak of every method. Right: part of every thing, by the main methods."""
+    for method in [m for m in METHODS if len(by_thing(m, "part")) == len(EASY)]:
+        (x, dx), (y, dy) = (mean_se(by_thing(method, column).values())
+                            for column in ("leak", "part"))
+        panels[0].errorbar(x, y, dy, dx, fmt="o", capsize=2, label=method)
+    panels[0].set(xlabel="leak: the category turned into the thing", ylabel="part (1 = real)",
+                  title="six things, mean and standard error")
+    for k, method in enumerate(MAIN):
+        means = by_thing(method, "part")
+        panels[1].bar([EASY.index(name) + 0.27 * (k - 1) for name in means], means.values(), 0.25,
+                      label=method)
+    panels[1].set_xticks(range(len(EASY)), EASY, rotation=30, ha="right")
+    panels[1].set(title="part of each thing")
+    for axes in panels:
         axes.legend(fontsize=8)
-    panels[0].set_ylabel("image alignment (0 base, 1 real)")
 
 
 def cells_of(seeds):
     """[(table, its cells)] in the order of work: stopped early, whole comparisons are there."""
-    single = lambda methods, seed: [{"thing": thing, "method": method, "seed": seed}
-                                    for method in methods for thing in THINGS]
-    plan = []
-    for s in range(seeds):
-        couples = [{"pair": " + ".join(p), "how": h, "seed": s} for p in PAIRS for h in COMBINE]
-        plan += [(SINGLE, single(MAIN, s)), (PAIR, couples)]
-    plan += [(SINGLE, single([m for m in METHODS if m not in MAIN], s)) for s in range(seeds)]
-    return plan + [(SMALL, [{"thing": t, "ratio": r} for t in list(THINGS)[:3] for r in RATIOS])]
+    single = lambda methods, things, seed: [{"thing": thing, "method": method, "seed": seed}
+                                            for method in methods for thing in things]
+    rates = [{"method": method, "lr": lr, "word_lr": word, "thing": thing}
+             for k in range(4) for method in MAIN for thing in TUNING
+             for lr, word in RATES[method][k:k + 1]]
+    plan, others = [(RATE, rates)], [m for m in METHODS if m not in MAIN]
+    for seed in range(seeds):
+        plan += [(SINGLE, single(MAIN, EASY, seed)), (SINGLE, single(others, EASY, seed)),
+                 (SINGLE, single(MAIN, HARD, seed))]
+    return plan + [(SMALL, [{"thing": thing, "ratio": ratio} for thing in EASY[:3]
+                            for ratio in RATIOS])]
 
 
 @one_line
@@ -323,7 +366,7 @@ def main(argv):
     if not args.summary:
         measure_moves()
     print(report())
-    figure("custom_concepts", plot, (9, 4), 2, sharey=True)
+    figure("custom_concepts", plot, (9, 4), 2)
 
 
 if __name__ == "__main__":
