@@ -19,23 +19,28 @@ ca_in = sa_out + sa_in, so adding to sa_out equals adding to ca_in, and the seco
 likewise ca_out and ffn_in, ffn_out and trans_out. The paper's answer: what is read matters most (by
 an analysis of variance), and cross-attention's output is best.
 
-    python adapters.py learn --base assets/unet-scenes.pt --data folder:my_pictures --out out/mine
-    python sample.py --ckpt out/mine/adapter.pt --base assets/unet-scenes.pt --scale 0.7
+    python adapters.py learn --data folder:my_captioned_pictures --adapter lora
+    python adapters.py learn --concept folder:my_thing --category circle    # <new1> circle
+    python sample.py --ckpt out/adapter/adapter.pt --base assets/unet-scenes.pt --scale 0.7
 
 Differences from the official code (Xiang-cd/unet-finetune; equal numbers with init="official"):
 1. `up` starts at zero, so a new adapter changes nothing. There, it changes the output.
 2. An impossible placement is refused; every parameter is listed once (there: twice).
 3. In a ResBlock the norm has as many groups as the block's; the rank may follow from a budget.
+4. A thing has a new word, whose row learns too. There, a rare word that stays as it is.
 """
 import dataclasses
 import math
+import re
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import built_from, check_tensors, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
+from custom_diffusion import ConceptTask, take_things
 from diffusion import check_name
 from models import base_flags, base_task
 from tasks import DiffusionTask, fingerprint
@@ -48,6 +53,7 @@ LEGAL = {       # read -> add to; Source: Xiang et al. 2023 figure 4
     "ffn_in": ("ffn_in", "trans_out"), "ffn_out": ("trans_out",), "trans_out": ("trans_out",),
     "res_in": ("res_in", "res_out"), "res_out": ("res_out",)}
 PLACEMENTS = tuple(f"{read}-{add}" for read in LEGAL for add in LEGAL[read])
+LORA = ("ca_c", "ca_kv")                                # not of the paper: see Adapter
 STREAM = {"sa_out": "ca_in", "ca_out": "ffn_in", "ffn_out": "trans_out"}    # output -> sum it joins
 ACTIVATIONS = {"relu": F.relu, "sigmoid": torch.sigmoid, "silu": F.silu, "identity": lambda x: x}
 
@@ -57,14 +63,16 @@ class Adapter(nn.Module):
     transformer block   A(x) = up(act(down(x))), two Linear: x (B, N, d_in) -> (B, N, d_out)
     ResBlock            A(x) = up(act(down(SiLU(GN(x))))), two 3x3 convolutions:
                         x (B, d_in, H, W) -> (B, d_out, H, W)
-    Arguments as in add_adapters. Source: Xiang et al. 2023 (its form); official code (norm)."""
+    to_k, to_v          A(x) = up(down(x)) without biases: W becomes W + scale * up @ down
+    Arguments: see add_adapters. Source: Xiang et al. 2023 (form); official code (norm); LoRA §4.1.
+    """
 
     def __init__(self, block, read, add, rank, activation, scale, init):
         super().__init__()
         self.spec = dict(read=read, add=add, rank=rank, activation=activation)
         self.read, self.add, self.act = read, add, ACTIVATIONS[activation]
-        self.scale, self.enabled, self.delta = float(scale), True, None
-        d_in, d_out = block.taps[read], block.taps[add]
+        self.scale, self.delta, tapped = float(scale), None, isinstance(block, Tapped)
+        d_in, d_out = (block.taps[read], block.taps[add]) if tapped else block.weight.shape[::-1]
         if read.startswith("res"):
             groups = block.in_layers[0].num_groups
             self.before = nn.Sequential(nn.GroupNorm(groups, d_in), nn.SiLU())
@@ -72,25 +80,28 @@ class Adapter(nn.Module):
             self.up = nn.Conv2d(rank, d_out, 3, padding=1)
         else:
             self.before = nn.Identity()
-            self.down, self.up = nn.Linear(d_in, rank), nn.Linear(rank, d_out)
+            self.down, self.up = nn.Linear(d_in, rank, tapped), nn.Linear(rank, d_out, tapped)
         self.initialize_weights(init)
 
     def initialize_weights(self, init):
-        """init "zero" or "official". Source: official code; Houlsby et al. 2019 §2.1.
+        """init "zero" or "official". Source: official code; Houlsby et al. 2019 §2.1; LoRA §4.1.
         | what | how                          | why                                     |
         | down | uniform +-1/sqrt(fan_in)     | PyTorch's own                           |
         | up   | zero: 0; official: as `down` | 0: A(x) = 0 at first, yet `up` learns   |
         """
         if init == "zero":
-            nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.up.bias)
+            for parameter in self.up.parameters():
+                nn.init.zeros_(parameter)
+
+    def change(self, x):
+        """scale * A(x)."""
+        return self.scale * self.up(self.act(self.down(self.before(x))))
 
     def forward(self, name, x):
-        if self.enabled:
-            if name == self.read:
-                self.delta = self.scale * self.up(self.act(self.down(self.before(x))))
-            if name == self.add:
-                x, self.delta = x + self.delta, None
+        if name == self.read:
+            self.delta = self.change(x)
+        if name == self.add:
+            x, self.delta = x + self.delta, None
         return x
 
 
@@ -98,7 +109,7 @@ def check_placement(read, add):
     """Two names of positions -> (read, add), where a sub-layer's output becomes the sum it joins.
     Raises ValueError with the reason. Source: Xiang et al. 2023 figure 4."""
     joined = STREAM.get(add, add)
-    if joined in LEGAL.get(read, ()):
+    if joined in LEGAL.get(read, ()) or (read, add) == LORA:
         return read, joined
     if unknown := [name for name in (read, add) if name not in LEGAL]:
         reason = f"{unknown[0]!r} is not one of the ten positions {', '.join(LEGAL)}"
@@ -115,38 +126,33 @@ def check_placement(read, add):
 def add_adapters(unet, read, add, rank=None, budget=None, activation="relu", scale=1.0,
                  init="zero"):
     """Put an adapter into every block, in place, and freeze everything else.
-    unet: a UNet, or a module that holds one; read, add: names of taps; rank: width of the adapter,
-    or budget: its parameters over the whole U-Net, from which the rank follows; activation: one of
-    ACTIVATIONS; scale: strength; init: zero or official. Source: Xiang et al. 2023 figure 4."""
-    rank = rank_of(rank, budget, lambda r: sum(
-        p.numel() for *_, adapter in _make(unet, read, add, r) for p in adapter.parameters()))
-    _attach(unet, _make(unet, read, add, rank, activation, scale, init))
-
-
-def rank_of(rank, budget, count):
-    """The rank, or the one whose parameter count(rank), a straight line, is nearest to budget."""
+    unet: a UNet, or a module that holds one; read, add: names of taps, or *LORA; rank: width of the
+    adapter, or budget: its parameters over the whole U-Net, from which the rank follows;
+    activation: one of ACTIVATIONS; scale: strength; init: zero or official. Source: figure 4."""
     if (rank is None) == (budget is None):
         raise ValueError(f"rank {rank}, budget {budget}: give exactly one of them")
-    if rank is None:
+    make = lambda r: _make(unet, read, add, r, activation, scale, init)
+    if rank is None:                    # the size is a straight line in the rank: take the nearest
         with torch.device("meta"):
-            one, two = count(1), count(2)
+            one, two = (sum(w.numel() for w in _tensors(make(r)).values()) for r in (1, 2))
         rank = 1 + round((budget - one) / (two - one))
         if rank < 1:
             raise ValueError(f"a budget of {budget:,} parameters is too small: rank 1 has {one:,}")
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"rank {rank!r}: give a whole number of at least 1")
-    return rank
+    _attach(unet, make(rank))
 
 
-def _make(unet, read, add, rank, activation="relu", scale=1.0, init="zero"):
+def _make(unet, read, add, rank, activation, scale, init="zero"):
     """Check everything, and make an Adapter for every block -> [(path, block, adapter)]."""
     read, add = check_placement(read, add)
     check_name("activation", activation, ACTIVATIONS)
     check_name("init", init, ("zero", "official"))
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"rank {rank!r}: give a whole number of at least 1")
     if not math.isfinite(scale):
         raise ValueError(f"scale {scale}: give a finite number")
     blocks = [(path, m) for path, m in unet.named_modules()
-              if isinstance(m, Tapped) and read in m.taps]
+              if (re.search(r"\battn2\.to_[kv]$", path) if (read, add) == LORA else
+                  isinstance(m, Tapped) and read in m.taps)]
     if not blocks:
         raise ValueError(f"no block of this {type(unet).__name__} has a {read}: give a U-Net")
     return [(path, block, Adapter(block, read, add, rank, activation, scale, init))
@@ -160,30 +166,25 @@ def _attach(unet, made):
     unet.requires_grad_(False)
     for _, block, adapter in made:
         adapter.to(next(block.parameters()))
+        if not hasattr(block, "adapter"):               # a Linear layer, which has no taps
+            block.register_forward_hook(lambda layer, inputs, out: (
+                out if layer.adapter is None else out + layer.adapter.change(inputs[0])))
         block.adapter = adapter
 
 
 def _placed(unet):
     """The adapters of a model -> [(path of the block, block, adapter)]; none is an error."""
     found = [(path, m, m.adapter) for path, m in unet.named_modules()
-             if isinstance(m, Tapped) and m.adapter is not None]
+             if getattr(m, "adapter", None) is not None]
     if not found:
         raise ValueError("there is no adapter in this model: add_adapters first")
     return found
 
 
 def set_scale(unet, scale):
-    """Set the strength of the adapters; 0 is as if there were none. Raises ValueError."""
-    if not math.isfinite(scale):
-        raise ValueError(f"scale {scale}: give a finite number")
+    """Set the strength of the adapters; 0 is as if there were none."""
     for *_, adapter in _placed(unet):
         adapter.scale = float(scale)
-
-
-def enable(unet, on=True):
-    """Switch the adapters on or off; off, the base answers bit for bit as before."""
-    for *_, adapter in _placed(unet):
-        adapter.enabled = on
 
 
 def remove_adapters(unet):
@@ -214,18 +215,18 @@ def _tensors(made):
 def load_adapters(unet, state):
     """Add the adapter that adapter_state saved. A model that it does not fit is left as it was.
     Raises ValueError with the tensors that differ, or for a base with other weights."""
-    if missing := [k for k in ("spec", "base", "adapter") if k not in state]:
-        raise ValueError(f"this is no adapter's file: it has no {' and no '.join(missing)}")
     with built_from("this adapter's file"):
-        spec = {"scale": None, **state["spec"], "rank": rank_of(state["spec"]["rank"], None, None)}
         with torch.device("meta"):                      # so the largest rank takes no memory
-            made = _make(unet, **spec)
-        check_tensors(_tensors(made), state["adapter"], "the adapter does not fit,")
-    if base_hash(unet) != state["base"]:
-        raise ValueError("the adapter's base has the same shape with other weights: give that one")
-    made = _make(unet, **spec)
+            made = _make(unet, **state["spec"])
+        words = state.get("modifiers", {})              # checked here; apply_concept adds them
+        rows = {w: unet.text.text_model.embeddings.token_embedding.weight[0] for w in words}
+        check_tensors({**_tensors(made), **rows}, {**state["adapter"], **words},
+                      "the adapter does not fit,")
+        if base_hash(unet) != state["base"]:
+            raise ValueError("the adapter's base has the same shape with other weights")
     for path, _, adapter in made:
-        adapter.load_state_dict({k: state["adapter"][f"{path}.{k}"] for k in adapter.state_dict()})
+        adapter.load_state_dict({k: state["adapter"][f"{path}.{k}"].clone()
+                                 for k in adapter.state_dict()}, assign=True)
     _attach(unet, made)
 
 
@@ -235,92 +236,122 @@ def anova(groups):
     """One-way analysis of variance -> (F, p): do groups differ by more than their inner scatter?
     groups: one sequence of numbers per level of a factor. F = MSB / MSE, the mean squares between
     and within groups, ValueError if undefined; p: the chance of a larger F. Source: Fisher 1925."""
-    groups = [[float(y) for y in group] for group in groups]
-    values, sizes = [y for group in groups for y in group], [*map(len, groups)]
+    groups = [torch.tensor([*group], dtype=torch.float64) for group in groups]
+    values, sizes = torch.cat(groups), [*map(len, groups)]
     n, k = sum(sizes), len(sizes)
     if k < 2 or not all(sizes) or n <= k:
         raise ValueError(f"ANOVA needs 2 groups, none empty, one larger than 1, not sizes {sizes}")
-    if not all(map(math.isfinite, values)):
+    if not values.isfinite().all():
         raise ValueError("some values are not finite: leave failed runs out")
-    if all(min(group) == max(group) for group in groups):
+    if all(group.min() == group.max() for group in groups):
         raise ValueError("all values inside every group are equal, so F would divide by zero")
-    mean, means = math.fsum(values) / n, [math.fsum(group) / len(group) for group in groups]
-    MSB = math.fsum(len(group) * (m - mean) ** 2 for group, m in zip(groups, means)) / (k - 1)
-    MSE = math.fsum((y - m) ** 2 for group, m in zip(groups, means) for y in group) / (n - k)
-    F_ratio, tail = MSB / MSE, (n - k) / (n - k + (k - 1) * MSB / MSE)
-    return F_ratio, incomplete_beta(tail, (n - k) / 2, (k - 1) / 2)
+    MSB = sum(len(x) * (x.mean() - values.mean()) ** 2 for x in groups).item() / (k - 1)
+    MSE = sum((x - x.mean()).square().sum() for x in groups).item() / (n - k)
+    tail = (n - k) / (n - k + (k - 1) * MSB / MSE)
+    return MSB / MSE, incomplete_beta(tail, (n - k) / 2, (k - 1) / 2)
 
 
 def incomplete_beta(x, a, b):
-    """Regularised incomplete beta function I_x(a, b): how likely a Beta(a, b) number is below x.
-    I = x^a (1-x)^b / (a B(a,b)) / (1 + d1/(1 + d2/(1 + ...))), the fraction by Lentz's method: C
-    and D are ratios of successive numerators and denominators. Source: DLMF 8.17.22; Lentz 1976."""
-    if x in (0, 1):
-        return float(x)
-    if x > (a + 1) / (a + b + 2):           # slow there: use I_x(a, b) = 1 - I_1-x(b, a)
-        return 1 - incomplete_beta(1 - x, b, a)
-    C, D, fraction, n = 1.0, 0.0, 1.0, 0
-    while n == 0 or abs(C * D - 1) > 1e-14:
-        n, m = n + 1, (n + 1) // 2
-        d = -(a + m) * (a + b + m) if n % 2 else m * (b - m)
-        d *= x / ((a + n - 1) * (a + n))
-        C, D = 1 + d / C, 1 / (1 + d * D)
-        fraction *= C * D
-    log_front = a * math.log(x) + b * math.log1p(-x) - math.log(a)
-    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    return math.exp(log_front - log_beta) / fraction
+    """Regularised incomplete beta function I_x(a, b), a, b from 1/2 to hundreds: how likely a
+    Beta(a, b) number is below x. With x = sin^2 u it is the integral of sin^(2a-1) cos^(2b-1) up to
+    u over that up to pi/2, each a sum over Gauss-Legendre points. Source: DLMF 8.17.1, 3.5.v."""
+    points, weights = np.polynomial.legendre.leggauss(200)                  # on [-1, 1]
+    def integral(end):
+        u = end * (points + 1) / 2
+        return end * (weights * np.sin(u) ** (2 * a - 1) * np.cos(u) ** (2 * b - 1)).sum()
+    return float(integral(math.asin(math.sqrt(x))) / integral(math.pi / 2))
 
 
-# ---- the task, and the command -------------------------------------------------------------------
+# ---- the tasks, and the command ------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Options:
     """flags of adapters.py learn"""
     base: str = flag("assets/unet-scenes.pt", "text-to-image checkpoint, or Stable Diffusion v1")
-    adapter: str = flag("ca_out-ffn_in", "where it stands: READ-ADD", "", PLACEMENTS)
-    rank: int = flag(16, "its width", "[1, inf)")
+    adapter: str = flag("ca_out-ffn_in", "where it stands: READ-ADD; or lora, on keys and values",
+                        "", (*PLACEMENTS, "lora"))
+    rank: int = flag(None, "its width (default: 16)", "[1, inf)", needs="!budget")
+    budget: float = flag(None, "its share of the U-Net's parameters, such as 0.0075", "(0, 1]")
+    activation: str = flag(None, "between its layers (default: relu)", "", list(ACTIVATIONS))
+    scale: float = flag(1.0, "its strength")
+    concept: tuple = flag(None, "instead of --data: pictures of each thing, folder:PATH ...")
+    category: tuple = flag(None, "what each thing is, one word each, such as dog", needs="concept")
+    prior: str = flag(None, "others like it: a data set, generated or none", needs="concept")
+    augment: bool = flag(None, "shrink and enlarge the pictures of things", needs="concept")
+    word_lr: float = flag(None, "learning rate of new words", "[0, inf)", needs="concept")
     bpe: str = flag(None, "Stable Diffusion: CLIP's list of merges; default: in data/")
+    part = "none"                       # of the base: for ConceptTask, and no flag
 
 
 class AdapterTask(DiffusionTask):
-    """Train an adapter (options.adapter, options.rank) beside the frozen model of the task `base`.
+    """Train an adapter beside the frozen model of the task `base`, on captioned pictures.
     At the end it is written to OUT/adapter.pt, which sample.py reads."""
-    family = "adapter"
+    family, words, things, state = "adapter", {}, [], ConceptTask.state
 
-    def __init__(self, base, dataset, options, out):
+    def __init__(self, base, dataset, options, config):
         super().__init__(base.settings, base.info, base.model, base.process, base.first_stage,
                          base.tokenizer)
         if dataset.captions is None:
-            raise ValueError(f"an adapter learns from captions, and {dataset.name} has none: give "
-                             "--data a folder with metadata.jsonl")
-        self.options, self.out = options, out
+            raise ValueError(f"{dataset.name} has no captions: give a folder with metadata.jsonl")
+        self.options, self.config = options, config
         self.belongs = {"base": base_hash(self.model), "data": fingerprint(
             {repr(dataset.captions): dataset.images})}
         self.tokenizer(dataset.captions)                        # raises for a word it does not know
-        add_adapters(self.model, *options.adapter.split("-"), rank=options.rank)
+        self.info = {**base.info, "examples": dataset.captions[:min(24, self.at_once)]}
+        self.model.requires_grad_(False)
+        self.add_adapter()
+
+    def add_adapter(self):
+        """Put the adapter of the options into the U-Net. It learns, with new words, if any."""
+        o, unet, lora = self.options, self.model.denoiser, self.options.adapter == "lora"
+        budget = o.budget and round(o.budget * sum(p.numel() for p in unet.parameters()))
+        add_adapters(unet, *(LORA if lora else o.adapter.split("-")),
+                     None if budget else o.rank or 16, budget,
+                     o.activation or ("identity" if lora else "relu"), o.scale)
         learned = {name for name, p in self.model.named_parameters() if p.requires_grad}
         self.frozen = frozenset(self.model.state_dict()) - learned
-        self.info = {**base.info, "examples": dataset.captions[:min(24, self.at_once)]}
 
     def finish(self, model, dataset, device):
-        save_checkpoint(f"{self.out}/adapter.pt", adapter_state(model))
+        words = dict(zip(self.words, model.text.rows)) if self.words else {}
+        save_checkpoint(f"{self.config.out}/adapter.pt", {      # base: as it was without the words
+            **adapter_state(model), "base": self.belongs["base"], "modifiers": words,
+            "concepts": self.things})
 
-    def state(self):
-        return {"options": vars(self.options), **self.belongs}
+
+class ThingTask(ConceptTask):
+    """Teach things, each with a new word whose row learns together with the adapter."""
+    family = "adapter"
+    add_adapter, finish = AdapterTask.add_adapter, AdapterTask.finish
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.add_adapter()
+
+
+def read_flags(argv):
+    """Flags of `learn` -> (Options, Config). Raises ValueError."""
+    def presets(given):
+        ours, paper = dict(lr=5e-3, batch_size=16), dict(lr=1e-4, lr_decay="constant", batch_size=8)
+        if given.get("concept"):
+            for name in {"data", "flip"} & given.keys():
+                raise ValueError(f"--{name} is not read beside --concept, whose prior is --prior")
+            ours |= {"word_lr": 0.1}
+            paper |= {"word_lr": 8e-5, "prior": "generated"}
+        return base_flags({"base": Options.base, "out": "out/adapter", **given}, ours, paper)
+    options, config = parse(argv, __doc__, Options, Config, presets=presets)
+    config.device = resolve_device(config.device)
+    return options, take_things(options, config) if options.concept else config
 
 
 def learn(argv):
-    """`learn`: train an adapter on --data."""
-    ours, paper = dict(lr=5e-3, batch_size=16), dict(lr=1e-4, lr_decay="constant", batch_size=8)
-    options, config = parse(argv, __doc__, Options, Config, presets=lambda given: base_flags(
-        {"base": Options.base, "out": "out/adapter", **given}, ours, paper))
-    config.device = resolve_device(config.device)
+    """`learn`: train an adapter on --data, or on a --concept."""
+    options, config = read_flags(argv)
     micro_size(config)
     check_out(config)
-    dataset = load_data(config)
+    dataset, Task = load_data(config), ThingTask if options.concept else AdapterTask
     torch.manual_seed(config.seed)
-    base = base_task(options.base, options.bpe, config.image_size)
-    run(config, AdapterTask(base, dataset, options, config.out), dataset)
+    task = Task(base_task(options.base, options.bpe, config.image_size), dataset, options, config)
+    run(config, task, dataset)
     print(f"python sample.py --ckpt {config.out}/adapter.pt --base {options.base}")
 
 

@@ -99,6 +99,10 @@ def load(path, device="cpu", options=None):
             options, base=None, scale=None))
         load_adapters(model, state)
         set_scale(model, state["spec"]["scale"] if options.scale is None else options.scale)
+        if words := state.get("modifiers"):
+            refuse(options, "concept", f"is not read: {path} brings new words of its own")
+            apply_concept(model, task.tokenizer, {}, words)
+            task.info["examples"] = [f"a {thing}" for thing in state.get("concepts", words)]
     task.model = fold(task.model)               # a U-DiT gets cheaper, the others stay as they are
     task.model.to(device).eval().requires_grad_(False)
     return task, task.model

@@ -63,8 +63,8 @@ CONTEXTS = {        # name: (command line, what it is)
     "bench": "bench --models tiny-ae --steps 1 --batch-size 2 --image-size 8 --device cpu",
     "bench overfit": "bench --models tiny-ae --overfit --steps 2 --batch-size 2 --image-size 8 "
                      "--device cpu",
-    "adapters": f"adapters learn --base in/base.pt --data folder:in/jsonl --rank 2 {LEARN} "
-                "--out new",
+    "adapters": "adapters learn --base in/base.pt --concept folder:in/thing --category dog "
+                f"--prior folder:in/jsonl --rank 2 {LEARN} --batch-size 8 --out new",
     "concepts": "custom_diffusion learn --base in/base.pt --concept folder:in/thing --category dog "
                 f"--prior folder:in/jsonl {LEARN} --batch-size 8 --out new",
     "merge": "custom_diffusion merge in/concept/concept.pt in/other/concept.pt --base in/base.pt "
@@ -92,6 +92,7 @@ INSIDE = {("train vq-vae", "factor"): "4", ("train vq", "first_stage"): "in/ae/c
           ("merge", "captions"): "in/more.txt",
           ("sample", "init"): "in/photo.png", ("sample", "out"): "other.png",
           ("sample", "image_size"): "128", ("concepts", "concept"): "folder:in/txt",
+          ("adapters", "concept"): "folder:in/txt",
           ("merge", "out"): "other.pt", ("compress", "out"): "other.pt",
           ("bench", "image_size"): "16", ("evaluate", "data"): "folder:in/txt"}
 EXCUSED = {         # flag, or "context flag": why it may change nothing
@@ -189,8 +190,8 @@ def silent(did, where, line, only=()):
     found = {}
     for word, field in fields_of(command, argv).items():
         name, results = field.name, []
-        again = name in LOOP and where not in ("train dit", "adapters") and not MANY and (
-            where[:5] in ("train", "conce"))
+        again = name in LOOP and where != "train dit" and not MANY and (
+            where[:5] in ("train", "adapt", "conce"))
         if name in EXCUSED or again or only and name not in only:
             continue
         for words in legal(where, command, name, field):

@@ -505,7 +505,8 @@ train --image-size 8 --data folder:in/pictures --first-stage in/ae/ckpt.pt --sav
 in/latents.npz
 sample --ckpt in/dit/ckpt.pt --export in/exported.pt
 sample --ckpt in/unet/ckpt.pt --export in/base.pt
-adapters learn --base in/base.pt --data folder:in/jsonl --rank 1 {SHORT} --out in/adapter
+adapters learn --base in/base.pt --concept folder:in/thing --category dog --prior none \
+--rank 1 {SHORT} --out in/adapter
 custom_diffusion learn --base in/base.pt --concept folder:in/thing --category dog \
 --prior none {SHORT} --out in/concept
 custom_diffusion learn --base in/base.pt --concept folder:in/thing --category cat \
@@ -602,6 +603,8 @@ bench --models DiT-32x1/2 tiny-ae --steps 1 --batch-size 2 --image-size 8 --devi
 bench --models vq-nano --overfit --steps 2 --batch-size 2 --image-size 8 --compile off
 adapters learn --base in/base.pt --data folder:in/jsonl --rank 1 {SHORT} --out new
 adapters learn --adapter res_in-res_out --base in/base.pt --data folder:in/txt {SHORT} --out new
+adapters learn --adapter lora --base in/base.pt --concept folder:in/thing --category dog \
+--prior none --budget 0.5 {SHORT} --out new
 adapters learn --out in/adapter --resume --steps 2
 custom_diffusion learn --base in/base.pt --concept folder:in/thing --category dog \
 --prior none {SHORT} --out new
