@@ -23,10 +23,10 @@ from data import to_uint8
 from diffusion import RectifiedFlow
 from evaluate import read_shapes
 from studies import common, report, things
-from studies.adapter_sweep import adjusted_F, permutation_p
+from studies.adapter_sweep import effect
 
 RESULTS = pathlib.Path(common.__file__).parent / "results"
-PLOTTED = ("dit_conditioning", "dit_scaling", "udit_ablation", "vq_chain", "adapter_sweep")
+PLOTTED = ("dit_conditioning", "dit_scaling", "udit_ablation", "vq_chain")
 TINY = {"data": "shapes", "batch_size": 4, "steps": 3, "first_stage_steps": 2}
 
 
@@ -167,29 +167,141 @@ def test_a_difference_is_paired_and_its_p_is_students():
         common.difference({0: 1.0}, {1: 1.0})
 
 
-def test_adjusted_F_is_the_textbook_in_a_balanced_design_and_anova_without_others():
+def test_an_effect_is_the_textbooks_in_a_balanced_design_and_anova_without_others():
     rng = np.random.RandomState(0)
     y = rng.randn(4, 3)                                     # rows: levels of a, columns: of b
     a, b = (list(axis.flatten()) for axis in np.indices(y.shape))
     rows, columns = y.mean(1, keepdims=True), y.mean(0, keepdims=True)
-    left = ((y - rows - columns + y.mean()) ** 2).sum() / (3 * 2)
-    wanted = 3 * ((rows - y.mean()) ** 2).sum() / 3 / left
+    left = ((y - rows - columns + y.mean()) ** 2).sum()
+    mine = 3 * ((rows - y.mean()) ** 2).sum()
     values = list(y.flatten())
-    assert adjusted_F(values, a, b)[0] == pytest.approx(wanted)
-    assert adjusted_F(values, a) == pytest.approx(anova(list(y)))
+    F, _, eta = effect(values, a, b, rounds=1)
+    assert F == pytest.approx(mine / 3 / (left / 6)) and eta == pytest.approx(mine / (mine + left))
+    assert effect(values, a, rounds=1)[0] == pytest.approx(anova(list(y))[0])
     # a confounded pair of levels adds nothing: the answer stays that of the rest
     extra = values + [9.0], a + [7], b + [7]
-    assert adjusted_F(*extra)[0] == pytest.approx(wanted)
+    assert effect(*extra, rounds=1)[0] == pytest.approx(F)
+    with pytest.raises(ValueError, match="from the others"):
+        effect(values, a, a)
 
 
-def test_the_permutation_p_is_the_share_of_relabelings():
-    y, factor = [0.0, 1.0, 10.0, 11.0], ["a", "a", "b", "b"]    # 8 of 24 orders are as extreme
-    assert permutation_p(y, factor, 3000) == pytest.approx(1 / 3, abs=0.035)    # 4 s.e.
-    assert permutation_p([1.0, 1.0, 1.0, 1.0], factor, 50) == 1
+def test_an_effect_of_an_unbalanced_table_by_hand():
+    """As placements are: (read, added to) = 11 12 12 21 22. With b's means 3 and 4 taken out of y,
+    the fit with a too has the normal equations of one unknown, the step d from a = 1 to a = 2."""
+    y, a, b = [1.0, 2.0, 3.0, 5.0, 7.0], "11122", "12212"
+    # within b = 1: (1, 5), means of a's column 1/2; within b = 2: (2, 3, 7), mean 1/3
+    centred_y, centred_a = [-2, -2, -1, 2, 3], [-1 / 2, -1 / 3, -1 / 3, 1 / 2, 2 / 3]
+    S0 = sum(v * v for v in centred_y)                      # 22
+    d = sum(u * v for u, v in zip(centred_a, centred_y)) / sum(u * u for u in centred_a)
+    S1 = sum((v - d * u) ** 2 for u, v in zip(centred_a, centred_y))
+    F, _, eta = effect(y, a, b, rounds=1)
+    assert (F, eta) == pytest.approx(((S0 - S1) / (S1 / 2), (S0 - S1) / S0))    # 5 - 3 numbers
+    assert effect(y, a, rounds=1)[2] == pytest.approx(19.2 / (19.2 + 4))   # between, within groups
+
+
+def test_the_p_of_an_effect_is_the_share_of_permutations():
+    y, factor = [0.0, 1.0, 10.0, 11.0], "aabb"              # 8 of 24 orders are as extreme
+    assert effect(y, factor, rounds=3000)[1] == pytest.approx(1 / 3, abs=0.035)     # 4 s.e.
+    # adjusted: of permutations of what the other factor leaves; all 720, in a 2 x 3 table
+    y = np.array([[1.0, 40.0, 93.0], [2.0, 43.0, 98.0]])
+
+    def ratio(table):
+        table = table - table.mean(0)
+        return 3 * (table.mean(1) ** 2).sum() / (table ** 2).sum()      # eta²: grows with F
+    residual = (y - y.mean(0)).flatten()
+    found = [ratio(np.reshape(order, (2, 3))) for order in itertools.permutations(residual)]
+    share = np.mean(np.array(found) >= ratio(y) - 1e-9)
+    assert 0.02 < share < 0.5
+    p = effect(y.flatten(), "aaabbb", "cdecde", rounds=4000)[1]
+    assert p == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
 
 
 # --------------------------------------------------------------------------------------------------
 # the studies
+
+def sweep_rows(study, value, things, seeds):
+    """Cells of the adapter sweep, with alignment value(thing, method, seed) and made-up columns."""
+    for cell in study.cells_of(seeds):
+        if cell["thing"] in things:
+            yield {**cell, "lr": 0.01, "params": 9, "s_per_step": 0.1, "body": 1.0, "hits": 1.0,
+                   "leak": 0.1, "bare": 0.1, "plain": 1.0,
+                   "alignment": value(cell["thing"], cell["method"], cell["seed"])}
+
+
+def test_the_sweep_reports_whole_rounds_and_judges_by_its_rules(tmp_path, monkeypatch):
+    from studies import adapter_sweep as study
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(things, "TUNING", (), raising=False)
+    one, two, *_ = study.learned()
+    assert study.report() == ""
+    # what is read decides: ca_out is best; a little noise of the placement and the thing
+    level = {"ca_out": 0.9, "lora": 0.4, "full": 1.0, "none": 0.0}
+    noise = lambda method: random.Random(method).gauss(0, 0.02) * ("-" in method)
+    value = lambda thing, method, seed: noise(method) + level.get(
+        method.split("-")[0], 0.3 + 0.1 * (method[:2] == "ff"))
+    plain = lambda row: (row["activation"], row["scale"]) == ("relu", 1.0)
+    rows = [*filter(plain, sweep_rows(study, value, (one, two), 1))]
+    study.TABLE.add(*rows[:-3])                             # the second thing lacks three methods
+    assert f"1 things ({one}), 1 seeds" in study.report()
+    study.TABLE.add(*rows[-3:])
+    text = study.report()
+    assert f"2 things ({one}, {two}), 1 seeds" in text and "Activation and scale" not in text
+    assert text.count("claim (1) comes out") == 2 and text.count("Claim (3) comes out") == 2
+    assert "best input ca_out (0.9" in text and "correlate at 1.00" in text
+    assert "| none | 9 | 0.01 | 0.100 | 0.00" in text
+    study.TABLE.add(*(row for row in sweep_rows(study, value, (one,), 2)
+                      if not plain(row) or row["seed"] == 1))
+    assert study.report().count("Claim (2): comes out") == 2
+    common.figure("adapter_sweep", study.plot, (9, 3.4), 2)
+    assert (tmp_path / "adapter_sweep.png").stat().st_size > 5000
+
+
+def test_rules_of_the_adapter_sweep():
+    from studies.adapter_sweep import claim_of_the_forms, claim_of_the_input
+    for read, add, verdict in ((0.01, 0.3, True), (0.3, 0.01, False), (0.01, 0.01, None),
+                               (0.3, 0.3, None)):
+        assert claim_of_the_input({"read from": read, "added to": add}) is verdict
+    for spreads, ps, verdict in (
+            ((0.05, 0.09), (0.01, 0.5), True), ((0.05, 0.2), (0.01, 0.5), None),
+            ((0.05, 0.2), (0.5, 0.01), False)):
+        assert claim_of_the_forms(spreads, ps) is verdict
+
+
+def test_a_cell_of_the_sweep_is_a_run_of_learn(tmp_path, monkeypatch, few_pictures):
+    """The same losses as adapters.py learn has with these flags; and rates follow the table."""
+    import adapters
+    from studies import adapter_sweep as study, custom_concepts
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(custom_concepts, "OUT", tmp_path)
+    monkeypatch.setattr(adapters, "run", lambda config, task, dataset: losses_of(
+        config, dataset, task))
+    bench = types.SimpleNamespace(measure=lambda task, model: {"alignment": 0.5})
+    losses = []
+    whole = adapters.ThingTask.loss
+    monkeypatch.setattr(adapters.ThingTask, "loss", lambda *given, **draws: (
+        losses.append(whole(*given, **draws)) or losses[-1]))
+    cell = {"thing": "gem cross", "method": "sa_in-sa_in", "activation": "silu", "scale": 2.0,
+            "seed": 3, "lr": 0.002}
+    row = study.run_cell(cell, bench, 2)
+    assert row["params"] == pytest.approx(2_774_764 * 0.0075, rel=0.05) and row["s_per_step"] > 0
+    assert {**row, **cell, "alignment": 0.5} == row
+    adapters.main(["learn", "--base", study.BASE, "--concept", custom_concepts.folder_of(
+        "gem cross"), "--category", "cross", "--adapter", "sa_in-sa_in", "--budget", "0.0075",
+        "--activation", "silu", "--scale", "2.0", "--steps", "2", "--lr", "0.002", "--weight-decay",
+        "0", "--seed", "3", "--device", "cpu", "--out", str(tmp_path / "run")])
+    values = [value.item() for value, _ in losses]
+    assert len(values) == 4 and values[:2] == values[2:]
+    assert study.run_cell({**cell, "method": "full"}, bench, 1)["params"] == 2_774_764
+    monkeypatch.setattr(things, "TUNING", ("gem cross",), raising=False)
+    with pytest.raises(ValueError, match="run with --tune first"):
+        study.rate_of("lora")
+    for cell in study.rates_to_try():                       # 3e-3 is best, 1e-2 leaks
+        study.TUNED.add({**cell, "alignment": {3e-3: 0.8, 1e-2: 0.9}.get(cell["lr"], 0.1),
+                         "leak": 0.2 * (cell["lr"] == 1e-2)})
+    kinds = ("transformer", "residual", "lora", "full")
+    assert [study.rate_of(kind) for kind in kinds] == [3e-3] * 4
+    assert "on gem cross: transformer 0.003 (of 0.003, 0.01, 0.03, 0.1);" in study.rates_text()
+
 
 @pytest.mark.parametrize("name", PLOTTED)
 def test_summary_prints_the_report_and_plots(name, tmp_path, monkeypatch, capsys):
@@ -509,3 +621,57 @@ def test_intervals_and_verdicts():
         "**comes out**", "**does not**", "not decidable here"]
     alone = common.claims("", [("a", "", "", [1.0, 2, 3.5])])           # 0.02 of the t test
     assert "comes out" not in common.claims("", [("a", "", "", [1.0, 2, 3.5])] * 5) and alone
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_verdicts_of_custom_diffusion_by_made_up_rows(whole, tmp_path, monkeypatch):
+    """What is measured of all six things is shown, with the verdict that the rows give."""
+    from studies import custom_concepts as single, custom_merge as pairs
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    part = {"K/V and word": 0.7, "word alone": 0.1, "all weights": 0.9, "no prior": 0.6}
+    row = dict(body=1.0, hits=0.5, text=1.0, category=0.9, kid=3.0, plain=0.8)
+    noise = lambda k: 0.01 * (-1) ** k
+    for lr, gain in ((3e-3, 0.1), (1e-2, 0.3), (2e-2, 0.2)):
+        single.RATE.add(*[{"method": m, "lr": lr, "word_lr": 0.1, "thing": thing, "part": gain,
+                           "leak": 0.0} for m in single.MAIN for thing in things.TUNING])
+    monkeypatch.setattr(single, "RATES", {m: [(1, 1)] * 3 for m in single.MAIN})
+    for method in [*part][:4 if whole else 3]:
+        for k, thing in enumerate(single.EASY[:6 if whole or method != "all weights" else 5]):
+            single.SINGLE.add({"thing": thing, "method": method, "seed": 0, **row, "part":
+                               part[method] + noise(k), "leak": 0.3 * (method == "no prior")})
+    said = single.report()
+    assert "| K/V and word | 1 | 0.70 ± 0.00 |" in said and "`--lr 0.01 --word-lr 0.1`" in said
+    verdict = {line.split("|")[1].strip(): line.split("|")[-2].strip()
+               for line in said.splitlines() if "[" in line}
+    assert verdict["the word alone draws it best"] == "**does not**"
+    assert ("they come near to all weights" in verdict) == whole
+    assert ("without the prior the category suffers" in verdict) == whole
+    common.figure("single", single.plot, (9, 4), 2)
+    ways = {"apart": 0.7, "average": 0.3, "merge": 0.4, "joint": 0.6}
+    for how in ways:
+        for k, pair in enumerate(pairs.PAIRS):
+            more = {"first": 0.5, "second": 0.5, "both": 0.6, **dict.fromkeys(
+                (f"missed {kind}" for kind in pairs.KINDS), 0.5)}
+            pairs.TABLE.add({"pair": " + ".join(pair), "how": how, "seed": 0, **row,
+                             "part": ways[how] + noise(k), **more})
+    said = pairs.report()
+    assert "| (ours) the merge beats the average |" in said and "sequential" not in verdict
+    assert said.count("**comes out**") >= 3 and "| apart | 1 | 0.70" in said
+    common.figure("pairs", pairs.plot)
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_halves_and_the_soft_merges_rows():
+    from studies import custom_merge
+    x = torch.full((1, 3, 4, 4), 7, dtype=torch.uint8)
+    x[:, :, 1, 1], x[:, :, 2, 2] = 1, 2
+    left, right = custom_merge.halves(x)
+    assert left[0, 0, 1, 1] == 1 and left[0, 0, 2, 2] == 7
+    assert right[0, 0, 2, 2] == 2 and right[0, 0, 1, 1] == 7
+    seen = []
+    tokenizer = lambda texts: seen.extend(texts) or torch.zeros(len(texts))
+    rows = custom_merge.rows_in_captions(lambda ids: torch.zeros(len(ids), 5, 3), tokenizer,
+                                         "<new1> star", ["a red star on navy", "a cross",
+                                                         "a star left of a star"])
+    assert seen == ["a <new1> star", "a red <new1> star on navy", "a <new1> star left of a star"]
+    assert rows.shape == (15, 3)
