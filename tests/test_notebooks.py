@@ -25,7 +25,7 @@ def code_of(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, monkeypatch):
     matplotlib.use("Agg")
-    monkeypatch.setenv("SCALE", "0.05")
+    monkeypatch.setenv("SCALE", "0.02")
     monkeypatch.chdir(path.parent)                          # where Jupyter starts it
     names = {}
     for number, cell in enumerate(code_of(path), 1):
