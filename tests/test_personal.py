@@ -154,7 +154,7 @@ def test_half_the_prior_says_the_bare_category_and_seeds_differ_in_noise(things)
 
 
 def test_only_the_valid_cells_of_a_shrunk_picture_are_learned_from(things):
-    task = concept_task(things, "--steps", "30")[0]
+    task = concept_task(things, "--augment", "--steps", "30")[0]
     held = task.prepare(None, "cpu")
     shrunk = int((task.mask.mean((1, 2, 3)) < 0.5).nonzero()[0])
     index = torch.tensor([shrunk])
@@ -295,7 +295,7 @@ def test_a_run_goes_on_with_its_own_base_and_pictures_alone(kind, things, tmp_pa
     other = ([["--data", things["captioned"]], ["--rank", "4"], ["--adapter", "ca_c-ca_c"]]
              if kind == "adapter" else
              [["--concept", things["captioned"]], ["--category", "red"], ["--part", "all"],
-              ["--prior", "generated"], ["--no-augment"]])
+              ["--prior", "generated"], ["--augment"]])
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
 
     def refused(flags):
