@@ -8,6 +8,7 @@ import io
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -82,7 +83,8 @@ class Run:
     def said(self):
         """Its lines on stderr, without those of the progress bar."""
         text = self.err.read_text().replace("\r", "\n").split("\n")
-        return [line for line in text if line and "step/s" not in line and "it/s" not in line]
+        bar = re.compile(r"(step|it|batch)/s|s/(step|it|batch)")        # the second if it is slow
+        return [line for line in text if line and not bar.search(line)]
 
 
 def log(out):

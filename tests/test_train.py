@@ -466,7 +466,8 @@ def refused(capsys, *argv):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         train.main([str(word) for word in argv])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "step/s" not in line]
+    lines = [line for line in capsys.readouterr().err.splitlines()
+             if line and "step/s" not in line and "s/step" not in line]      # of a slow machine
     assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
@@ -843,7 +844,7 @@ def test_a_hand_made_checkpoint_is_read_or_refused_in_one_line(begun, tmp_path, 
             codes.append(0)
         except SystemExit as stopped:
             lines = [line for line in capsys.readouterr().err.splitlines()
-                     if line and "step/s" not in line]
+                     if line and "step/s" not in line and "s/step" not in line]
             assert stopped.code == 2 and len(lines) == 1 and "error: " in lines[0], lines
             codes.append(2)
     assert 5 < codes.count(2)
