@@ -639,11 +639,19 @@ def test_verdicts_of_custom_diffusion_by_made_up_rows(whole, tmp_path, monkeypat
         for k, thing in enumerate(single.EASY[:6 if whole or method != "all weights" else 5]):
             single.SINGLE.add({"thing": thing, "method": method, "seed": 0, **row, "part":
                                part[method] + noise(k), "leak": 0.3 * (method == "no prior")})
+    for thing in (*single.EASY, *single.HARD):
+        single.MOVED.add({"thing": thing, "seed": 0, "other": 0.1, "self-attention": 0.04,
+                          "cross-attention": 0.03})
+    for k, thing in enumerate(single.EASY[:3] * 2):
+        single.SMALL.add({"thing": thing, "ratio": (1.0, 0.6)[k // 3], **row, "kb": 9.0,
+                          "leak": 0.0, "part": 0.7})
     said = single.report()
     assert "| K/V and word | 1 | 0.70 ± 0.00 |" in said and "`--lr 0.01 --word-lr 0.1`" in said
     verdict = {line.split("|")[1].strip(): line.split("|")[-2].strip()
                for line in said.splitlines() if "[" in line}
     assert verdict["the word alone draws it best"] == "**does not**"
+    assert verdict["cross-attention moves most when all weights learn"] == "**does not**"
+    assert verdict["60 % of the singular values' sum is enough"] == "**comes out**"
     assert ("they come near to all weights" in verdict) == whole
     assert ("without the prior the category suffers" in verdict) == whole
     common.figure("single", single.plot, (9, 4), 2)
