@@ -159,17 +159,12 @@ def run_cell(cell, bench, steps=STEPS):
     return {**cell, **row, **bench.measure(task, model)}
 
 
-def learned():
-    """The six things of the table: those that are neither hard nor for tuning."""
-    return [name for name in things.THINGS if name not in (*things.HARD, *things.TUNING)]
-
-
 def cells_of(seeds):
     """All runs: every method on a thing, then the next thing, then the next seed, then forms."""
     plain = [{"thing": thing, "method": method, "activation": "relu", "scale": 1.0, "seed": seed}
-             for seed in range(seeds) for thing in learned()
+             for seed in range(seeds) for thing in things.SIX
              for method in (*METHODS, *["none"] * (seed == 0))]
-    forms = [{"thing": learned()[0], "method": method, "activation": a, "scale": s, "seed": seed}
+    forms = [{"thing": things.SIX[0], "method": method, "activation": a, "scale": s, "seed": seed}
              for seed in range(2) for method in CORNERS for a, s in FORMS if (a, s) != ("relu", 1)]
     return plain + forms
 
@@ -309,13 +304,13 @@ def forms_text():
     """Activation and scale, whose units are the forms at each of three placements."""
     cells = {}
     for row in TABLE.rows():
-        if row["method"] in CORNERS and row["thing"] == learned()[0] and row["seed"] < 2:
+        if row["method"] in CORNERS and row["thing"] == things.SIX[0] and row["seed"] < 2:
             form = row["method"], row["activation"], row["scale"]
             cells.setdefault(form, []).append(row)
     if len(cells) < len(CORNERS) * len(FORMS) or min(map(len, cells.values())) < 2:
         return ""
     places, activations, scales = zip(*cells)
-    text = (f"\nActivation and scale: {learned()[0]}, {len(cells)} forms at three placements, mean "
+    text = (f"\nActivation and scale: {things.SIX[0]}, {len(cells)} forms at three placements, mean "
             "of two seeds each; F is adjusted for the other and the placement.\n\n")
     for column in ("alignment", "net"):
         y = [statistics.fmean(row["alignment"] - row["leak"] * (column == "net") for row in rows)

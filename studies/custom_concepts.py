@@ -2,7 +2,7 @@
 
 Claims (Kumari et al. 2022, tables 1 and 4, figure 10): training keys and values with a new word
 comes near to training all weights and beats the word alone; the prior keeps the meaning of the
-category; a change can be compressed. Here: six things (things.py), 10 pictures each, on
+category; a change can be compressed. Here: twelve things (things.py), 10 pictures each, on
 assets/unet-scenes.pt, 500 steps of 8 + 8 pictures without shrinking or enlarging, 16 Euler steps.
 The learning rates of each arm are those with the most part minus leak on two other things. "no
 prior" sees as many pictures of the thing as the others. One more thing, cut in two colours, is
@@ -36,7 +36,7 @@ from custom_diffusion import ConceptTask, load_concept, save_concept
 from evaluate import features, kept_classifier, kernel_distance, prompt_accuracy, read_shapes
 from models import base_task
 from studies.common import RULE, Table, claims, figure, markdown, mean_se, parser, run, shown
-from studies.things import HARD, THINGS, TUNING, Judge, photographs
+from studies.things import EASY, HARD, THINGS, TUNING, Judge, photographs
 from train import load_data, make_step
 
 BASE, OUT = "assets/unet-scenes.pt", pathlib.Path("out/studies/concepts")
@@ -49,7 +49,6 @@ MAIN = ("K/V and word", "word alone", "all weights")    # the others have the ra
 RATES = {"K/V and word": [(3e-3, 1e-1), (1e-2, 1e-1), (2e-2, 1e-1), (4e-2, 1e-1)],
          "word alone": [(0, 1e-1), (0, 3e-2), (0, 1e-2)],
          "all weights": [(5e-4, 1e-1), (2e-4, 1e-1)]}
-EASY = [name for name in THINGS if name not in HARD + TUNING]
 RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)                        # of the sum of singular values
 RATE = Table("custom_rates", ["method", "lr", "word_lr", "thing"])
 SINGLE = Table("custom_concepts", ["thing", "method", "seed"])
@@ -212,7 +211,7 @@ def run_cell(cell, bench):
 # the tables
 
 def by_thing(method, column):
-    """{thing: mean over seeds} of the six things; {} if one of them is not measured yet."""
+    """{thing: mean over seeds} of the twelve things; {} if one of them is not measured yet."""
     values = SINGLE.by("thing", column, method=method)
     return {thing: values[thing] for thing in EASY} if {*EASY} <= values.keys() else {}
 
@@ -262,7 +261,7 @@ def verdicts():
 
 def report():
     """The verdicts, and tables of single things, rates, compressed changes, moved layers. A method
-    is shown when each of the six things has been measured with it."""
+    is shown when each of the twelve things has been measured with it."""
     done = [method for method in METHODS if by_thing(method, "part")]
     if MAIN[0] not in done:
         return ""
@@ -275,7 +274,7 @@ def report():
     parts = [[thing, *(f"{value(thing, column, m):.2f}" for column in ("part", "leak")
                        for m in MAIN)] for thing in things]
     chosen = "; ".join(f"{m}: `{' '.join(flags_of(m)[len(ALWAYS):])}`" for m in MAIN)
-    text = (RULE + "\n" + verdicts() + "\n**Methods**; mean of six things ± its standard error; a "
+    text = (RULE + "\n" + verdicts() + "\n**Methods**; mean of the things ± its standard error; a "
             "thing is the mean of its seeds\n\n" + markdown(["method", "seeds", *columns], table)
             + "\n**Things**\n\n" + markdown(
                 ["thing", *(f"{column}, {m}" for column in ("part", "leak") for m in MAIN)], parts)
@@ -325,7 +324,7 @@ def plot(panels):
                             for column in ("leak", "part"))
         panels[0].errorbar(x, y, dy, dx, fmt="o", capsize=2, label=method)
     panels[0].set(xlabel="leak: the category turned into the thing", ylabel="part (1 = real)",
-                  title="six things, mean and standard error")
+                  title="twelve things, mean and standard error")
     for k, method in enumerate(MAIN):
         means = by_thing(method, "part")
         panels[1].bar([EASY.index(name) + 0.27 * (k - 1) for name in means], means.values(), 0.25,

@@ -28,9 +28,10 @@ from custom_diffusion import (apply_concept, gather, keys_and_values, load_conce
 from evaluate import prompt_accuracy
 from models import base_task
 from studies.common import RULE, Table, claims, figure, markdown, mean_se, parser, run, shown
-from studies.custom_concepts import BASE, EASY, OUT, THINGS, Bench, flags_of, learn
+from studies.custom_concepts import BASE, OUT, Bench, flags_of, learn
+from studies.things import SIX, THINGS
 
-PAIRS = [(name, EASY[(k + 1) % len(EASY)]) for k, name in enumerate(EASY)]
+PAIRS = [(name, SIX[(k + 1) % len(SIX)]) for k, name in enumerate(SIX)]
 COMBINE = ("apart", "average", "sum", "merge", "softly", "joint", "sequential")
 TABLE = Table("custom_merge", ["pair", "how", "seed"])
 KINDS = ("start", "words", "end", "padding")

@@ -22,11 +22,19 @@ THINGS = {"target circle": ("circle", "cyan", "circle", "red", 0.55),
           "gem cross": ("cross", "red", "square", "yellow", 0.4),
           "pearl star": ("star", "white", "circle", "red", 0.4),
           "kite triangle": ("triangle", "purple", "square", "yellow", 0.45),
+          "moon circle": ("circle", "green", "square", "white", 0.5),
+          "flag square": ("square", "purple", "star", "yellow", 0.5),
+          "gear ring": ("ring", "white", "cross", "green", 0.35),
+          "plug cross": ("cross", "cyan", "circle", "orange", 0.45),
+          "nova star": ("star", "orange", "cross", "blue", 0.45),
+          "tent triangle": ("triangle", "red", "circle", "cyan", 0.5),
           "split square": ("square", "orange", "half", "blue", 1.0),
           "button square": ("square", "green", "cross", "white", 0.5),
           "badge circle": ("circle", "yellow", "star", "blue", 0.55)}
 HARD = ("split square",)
 TUNING = ("button square", "badge circle")      # rates are chosen on these, which no table shows
+EASY = tuple(name for name in THINGS if name not in HARD + TUNING)
+SIX = EASY[:6]                                  # one of each category: pairs and placements
 
 
 def photographs(name, count=10, word="<new1>", seed=0):

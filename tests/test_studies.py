@@ -232,7 +232,7 @@ def test_the_sweep_reports_whole_rounds_and_judges_by_its_rules(tmp_path, monkey
     from studies import adapter_sweep as study
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(things, "TUNING", (), raising=False)
-    one, two, *_ = study.learned()
+    one, two, *_ = things.SIX
     assert study.report() == ""
     # what is read decides: ca_out is best; a little noise of the placement and the thing
     level = {"ca_out": 0.9, "lora": 0.4, "full": 1.0, "none": 0.0}
@@ -625,7 +625,7 @@ def test_intervals_and_verdicts():
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_verdicts_of_custom_diffusion_by_made_up_rows(whole, tmp_path, monkeypatch):
-    """What is measured of all six things is shown, with the verdict that the rows give."""
+    """What is measured of all twelve things is shown, with the verdict that the rows give."""
     from studies import custom_concepts as single, custom_merge as pairs
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     part = {"K/V and word": 0.7, "word alone": 0.1, "all weights": 0.9, "no prior": 0.6}
@@ -636,7 +636,7 @@ def test_verdicts_of_custom_diffusion_by_made_up_rows(whole, tmp_path, monkeypat
                            "leak": 0.0} for m in single.MAIN for thing in things.TUNING])
     monkeypatch.setattr(single, "RATES", {m: [(1, 1)] * 3 for m in single.MAIN})
     for method in [*part][:4 if whole else 3]:
-        for k, thing in enumerate(single.EASY[:6 if whole or method != "all weights" else 5]):
+        for k, thing in enumerate(single.EASY[:12 if whole or method != "all weights" else 11]):
             single.SINGLE.add({"thing": thing, "method": method, "seed": 0, **row, "part":
                                part[method] + noise(k), "leak": 0.3 * (method == "no prior")})
     for thing in (*single.EASY, *single.HARD):
