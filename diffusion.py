@@ -24,7 +24,6 @@ step is taken at the last t, not at the first; vb counts T / 1000, as in its "re
 import copy
 import itertools
 import math
-import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -186,10 +185,10 @@ class GaussianDiffusion:
 
     def sample(self, model, shape, cond=None, uncond=None, sampler=None, steps=None, **options):
         """Sample pictures -> (B, C, ...) = `shape`. None: the process's default.
-        steps: how many, or for a Gaussian chain a respacing (respaced_steps; a number for "dpm++":
-        evenly in log-SNR). cfg_*: see guided. x_init with mask (1 = paint here): inpainting; with
-        strength < 1: begin with x_init at this noise level, (t + 1) / T or u; a Gaussian chain then
-        takes fewer steps. clip: clamp x0 to [-1, 1] (pixels, not latents). noise: begin here.
+        steps: how many, for a Gaussian chain evenly in t ("dpm++": in log-SNR). cfg_*: see guided.
+        x_init with mask (1 = paint here): inpainting; with strength < 1: begin with x_init at this
+        noise level, (t + 1) / T or u; a Gaussian chain then takes fewer steps. clip: clamp x0 to
+        [-1, 1] (pixels, not latents). noise: begin here.
         Source: DDPM Alg. 2; inpainting: Lugmayr et al. 2022 Eq. 8; strength: SDEdit Alg. 1."""
         for x, _ in self.trajectory(model, shape, cond, uncond, sampler, steps, **options):
             pass
@@ -204,7 +203,7 @@ class GaussianDiffusion:
     def path(self, sampler, steps, strength=1.0):
         """-> (respaced process, [(t, level), ..., (-1, 0)]). Source: Lu et al. 2022 §5 (dpm++)."""
         kept, log_snr = respaced_steps(self.steps, steps), torch.logit(self.alpha_bar)      # (T,)
-        if sampler == "dpm++" and isinstance(steps, int):
+        if sampler == "dpm++":
             end = log_snr[-1].clamp(min=MIN_LOG_SNR)
             targets = torch.linspace(log_snr[0], end, steps, dtype=torch.float64)   # (steps,)
             kept = (log_snr - targets[:, None]).abs().argmin(dim=1).tolist()        # the nearest t
@@ -353,27 +352,14 @@ SCHEDULES = {
     "cosine": cosine_betas}
 
 
-def respaced_steps(num_steps, respacing):
-    """Which of num_steps timesteps a shorter chain visits: ascending list of ints.
-    respacing: 250 or "250" = so many, evenly, both ends included; "10,15,20" = so many from each
-    of equal sections; "ddim25" = every n-th from 0. Source: improved DDPM §4."""
-    if not re.fullmatch(r"ddim\d+|\d+(,\d+)*", str(respacing)):
-        raise ValueError(f"steps {respacing!r}: give a whole number, 10,15,20, or ddim25")
-    if str(respacing).startswith("ddim"):
-        for stride in range(1, num_steps):
-            if len(range(0, num_steps, stride)) == int(respacing[4:]):
-                return list(range(0, num_steps, stride))
-        raise ValueError(f"no whole stride visits {respacing[4:]} of {num_steps} steps: omit ddim")
-    kept, first, counts = set(), 0, [int(count) for count in str(respacing).split(",")]
-    for i, count in enumerate(counts):
-        size = num_steps // len(counts) + (i < num_steps % len(counts))
-        if not 1 <= count <= size:
-            raise ValueError(f"steps {count}: give a whole number from 1 to {size}")
-        # summed, not multiplied, and rounded half to even, like the published chains
-        strides = [(size - 1) / max(1, count - 1)] * (count - 1)
-        kept.update(first + round(x) for x in itertools.accumulate(strides, initial=0.0))
-        first += size
-    return sorted(kept)
+def respaced_steps(num_steps, count):
+    """Which of num_steps timesteps a chain of `count` visits: ascending list of ints, spread
+    evenly, both ends included. Source: improved DDPM §4."""
+    if type(count) is not int or not 1 <= count <= num_steps:
+        raise ValueError(f"steps {count!r}: give a whole number from 1 to {num_steps}")
+    # summed, not multiplied, and rounded half to even, like the published chains
+    strides = [(num_steps - 1) / max(1, count - 1)] * (count - 1)
+    return [round(x) for x in itertools.accumulate(strides, initial=0.0)]
 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):

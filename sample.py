@@ -46,7 +46,7 @@ class Options:
     cfg_interval: str = flag(None, "guide at noise levels LOW,HIGH alone; 0 = clean, 1 = noise")
     cfg_channels: int = flag(None, "guide the first so many channels; 3 = official DiT", "[1, inf)")
     sampler: str = flag(None, "ddim, ddpm, dpm++; flow: euler, heun; tokens: posterior, purity")
-    steps: str = flag(None, 'how many; for Gaussian chains also a respacing such as "ddim25"')
+    steps: int = flag(None, "how many (default: the sampler's own)", "[1, inf)")
     truncation: float = flag(None, "tokens: keep the likeliest codes of this share", "(0, 1]")
     eta: float = flag(None, "ddim: noise added back, 0 = none, 1 = as much as ddpm", "[0, 1]")
     seed: int = flag(None, "picture i is sampled from seed + i (default: 0)", "[0, 9e18]")
@@ -194,8 +194,6 @@ def sampling_options(options, task, model):
                "--cfg-scale other than 1, and a model that was trained with --class-dropout")
     if len(task.shape) == 1:
         refuse(options, "interpolate", "mixes Gaussian noises, and this model works on tokens")
-    if given.get("steps", "").isdecimal():
-        given["steps"] = int(given["steps"])
     if options.cfg_interval:
         if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", options.cfg_interval):
             raise ValueError(f"--cfg-interval {options.cfg_interval}: give LOW,HIGH, such as 0,0.6")
