@@ -410,14 +410,3 @@ randn, rand = partial(random_rows, torch.randn), partial(random_rows, torch.rand
 def seeds(first, count, device="cpu"):
     """One generator for each of `count` samples, seeded first, first + 1, ..."""
     return [torch.Generator(device).manual_seed(first + i) for i in range(count)]
-
-
-def interpolated_noise(count, shape, seed, device):
-    """Rows of eight noises on the arc between two, (count, *shape). Source: DDIM §5.3."""
-    k, rows = torch.linspace(0, 1, 8, device=device).view(8, 1, 1, 1), []
-    for row in range((count + 7) // 8):
-        a, b = randn((2, *shape), seeds(seed + 2 * row, 2, device), device)             # (C, H, W)
-        angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
-        arc = torch.sin((1 - k) * angle) * a + torch.sin(k * angle) * b     # (8, C, H, W)
-        rows.append(arc / torch.sin(angle))
-    return torch.cat(rows)[:count]

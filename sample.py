@@ -25,7 +25,6 @@ from checkpoint import load_checkpoint, save_checkpoint, written_whole
 from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
-from diffusion import interpolated_noise
 from models import MERGES, official_task, task_from
 from pretrained import is_official
 from tasks import sample_all
@@ -67,7 +66,6 @@ class Options:
     strip: bool = flag(None, "also NAME-strip.png: ten moments of the denoising", needs="!npz")
     gif: bool = flag(None, "also NAME.gif: the denoising as a film", needs="!npz")
     npz: int = flag(None, "write so many pictures as uint8 NHWC arr_0 to NAME.npz", "[1, 1e6]")
-    interpolate: bool = flag(None, "rows of eight pictures between two noises each")
     init: str = flag(None, "picture to start from: image-to-image, or inpainting with --mask")
     mask: str = flag(None, "for inpainting: white is painted anew, all else stays", needs="init")
     strength: float = flag(None, "image-to-image: noise level (0.6)", "(0, 1]", needs="init !mask")
@@ -158,9 +156,8 @@ def conditions(options, task):
         names, count = task.info["class_names"], task.model.num_classes
         some = range(min(48 if names else 8, max(1, count)))
         asked = choose_classes(options.classes, names, count) or list(some)
-    walk = 8 if options.interpolate else 1          # pictures of a walk share a condition
-    count = options.n or options.npz or (8 * len(asked[:4]) if walk == 8 else len(asked))
-    asked = [asked[i // walk % len(asked)] for i in range(count)]
+    count = options.n or options.npz or len(asked)
+    asked = [asked[i % len(asked)] for i in range(count)]
     if task.tokenizer is not None:
         return task.tokenizer(asked), asked
     return torch.tensor(asked), [names[i] for i in asked] if names else None
@@ -192,8 +189,6 @@ def sampling_options(options, task, model):
     if given.get("cfg_scale", task.settings.cfg_scale if model.can_guide else 1) == 1:
         refuse(options, "negative cfg_interval cfg_channels", "is read with guidance alone: give a "
                "--cfg-scale other than 1, and a model that was trained with --class-dropout")
-    if len(task.shape) == 1:
-        refuse(options, "interpolate", "mixes Gaussian noises, and this model works on tokens")
     if options.cfg_interval:
         if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", options.cfg_interval):
             raise ValueError(f"--cfg-interval {options.cfg_interval}: give LOW,HIGH, such as 0,0.6")
@@ -261,8 +256,6 @@ def main(argv):
     if options.concept:
         print(f"new words: {', '.join(add_concept(options.concept, task)) or 'none'}")
     (y, names), per_picture, mask = conditions(options, task), {}, None
-    if options.interpolate:
-        per_picture["noise"] = interpolated_noise(len(y), task.shape, seed, device)
     if options.negative is not None:
         per_picture["null"] = task.tokenizer([options.negative] * len(y)).to(device)
     if options.init:

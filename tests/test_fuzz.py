@@ -587,7 +587,7 @@ sample --ckpt in/gauss/ckpt.pt --sampler ddim --eta 0.5 --n 1 --strip --gif {PLA
 sample --ckpt in/gauss/ckpt.pt --sampler dpm++ --npz 3 --batch-size 2 --seed 4 {PLAIN}
 sample --ckpt in/latent/ckpt.pt --init in/photo.png --strength 0.5 {PLAIN}
 sample --ckpt in/latent/ckpt.pt --init in/photo.png --mask in/mask.png --n 2 {PLAIN}
-sample --ckpt in/udit/ckpt.pt --interpolate --weights model {PLAIN}
+sample --ckpt in/udit/ckpt.pt --weights model {PLAIN}
 sample --ckpt in/unet/ckpt.pt --prompt a|dog --negative cat --n 2 {PLAIN}
 sample --ckpt in/base.pt --concept in/concept/concept.pt --prompt <new1> {PLAIN}
 sample --ckpt in/adapter/adapter.pt --base in/base.pt --scale 0.5 {PLAIN}
