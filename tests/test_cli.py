@@ -17,7 +17,7 @@ import custom_diffusion
 import train
 from checkpoint import load_checkpoint
 from cli import flag, in_one_line, one_line, parse, resolve_device
-from conftest import ONE_THREAD, ROOT
+from conftest import ONE_THREAD, ROOT, fewer_drawn
 
 
 def refuse(capsys, *argv, main=train.main):
@@ -237,9 +237,7 @@ def test_words_that_cannot_be_written_are_one_line(tmp_path):
     (["--first-stage", "nowhere.pt"], "nowhere.pt"), (["--init", "nowhere.pt"], "nowhere.pt"),
     (["--resume"], "no checkpoint"), (["--data", "folder:/does/not/exist"], "/does/not/exist")])
 def test_wrong_flags(capsys, tmp_path, argv, words, monkeypatch):
-    monkeypatch.setattr(train.data.worlds, "draw_world",
-                        lambda *args: (torch.zeros(48, 3, 32, 32, dtype=torch.uint8),
-                                       torch.arange(48), ["a red circle"] * 48))
+    fewer_drawn(monkeypatch, 48)
     assert words in refuse(capsys, *argv, "--out", str(tmp_path / "run"))
     assert not list(tmp_path.rglob("ckpt.pt"))
 

@@ -34,7 +34,7 @@ import numpy as np
 import pytest
 import torch
 import tqdm
-from conftest import ROOT, assert_same, fill_by_recipe, write_safetensors
+from conftest import ROOT, assert_same, fewer_drawn, fill_by_recipe, write_safetensors
 from PIL import Image
 
 import adapters
@@ -47,7 +47,6 @@ import sample
 import studies.common
 import tasks
 import train
-import worlds
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DiT
 from text import CLIPTokenizer, TextEncoder
@@ -132,7 +131,7 @@ class Workshop:
 
     def patches(self, patch):
         """Cut what takes long; no network; no files in the repository."""
-        make_step, draw_world = train.make_step, worlds.draw_world
+        make_step = train.make_step
 
         def tick(most):
             self.count += 1
@@ -160,8 +159,7 @@ class Workshop:
             patch.setattr(process, "trajectory", short(process.trajectory))
         for family, (name, sizes) in NANO.items():
             patch.setitem(models.FAMILIES[family].sizes, name, sizes)
-        patch.setattr(worlds, "draw_world", lambda name, size, split, count, *more: draw_world(
-            name, size, split, min(count or 64, 64), *more))
+        fewer_drawn(patch, 64)
         learn = evaluate.train_classifier
         patch.setattr(evaluate, "train_classifier", lambda real, steps=1000, *more: learn(
             real, min(steps, 2), *more))
