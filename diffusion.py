@@ -35,8 +35,8 @@ import torch.nn.functional as F
 # sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar): it begins at t = 995, where the factor is 160.
 MIN_LOG_SNR = -10.2
 # the options that all samplers of this file read, with their defaults; `sample` explains them
-DEFAULTS = dict(cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None, x_init=None, mask=None,
-                strength=1.0, noise=None, clip=False, generator=None, device="cpu")
+DEFAULTS = dict(cfg_scale=1.0, cfg_channels=None, x_init=None, mask=None, strength=1.0, noise=None,
+                clip=False, generator=None, device="cpu")
 COMMON = frozenset(DEFAULTS)
 
 
@@ -151,7 +151,7 @@ class GaussianDiffusion:
 
     def step(self, denoise, xt, t, levels, x0_last, opt):
         """One model call and one step of opt.sampler -> (x_{t-1}, x0). Source: DDPM Alg. 2."""
-        out = denoise(xt, self._at("t", t, xt), levels[0]).float()
+        out = denoise(xt, self._at("t", t, xt)).float()
         if opt.sampler == "dpm++":
             return self.dpmpp_step(out, xt, t, x0_last, opt.clip)
         noisy = opt.sampler == "ddpm" or opt.eta > 0
@@ -168,7 +168,7 @@ class GaussianDiffusion:
         opt = SimpleNamespace(sampler=sampler, **{**DEFAULTS, "eta": 0.0, **options})
         steps = self.default_steps[sampler] if steps is None else steps
         process, path = self.path(sampler, steps, opt.strength)
-        denoise = guided(model, cond, uncond, opt.cfg_scale, opt.cfg_interval, opt.cfg_channels)
+        denoise = guided(model, cond, uncond, opt.cfg_scale, opt.cfg_channels)
         batch = lambda t: torch.full(shape[:1], t, device=opt.device)               # (B,)
         xt = noise = randn(shape, opt.generator, opt.device) if opt.noise is None else opt.noise
         if opt.strength < 1:
@@ -272,13 +272,13 @@ class RectifiedFlow:
     def step(self, denoise, xt, t, levels, x0_last, opt):
         """dx/du = velocity, from u to u_next -> (x at u_next, x0). Source: Liu et al. Eq. 1."""
         u, u_next = levels
-        velocity = denoise(xt, t, u).float()
+        velocity = denoise(xt, t).float()
         x0 = xt - u * velocity
         x0 = x0.clamp(-1, 1) if opt.clip else x0
         velocity = (xt - x0) / u
         if opt.sampler == "heun" and u_next > 0:        # the average of the slopes at both ends
             t_next = torch.full_like(t, 1000 * u_next)
-            ahead = denoise(xt + (u_next - u) * velocity, t_next, u_next).float()
+            ahead = denoise(xt + (u_next - u) * velocity, t_next).float()
             velocity = (velocity + ahead) / 2
         return xt + (u_next - u) * velocity, x0
 
@@ -290,19 +290,18 @@ class RectifiedFlow:
         return self, [(1000 * u, u) for u in us]
 
 
-def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None):
-    """Classifier-free guidance, eps = eps_u + s (eps_c - eps_u), as a callable f(xt, t, level).
+def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_channels=None):
+    """Classifier-free guidance, eps = eps_u + s (eps_c - eps_u), as a callable f(xt, t).
     s = cfg_scale: 1 = cond (B, ...) alone, 0 = uncond alone; these cost one forward, others two.
-    cfg_interval: guide only while the noise level (0 = clean, 1 = noise) is inside. cfg_channels:
-    guide only the first so many channels of xt (None: all); variance channels are those of cond.
-    Source: Ho & Salimans 2022 Eq. 6; interval: Kynkaanniemi et al. 2024."""
+    cfg_channels: guide only the first so many channels of xt (None: all); variance channels are
+    those of cond. Source: Ho & Salimans 2022 Eq. 6."""
     if cfg_scale != 1.0 and uncond is None:
         raise ValueError("cfg_scale needs an unconditional input: 1, or train with label dropout")
-    def denoise(xt, t, level):
+    def denoise(xt, t):
         k = cfg_channels or xt.shape[1]
         if k > xt.shape[1]:
             raise ValueError(f"cfg_channels {k}: there are {xt.shape[1]} channels to guide")
-        if cfg_scale == 1.0 or not cfg_interval[0] <= level <= cfg_interval[1]:
+        if cfg_scale == 1.0:
             return model(xt, t, cond)
         if cfg_scale == 0.0 and cfg_channels is None:
             return model(xt, t, uncond)
@@ -326,9 +325,6 @@ def check_options(process, sampler, options):
             raise ValueError(f"{name} {options[name]}: give a number above 0, and at most 1")
     if x_init is None and (options.get("mask") is not None or strength < 1):
         raise ValueError("mask and strength need x_init, the known picture: give it as well")
-    low, high = options.get("cfg_interval", (0.0, 1.0))
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"cfg_interval {low}, {high}: give two levels, 0 <= low <= high <= 1")
 
 
 def check_name(what, name, legal):

@@ -13,7 +13,6 @@
 import dataclasses
 import difflib
 import pathlib
-import re
 
 import numpy as np
 import torch
@@ -42,7 +41,6 @@ class Options:
     negative: str = flag(None, "a prompt to steer away from, not from the empty one", "text")
     n: int = flag(None, "how many pictures (default: one of each)", "[1, 1e6]", needs="!npz")
     cfg_scale: float = flag(None, "guidance, 1 = none (default: the run's)", "[0, inf)")
-    cfg_interval: str = flag(None, "guide at noise levels LOW,HIGH alone; 0 = clean, 1 = noise")
     cfg_channels: int = flag(None, "guide the first so many channels; 3 = official DiT", "[1, inf)")
     sampler: str = flag(None, "ddim, ddpm, dpm++; flow: euler, heun; tokens: posterior, purity")
     steps: int = flag(None, "how many (default: the sampler's own)", "[1, inf)")
@@ -184,15 +182,11 @@ def read_mask(options, info):
 
 def sampling_options(options, task, model):
     """The options that were given, under the names that a process knows. Raises ValueError."""
-    names = ("cfg_scale", "cfg_interval", "cfg_channels", "sampler", "steps", "truncation", "eta")
+    names = ("cfg_scale", "cfg_channels", "sampler", "steps", "truncation", "eta")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if given.get("cfg_scale", task.settings.cfg_scale if model.can_guide else 1) == 1:
-        refuse(options, "negative cfg_interval cfg_channels", "is read with guidance alone: give a "
+        refuse(options, "negative cfg_channels", "is read with guidance alone: give a "
                "--cfg-scale other than 1, and a model that was trained with --class-dropout")
-    if options.cfg_interval:
-        if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", options.cfg_interval):
-            raise ValueError(f"--cfg-interval {options.cfg_interval}: give LOW,HIGH, such as 0,0.6")
-        given["cfg_interval"] = *map(float, options.cfg_interval.split(",")),
     return given
 
 

@@ -580,7 +580,7 @@ train --model vq-nano {TEXT} --data folder:in/jsonl --first-stage in/vqvae/ckpt.
 train --out in/dit --resume --steps 2
 train --out in/unet --resume --steps 2 --data folder:in/jsonl
 sample --ckpt in/dit/ckpt.pt --class apple,1 --n 2 {PLAIN}
-sample --ckpt in/dit/ckpt.pt --cfg-scale 2 --cfg-interval 0,0.6 --cfg-channels 1 {PLAIN}
+sample --ckpt in/dit/ckpt.pt --cfg-scale 2 --cfg-channels 1 {PLAIN}
 sample --ckpt in/gauss/ckpt.pt --sampler ddim --eta 0.5 --n 1 --strip --gif {PLAIN}
 sample --ckpt in/gauss/ckpt.pt --sampler dpm++ --npz 3 --batch-size 2 --seed 4 {PLAIN}
 sample --ckpt in/latent/ckpt.pt --init in/photo.png --strength 0.5 {PLAIN}

@@ -103,7 +103,6 @@ def test_guidance_is_the_runs_unless_it_is_given(runs):
         return drawn(runs, "latent", "--n", "2", *flags)[0]
     default, same, none = images(), images("--cfg-scale", "2"), images("--cfg-scale", "1")
     assert torch.equal(default, same) and not torch.equal(default, none)
-    assert torch.equal(none, images("--cfg-scale", "7", "--cfg-interval", "0,0"))
     assert not torch.equal(images("--cfg-channels", "1"), default)
 
 
@@ -400,7 +399,7 @@ def refuse(capsys, runs, name, *flags):
 
 # a value for each option, and another option that it needs
 GIVEN = {"ckpt": None, "classes": "1", "prompt": "a large red circle", "n": "3", "cfg_scale": "4",
-         "negative": "a small red circle", "cfg_interval": "0,0.5", "cfg_channels": "1",
+         "negative": "a small red circle", "cfg_channels": "1",
          "sampler": None, "steps": "3", "truncation": "0.2", "eta": "0.9", "seed": "7",
          "base": BASE, "scale": "0.5", "concept": BASE, "weights": "model", "vae": BASE, "bpe": "x",
          "image_size": "64", "dtype": "float16", "out": None, "export": "e.pt", "note": "x",
@@ -447,12 +446,12 @@ def test_every_option_changes_the_files_or_is_refused(runs, known, tmp_path, mon
             refused |= {name} if got == 2 else set()
             assert got == 2 or isinstance(got, dict) and got != before, name
     always = {"base", "scale", "vae", "bpe", "image_size", "dtype", "concept"}
-    none, words = {"cfg_scale", "cfg_interval", "cfg_channels"}, {"prompt", "negative"}
+    none, words = {"cfg_scale", "cfg_channels"}, {"prompt", "negative"}
     expected = {
         "flow": {"truncation", "eta", *words}, "gaussian": {"truncation", *words},
         "unguided": {"truncation", "eta", "classes", *words, *none},
         "text": {"truncation", "eta", "classes", "weights"},
-        "tokens": {"eta", "classes", "weights", "cfg_interval", "cfg_channels"}}
+        "tokens": {"eta", "classes", "weights", "cfg_channels"}}
     assert refused == always | expected[kind]
     for name, value in SAME.items():
         assert files(f"--{name.replace('_', '-')}", value) == plain
@@ -483,10 +482,8 @@ def test_an_export_reads_nothing_else(runs, tmp_path, capsys, flags):
     ("pixel", ["--sampler", "ddpm", "--eta", "0.5"], "leave it out, or use sampler ddim"),
     ("latent", ["--steps", "ddim25"], "invalid int value: 'ddim25'"),
     ("unconditional", ["--cfg-scale", "3"], "nothing to guide by"),
-    ("latent", ["--cfg-interval", "0.3"], "LOW,HIGH"),
-    ("latent", ["--cfg-interval", "..,1"], "LOW,HIGH"), ("latent", ["--note", "x"], "--export"),
-    ("latent", ["--cfg-interval", "0.6,0.2"], "low <= high"),
-    ("latent", ["--cfg-scale", "1", "--cfg-interval", "0,0.2"], "is read with guidance alone"),
+    ("latent", ["--note", "x"], "--export"),
+    ("latent", ["--cfg-scale", "1", "--cfg-channels", "1"], "is read with guidance alone"),
     ("latent", ["--cfg-channels", "5"], "there are 4 channels"),
     ("latent", ["--steps", "0"], "steps 0"), ("latent", ["--steps", "²"], "int value: '²'"),
     ("latent", ["--steps", "99999999999"], "1 to 10,000"), ("latent", ["--class", "²"], "are 2"),
