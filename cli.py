@@ -124,21 +124,16 @@ def one_line(main):
 
 
 def in_one_line(error):
-    """What an error says, in at most 400 characters; of too little memory, what was asked for and
-    what there is. Any other RuntimeError is a fault of the program, and raised again."""
+    """What an error says, in at most 400 characters; of too little memory, what was asked for. Any
+    other RuntimeError is a fault of the program, and raised again."""
     words = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
     short = re.search("(?i)out of memory|can.t allocate|size calculation overflowed", words)
     if isinstance(error, RuntimeError) and not short:
         raise error
     if isinstance(error, (RuntimeError, MemoryError)):
         asked = re.search(r"(?i)allocate (\d[\d.]* \w+)", words)
-        words = "not enough memory" + (f" for {asked[1]}" if asked else "")
-        cuda = isinstance(error, torch.OutOfMemoryError)
-        if cuda or "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):   # on Linux alone
-            free, total = torch.cuda.mem_get_info() if cuda else (
-                os.sysconf("SC_PAGE_SIZE") * os.sysconf(f"SC_{n}PHYS_PAGES") for n in ("AV", ""))
-            words += f": {free >> 20:,} of {total >> 20:,} MiB are free"
-        words += ": take fewer or smaller pictures at once"
+        words = (f"not enough memory{f' for {asked[1]}' if asked else ''}: "
+                 "take fewer or smaller pictures at once")
     if type(error) in (OSError, BrokenPipeError) and error.errno and not error.filename:
         words += ", while writing log.csv or what is printed"       # all else is written_whole
     return words if len(words) <= 400 else f"{words[:200]} ... {words[-195:]}"

@@ -492,9 +492,7 @@ def learn(argv):
 def opened(argv, Options):
     """Flags -> (options, the base's task), if --out is a new file. Raises ValueError."""
     options, = parse(argv, __doc__, Options)
-    if os.path.lexists(options.out):
-        raise ValueError(f"{options.out} exists: choose another --out, or delete it")
-    data.check_target(options.out, b"")
+    data.check_target(options.out, None)
     return options, base_task(options.base, options.bpe)
 
 

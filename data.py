@@ -112,7 +112,7 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
           folder:PATH               classes or captions, see folders.py
           npz:FILE, latents:FILE    see read_arrays, save_latents (image_size is not used)
     split: train or test.  Where a source has no test split it is a fixed 5 %, or all if under 200.
-    count: keep this many, chosen by seed.  hold_out: see draw_world.  skip_bad: see read_folder.
+    count: keep this many, chosen by seed.  hold_out: see plan_world.  skip_bad: see read_folder.
     Returns a Dataset.  Raises ValueError for anything that the caller can mend."""
     if split not in ("train", "test") or image_size < 1 or (count is not None and count < 1):
         raise ValueError(f"say train or test, positive sizes, not {split!r}, {image_size}, {count}")
@@ -120,8 +120,9 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
     if hold_out and name not in ("shapes", "scenes"):
         raise ValueError(f"hold_out is for shapes and scenes, not for {name}")
     if name in ("shapes", "scenes"):
-        world = worlds.draw_world(name, image_size, split, count, seed, hold_out)
-        return Dataset(name, *world, list(worlds.CLASS_NAMES), flip=False)
+        plan = worlds.plan_world(name, split, count, seed, hold_out)
+        return Dataset(name, worlds.draw_scene(plan, image_size), plan["label"], plan["captions"],
+                       list(worlds.CLASS_NAMES), flip=False)
     if name in OFFICIAL:
         return _take(_official(name, image_size, split, data_dir), image_size, None, count, seed)
     if kind == "folder" and path:
@@ -246,9 +247,10 @@ def save_latents(path, latents, labels=None, captions=None, class_names=()):
 
 def check_target(path, mark):
     """Raise ValueError unless `path` can be written, and is new or has the bytes `mark` near its
-    start, which the same command left there. Leaves nothing behind."""
+    start, which the same command left there; None: it must be new. Leaves nothing behind."""
     path = Path(path)
-    known = os.path.isfile(path) and mark in np.fromfile(path, np.uint8, 2 ** 20).tobytes()
+    known = mark is not None and os.path.isfile(path) and (
+        mark in np.fromfile(path, np.uint8, 2 ** 20).tobytes())
     if os.path.lexists(path) and not known:
         raise ValueError(f"{path} exists and was not made by this command: choose another name")
     there = next(folder for folder in path.absolute().parents if os.path.lexists(folder))

@@ -24,7 +24,6 @@ step is taken at the last t, not at the first; vb counts T / 1000, as in its "re
 import copy
 import itertools
 import math
-import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -36,8 +35,8 @@ import torch.nn.functional as F
 # sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar): it begins at t = 995, where the factor is 160.
 MIN_LOG_SNR = -10.2
 # the options that all samplers of this file read, with their defaults; `sample` explains them
-DEFAULTS = dict(cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None, x_init=None, mask=None,
-                strength=1.0, noise=None, clip=False, generator=None, device="cpu")
+DEFAULTS = dict(cfg_scale=1.0, cfg_channels=None, x_init=None, mask=None, strength=1.0, noise=None,
+                clip=False, generator=None, device="cpu")
 COMMON = frozenset(DEFAULTS)
 
 
@@ -152,7 +151,7 @@ class GaussianDiffusion:
 
     def step(self, denoise, xt, t, levels, x0_last, opt):
         """One model call and one step of opt.sampler -> (x_{t-1}, x0). Source: DDPM Alg. 2."""
-        out = denoise(xt, self._at("t", t, xt), levels[0]).float()
+        out = denoise(xt, self._at("t", t, xt)).float()
         if opt.sampler == "dpm++":
             return self.dpmpp_step(out, xt, t, x0_last, opt.clip)
         noisy = opt.sampler == "ddpm" or opt.eta > 0
@@ -169,7 +168,7 @@ class GaussianDiffusion:
         opt = SimpleNamespace(sampler=sampler, **{**DEFAULTS, "eta": 0.0, **options})
         steps = self.default_steps[sampler] if steps is None else steps
         process, path = self.path(sampler, steps, opt.strength)
-        denoise = guided(model, cond, uncond, opt.cfg_scale, opt.cfg_interval, opt.cfg_channels)
+        denoise = guided(model, cond, uncond, opt.cfg_scale, opt.cfg_channels)
         batch = lambda t: torch.full(shape[:1], t, device=opt.device)               # (B,)
         xt = noise = randn(shape, opt.generator, opt.device) if opt.noise is None else opt.noise
         if opt.strength < 1:
@@ -186,10 +185,10 @@ class GaussianDiffusion:
 
     def sample(self, model, shape, cond=None, uncond=None, sampler=None, steps=None, **options):
         """Sample pictures -> (B, C, ...) = `shape`. None: the process's default.
-        steps: how many, or for a Gaussian chain a respacing (respaced_steps; a number for "dpm++":
-        evenly in log-SNR). cfg_*: see guided. x_init with mask (1 = paint here): inpainting; with
-        strength < 1: begin with x_init at this noise level, (t + 1) / T or u; a Gaussian chain then
-        takes fewer steps. clip: clamp x0 to [-1, 1] (pixels, not latents). noise: begin here.
+        steps: how many, for a Gaussian chain evenly in t ("dpm++": in log-SNR). cfg_*: see guided.
+        x_init with mask (1 = paint here): inpainting; with strength < 1: begin with x_init at this
+        noise level, (t + 1) / T or u; a Gaussian chain then takes fewer steps. clip: clamp x0 to
+        [-1, 1] (pixels, not latents). noise: begin here.
         Source: DDPM Alg. 2; inpainting: Lugmayr et al. 2022 Eq. 8; strength: SDEdit Alg. 1."""
         for x, _ in self.trajectory(model, shape, cond, uncond, sampler, steps, **options):
             pass
@@ -204,7 +203,7 @@ class GaussianDiffusion:
     def path(self, sampler, steps, strength=1.0):
         """-> (respaced process, [(t, level), ..., (-1, 0)]). Source: Lu et al. 2022 §5 (dpm++)."""
         kept, log_snr = respaced_steps(self.steps, steps), torch.logit(self.alpha_bar)      # (T,)
-        if sampler == "dpm++" and isinstance(steps, int):
+        if sampler == "dpm++":
             end = log_snr[-1].clamp(min=MIN_LOG_SNR)
             targets = torch.linspace(log_snr[0], end, steps, dtype=torch.float64)   # (steps,)
             kept = (log_snr - targets[:, None]).abs().argmin(dim=1).tolist()        # the nearest t
@@ -273,13 +272,13 @@ class RectifiedFlow:
     def step(self, denoise, xt, t, levels, x0_last, opt):
         """dx/du = velocity, from u to u_next -> (x at u_next, x0). Source: Liu et al. Eq. 1."""
         u, u_next = levels
-        velocity = denoise(xt, t, u).float()
+        velocity = denoise(xt, t).float()
         x0 = xt - u * velocity
         x0 = x0.clamp(-1, 1) if opt.clip else x0
         velocity = (xt - x0) / u
         if opt.sampler == "heun" and u_next > 0:        # the average of the slopes at both ends
             t_next = torch.full_like(t, 1000 * u_next)
-            ahead = denoise(xt + (u_next - u) * velocity, t_next, u_next).float()
+            ahead = denoise(xt + (u_next - u) * velocity, t_next).float()
             velocity = (velocity + ahead) / 2
         return xt + (u_next - u) * velocity, x0
 
@@ -291,19 +290,18 @@ class RectifiedFlow:
         return self, [(1000 * u, u) for u in us]
 
 
-def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None):
-    """Classifier-free guidance, eps = eps_u + s (eps_c - eps_u), as a callable f(xt, t, level).
+def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_channels=None):
+    """Classifier-free guidance, eps = eps_u + s (eps_c - eps_u), as a callable f(xt, t).
     s = cfg_scale: 1 = cond (B, ...) alone, 0 = uncond alone; these cost one forward, others two.
-    cfg_interval: guide only while the noise level (0 = clean, 1 = noise) is inside. cfg_channels:
-    guide only the first so many channels of xt (None: all); variance channels are those of cond.
-    Source: Ho & Salimans 2022 Eq. 6; interval: Kynkaanniemi et al. 2024."""
+    cfg_channels: guide only the first so many channels of xt (None: all); variance channels are
+    those of cond. Source: Ho & Salimans 2022 Eq. 6."""
     if cfg_scale != 1.0 and uncond is None:
         raise ValueError("cfg_scale needs an unconditional input: 1, or train with label dropout")
-    def denoise(xt, t, level):
+    def denoise(xt, t):
         k = cfg_channels or xt.shape[1]
         if k > xt.shape[1]:
             raise ValueError(f"cfg_channels {k}: there are {xt.shape[1]} channels to guide")
-        if cfg_scale == 1.0 or not cfg_interval[0] <= level <= cfg_interval[1]:
+        if cfg_scale == 1.0:
             return model(xt, t, cond)
         if cfg_scale == 0.0 and cfg_channels is None:
             return model(xt, t, uncond)
@@ -327,9 +325,6 @@ def check_options(process, sampler, options):
             raise ValueError(f"{name} {options[name]}: give a number above 0, and at most 1")
     if x_init is None and (options.get("mask") is not None or strength < 1):
         raise ValueError("mask and strength need x_init, the known picture: give it as well")
-    low, high = options.get("cfg_interval", (0.0, 1.0))
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"cfg_interval {low}, {high}: give two levels, 0 <= low <= high <= 1")
 
 
 def check_name(what, name, legal):
@@ -353,27 +348,14 @@ SCHEDULES = {
     "cosine": cosine_betas}
 
 
-def respaced_steps(num_steps, respacing):
-    """Which of num_steps timesteps a shorter chain visits: ascending list of ints.
-    respacing: 250 or "250" = so many, evenly, both ends included; "10,15,20" = so many from each
-    of equal sections; "ddim25" = every n-th from 0. Source: improved DDPM §4."""
-    if not re.fullmatch(r"ddim\d+|\d+(,\d+)*", str(respacing)):
-        raise ValueError(f"steps {respacing!r}: give a whole number, 10,15,20, or ddim25")
-    if str(respacing).startswith("ddim"):
-        for stride in range(1, num_steps):
-            if len(range(0, num_steps, stride)) == int(respacing[4:]):
-                return list(range(0, num_steps, stride))
-        raise ValueError(f"no whole stride visits {respacing[4:]} of {num_steps} steps: omit ddim")
-    kept, first, counts = set(), 0, [int(count) for count in str(respacing).split(",")]
-    for i, count in enumerate(counts):
-        size = num_steps // len(counts) + (i < num_steps % len(counts))
-        if not 1 <= count <= size:
-            raise ValueError(f"steps {count}: give a whole number from 1 to {size}")
-        # summed, not multiplied, and rounded half to even, like the published chains
-        strides = [(size - 1) / max(1, count - 1)] * (count - 1)
-        kept.update(first + round(x) for x in itertools.accumulate(strides, initial=0.0))
-        first += size
-    return sorted(kept)
+def respaced_steps(num_steps, count):
+    """Which of num_steps timesteps a chain of `count` visits: ascending list of ints, spread
+    evenly, both ends included. Source: improved DDPM §4."""
+    if type(count) is not int or not 1 <= count <= num_steps:
+        raise ValueError(f"steps {count!r}: give a whole number from 1 to {num_steps}")
+    # summed, not multiplied, and rounded half to even, like the published chains
+    strides = [(num_steps - 1) / max(1, count - 1)] * (count - 1)
+    return [round(x) for x in itertools.accumulate(strides, initial=0.0)]
 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):
@@ -424,14 +406,3 @@ randn, rand = partial(random_rows, torch.randn), partial(random_rows, torch.rand
 def seeds(first, count, device="cpu"):
     """One generator for each of `count` samples, seeded first, first + 1, ..."""
     return [torch.Generator(device).manual_seed(first + i) for i in range(count)]
-
-
-def interpolated_noise(count, shape, seed, device):
-    """Rows of eight noises on the arc between two, (count, *shape). Source: DDIM §5.3."""
-    k, rows = torch.linspace(0, 1, 8, device=device).view(8, 1, 1, 1), []
-    for row in range((count + 7) // 8):
-        a, b = randn((2, *shape), seeds(seed + 2 * row, 2, device), device)             # (C, H, W)
-        angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
-        arc = torch.sin((1 - k) * angle) * a + torch.sin(k * angle) * b     # (8, C, H, W)
-        rows.append(arc / torch.sin(angle))
-    return torch.cat(rows)[:count]

@@ -13,7 +13,6 @@
 import dataclasses
 import difflib
 import pathlib
-import re
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from checkpoint import load_checkpoint, save_checkpoint, written_whole
 from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
-from diffusion import interpolated_noise
 from models import MERGES, official_task, task_from
 from pretrained import is_official
 from tasks import sample_all
@@ -43,10 +41,9 @@ class Options:
     negative: str = flag(None, "a prompt to steer away from, not from the empty one", "text")
     n: int = flag(None, "how many pictures (default: one of each)", "[1, 1e6]", needs="!npz")
     cfg_scale: float = flag(None, "guidance, 1 = none (default: the run's)", "[0, inf)")
-    cfg_interval: str = flag(None, "guide at noise levels LOW,HIGH alone; 0 = clean, 1 = noise")
     cfg_channels: int = flag(None, "guide the first so many channels; 3 = official DiT", "[1, inf)")
     sampler: str = flag(None, "ddim, ddpm, dpm++; flow: euler, heun; tokens: posterior, purity")
-    steps: str = flag(None, 'how many; for Gaussian chains also a respacing such as "ddim25"')
+    steps: int = flag(None, "how many (default: the sampler's own)", "[1, inf)")
     truncation: float = flag(None, "tokens: keep the likeliest codes of this share", "(0, 1]")
     eta: float = flag(None, "ddim: noise added back, 0 = none, 1 = as much as ddpm", "[0, 1]")
     seed: int = flag(None, "picture i is sampled from seed + i (default: 0)", "[0, 9e18]")
@@ -67,7 +64,6 @@ class Options:
     strip: bool = flag(None, "also NAME-strip.png: ten moments of the denoising", needs="!npz")
     gif: bool = flag(None, "also NAME.gif: the denoising as a film", needs="!npz")
     npz: int = flag(None, "write so many pictures as uint8 NHWC arr_0 to NAME.npz", "[1, 1e6]")
-    interpolate: bool = flag(None, "rows of eight pictures between two noises each")
     init: str = flag(None, "picture to start from: image-to-image, or inpainting with --mask")
     mask: str = flag(None, "for inpainting: white is painted anew, all else stays", needs="init")
     strength: float = flag(None, "image-to-image: noise level (0.6)", "(0, 1]", needs="init !mask")
@@ -158,9 +154,8 @@ def conditions(options, task):
         names, count = task.info["class_names"], task.model.num_classes
         some = range(min(48 if names else 8, max(1, count)))
         asked = choose_classes(options.classes, names, count) or list(some)
-    walk = 8 if options.interpolate else 1          # pictures of a walk share a condition
-    count = options.n or options.npz or (8 * len(asked[:4]) if walk == 8 else len(asked))
-    asked = [asked[i // walk % len(asked)] for i in range(count)]
+    count = options.n or options.npz or len(asked)
+    asked = [asked[i % len(asked)] for i in range(count)]
     if task.tokenizer is not None:
         return task.tokenizer(asked), asked
     return torch.tensor(asked), [names[i] for i in asked] if names else None
@@ -187,19 +182,11 @@ def read_mask(options, info):
 
 def sampling_options(options, task, model):
     """The options that were given, under the names that a process knows. Raises ValueError."""
-    names = ("cfg_scale", "cfg_interval", "cfg_channels", "sampler", "steps", "truncation", "eta")
+    names = ("cfg_scale", "cfg_channels", "sampler", "steps", "truncation", "eta")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if given.get("cfg_scale", task.settings.cfg_scale if model.can_guide else 1) == 1:
-        refuse(options, "negative cfg_interval cfg_channels", "is read with guidance alone: give a "
+        refuse(options, "negative cfg_channels", "is read with guidance alone: give a "
                "--cfg-scale other than 1, and a model that was trained with --class-dropout")
-    if len(task.shape) == 1:
-        refuse(options, "interpolate", "mixes Gaussian noises, and this model works on tokens")
-    if given.get("steps", "").isdecimal():
-        given["steps"] = int(given["steps"])
-    if options.cfg_interval:
-        if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", options.cfg_interval):
-            raise ValueError(f"--cfg-interval {options.cfg_interval}: give LOW,HIGH, such as 0,0.6")
-        given["cfg_interval"] = *map(float, options.cfg_interval.split(",")),
     return given
 
 
@@ -263,8 +250,6 @@ def main(argv):
     if options.concept:
         print(f"new words: {', '.join(add_concept(options.concept, task)) or 'none'}")
     (y, names), per_picture, mask = conditions(options, task), {}, None
-    if options.interpolate:
-        per_picture["noise"] = interpolated_noise(len(y), task.shape, seed, device)
     if options.negative is not None:
         per_picture["null"] = task.tokenizer([options.negative] * len(y)).to(device)
     if options.init:

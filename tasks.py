@@ -18,6 +18,7 @@ import copy
 import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -378,10 +379,9 @@ def plot_loss(table, path):
     rows = [*csv.DictReader(pathlib.Path(table).read_text().splitlines())]
     if not rows:                                # a preview before the first row
         return
-    (steps, losses), means = zip(*((int(row["step"]), float(row["loss"])) for row in rows)), []
-    for loss in losses:
-        last = means[-1] if means and math.isfinite(means[-1]) else loss
-        means.append(0.9 * last + 0.1 * loss)
+    steps, losses = zip(*((int(row["step"]), float(row["loss"])) for row in rows))
+    mixed = lambda mean, loss: 0.9 * mean + 0.1 * loss if math.isfinite(mean) else loss
+    means = [*itertools.accumulate(losses, mixed)]
     figure = Figure(figsize=(5, 4), dpi=90, layout="tight")
     axes = figure.subplots()
     axes.plot(steps, losses, alpha=0.3, label="loss of a batch")

@@ -162,7 +162,7 @@ class MaskReplace:
             seen = torch.full(shape[:1], shown, device=o.device)                # (B,)
             if sampler != "posterior":          # the step at which the chain has so many [MASK]s
                 seen = (masked[:, None] / shape[1] - gamma_bar).abs().argmin(1)
-            p0 = self.guess(denoise(xt, seen, 1.0), o.truncation)               # (B, N, K+1)
+            p0 = self.guess(denoise(xt, seen), o.truncation)               # (B, N, K+1)
             if sampler == "posterior":
                 p = self.posterior(p0, xt, t, s)                                # (B, N, K+1)
                 xt = race(p, rand(p.shape, o.generator, o.device))

@@ -1,8 +1,8 @@
 """worlds.py: two worlds of drawn pictures, so that the first run needs no download.
 
     python train.py --data scenes --image-size 32
-    images, labels, captions = draw_world("scenes", image_size=32, count=1000)
-    parse_caption(captions[0])                 # {"objects": [{"shape": "ring", ...}], ...}
+    images = draw_scene(plan := plan_world("scenes", count=1000), image_size=32)
+    parse_caption(plan["captions"][0])         # {"objects": [{"shape": "ring", ...}], ...}
 
 `shapes` shows one object on black, in 48 classes.  `scenes` shows one or two objects with sizes,
 places, relations, backgrounds and a caption.  Captions leave things out, and none names the part,
@@ -162,15 +162,6 @@ def parse_caption(caption):
 
 # ---------------------------------------------------------------- a whole data set
 
-def draw_world(name, image_size=32, split="train", count=None, seed=0, hold_out=False):
-    """Draw the world `shapes` or `scenes`.
-    count: pictures; None = 48,000 for split "train" and 2,000 for "test".  hold_out: leave the
-    pairs of HELD_OUT out of the training split.  Returns images (N, 3, H, W) uint8, labels (N,)
-    int64 into CLASS_NAMES (the class of the first object), captions (N strings)."""
-    scene = plan_world(name, split, count, seed, hold_out)
-    return draw_scene(scene, image_size), scene["label"], scene["captions"]
-
-
 def draw_scene(scene, image_size=32):
     """The pictures (N, 3, H, W) uint8 of what plan_world planned."""
     palette = torch.tensor(list(COLORS.values()), dtype=torch.uint8)                 # (8, 3)
@@ -184,11 +175,13 @@ def draw_scene(scene, image_size=32):
 
 
 def plan_world(name, split="train", count=None, seed=0, hold_out=False):
-    """All that is to be seen in the pictures of draw_world, for the same arguments: a dict of
-    label (N,), captions, background (N,), and for K objects shape, color (N, K), -1 = absent;
-    cx, cy, r (N, K) in pixels of a 32-pixel picture.  `scenes`, K = 2, also has size, place (of a
-    single object, else -1), relation (N,), -1 for one object, and of the parts part, part_color
-    (N, 2), -1 = no part, and part_r (N, 2).  Each is an index into SHAPES, COLORS, ..."""
+    """All that is to be seen in pictures of the world `shapes` or `scenes`: a dict of label (N,)
+    into CLASS_NAMES (of the first object), captions, background (N,), and for K objects shape,
+    color (N, K), -1 = absent; cx, cy, r (N, K) in pixels of a 32-pixel picture.  `scenes`, K = 2,
+    also has size, place (of a single object, else -1), relation (N,), -1 for one object, and of the
+    parts part, part_color (N, 2), -1 = no part, and part_r (N, 2).  Each is an index into SHAPES,
+    COLORS, ...  count: pictures; None = 48,000 for split "train" and 2,000 for "test".
+    hold_out: leave the pairs of HELD_OUT out of the training split."""
     count = count or (48_000 if split == "train" else 2_000)
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     removed = {f"{c} {s}" for s, c in HELD_OUT} if hold_out and split == "train" else {}

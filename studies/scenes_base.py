@@ -68,7 +68,7 @@ def states_of(task, captions):
 def first_stage(path):
     """PSNR in dB over the pixels of parts, of 1,000 test pictures."""
     plan, stage = worlds.plan_world("scenes", "test", 1000), load_first_stage(path)
-    x = data.to_float(worlds.draw_world("scenes", 32, "test", 1000)[0])
+    x = data.to_float(worlds.draw_scene(plan))
     with torch.no_grad():
         error = (stage.decode(stage.encode(x)).clamp(-1, 1) - x).square().mean(1)       # (N, H, W)
     cy = plan["cy"] + worlds.PART_DROP[plan["shape"]] * plan["r"]                       # (N, 2)

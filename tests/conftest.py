@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import data
 import pretrained
 import tasks
+import worlds
 from tasks import DiffusionTask
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -114,6 +116,13 @@ def scenes(tmp_path_factory):
         data.save_grid(world.images[i:i + 1], root / f"{i:02d}.png", nrow=1, pad=0, scale=1)
         (root / f"{i:02d}.txt").write_text(caption)
     return root
+
+
+def fewer_drawn(patch, most):
+    """What data.load draws of the worlds is at most so many pictures; others draw all they want."""
+    whole = worlds.plan_world
+    fewer = lambda name, split, count, *more: whole(name, split, min(count or most, most), *more)
+    patch.setattr(data, "worlds", SimpleNamespace(**{**vars(worlds), "plan_world": fewer}))
 
 
 def write_safetensors(path, tensors):

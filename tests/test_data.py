@@ -114,9 +114,10 @@ def test_labels_and_captions_must_fit():
 def test_drawn_worlds_come_whole(name):
     options = {"count": 30, "seed": 2, "hold_out": True}
     got = data.load(name, 16, "test", **options)
-    images, labels, captions = worlds.draw_world(name, 16, "test", **options)
-    assert torch.equal(got.images, images) and torch.equal(got.labels, labels)
-    assert got.captions == captions and got.class_names == worlds.CLASS_NAMES and not got.flip
+    plan = worlds.plan_world(name, "test", **options)
+    assert torch.equal(got.images, worlds.draw_scene(plan, 16))
+    assert torch.equal(got.labels, plan["label"]) and got.captions == plan["captions"]
+    assert got.class_names == worlds.CLASS_NAMES and not got.flip
     assert got.about == f"{name}: 30 pictures, 48 classes, 30 captions"
     held = {f"{color} {shape}" for shape, color in worlds.HELD_OUT}
     for hold_out in (False, True):

@@ -76,7 +76,7 @@ OTHER = {"model": "DiT-32x1/1", "data": "npz:in/samples.npz", "data_dir": "in/of
          "image_size": "16", "batch_size": "4", "steps": "3", "lr": "0.7", "grad_clip": "0.001",
          "ema": "0.05", "out": "elsewhere", "init": "in/exported.pt", "save_latents": "z.npz",
          "first_stage": "in/vqvae/ckpt.pt", "ckpt": "in/udit/ckpt.pt", "classes": "pear",
-         "prompt": "cat", "negative": "cat", "cfg_interval": "0,0.4", "base": "in/unet/ckpt.pt",
+         "prompt": "cat", "negative": "cat", "base": "in/unet/ckpt.pt",
          "concept": "in/concept/concept.pt", "vae": "in/vae.safetensors", "bpe": "in/captions.txt",
          "export": "small.pt", "note": "words", "mask": "in/mask.png", "json": "scores.json",
          "images": "in/samples.npz", "models": "DiT-32x1/2", "category": "cat", "prior": "none",

@@ -34,7 +34,7 @@ import numpy as np
 import pytest
 import torch
 import tqdm
-from conftest import ROOT, assert_same, fill_by_recipe, write_safetensors
+from conftest import ROOT, assert_same, fewer_drawn, fill_by_recipe, write_safetensors
 from PIL import Image
 
 import adapters
@@ -47,7 +47,6 @@ import sample
 import studies.common
 import tasks
 import train
-import worlds
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DiT
 from text import CLIPTokenizer, TextEncoder
@@ -132,7 +131,7 @@ class Workshop:
 
     def patches(self, patch):
         """Cut what takes long; no network; no files in the repository."""
-        make_step, draw_world = train.make_step, worlds.draw_world
+        make_step = train.make_step
 
         def tick(most):
             self.count += 1
@@ -160,8 +159,7 @@ class Workshop:
             patch.setattr(process, "trajectory", short(process.trajectory))
         for family, (name, sizes) in NANO.items():
             patch.setitem(models.FAMILIES[family].sizes, name, sizes)
-        patch.setattr(worlds, "draw_world", lambda name, size, split, count, *more: draw_world(
-            name, size, split, min(count or 64, 64), *more))
+        fewer_drawn(patch, 64)
         learn = evaluate.train_classifier
         patch.setattr(evaluate, "train_classifier", lambda real, steps=1000, *more: learn(
             real, min(steps, 2), *more))
@@ -582,12 +580,12 @@ train --model vq-nano {TEXT} --data folder:in/jsonl --first-stage in/vqvae/ckpt.
 train --out in/dit --resume --steps 2
 train --out in/unet --resume --steps 2 --data folder:in/jsonl
 sample --ckpt in/dit/ckpt.pt --class apple,1 --n 2 {PLAIN}
-sample --ckpt in/dit/ckpt.pt --cfg-scale 2 --cfg-interval 0,0.6 --cfg-channels 1 {PLAIN}
+sample --ckpt in/dit/ckpt.pt --cfg-scale 2 --cfg-channels 1 {PLAIN}
 sample --ckpt in/gauss/ckpt.pt --sampler ddim --eta 0.5 --n 1 --strip --gif {PLAIN}
 sample --ckpt in/gauss/ckpt.pt --sampler dpm++ --npz 3 --batch-size 2 --seed 4 {PLAIN}
 sample --ckpt in/latent/ckpt.pt --init in/photo.png --strength 0.5 {PLAIN}
 sample --ckpt in/latent/ckpt.pt --init in/photo.png --mask in/mask.png --n 2 {PLAIN}
-sample --ckpt in/udit/ckpt.pt --interpolate --weights model {PLAIN}
+sample --ckpt in/udit/ckpt.pt --weights model {PLAIN}
 sample --ckpt in/unet/ckpt.pt --prompt a|dog --negative cat --n 2 {PLAIN}
 sample --ckpt in/base.pt --concept in/concept/concept.pt --prompt <new1> {PLAIN}
 sample --ckpt in/adapter/adapter.pt --base in/base.pt --scale 0.5 {PLAIN}

@@ -11,8 +11,8 @@ import custom_diffusion as cd
 import data
 import sample
 import train
-import worlds
 from checkpoint import load_checkpoint, save_checkpoint
+from conftest import fewer_drawn
 from models import base_task
 from tasks import DiffusionTask
 
@@ -24,9 +24,7 @@ SHORT = ["--base", BASE, "--batch-size", "4", "--save-every", "2", "--log-every"
 def quick(monkeypatch):
     """A preview samples for seconds, and 48,000 scenes are drawn for one; tested elsewhere."""
     monkeypatch.setattr(DiffusionTask, "preview", lambda *given: None)
-    whole = worlds.draw_world
-    monkeypatch.setattr(worlds, "draw_world", lambda name, size, split, count, *more: whole(
-        name, size, split, min(count or 3000, 3000), *more))
+    fewer_drawn(monkeypatch, 3000)
 
 
 @pytest.fixture(scope="module")

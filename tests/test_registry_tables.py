@@ -176,10 +176,10 @@ def test_samplers_recover_a_gaussian_and_guidance_extrapolates(sampled):
             break
 
 
-VALUES = {"cfg_scale": 2.0, "cfg_interval": (0.3, 0.6), "cfg_channels": 1, "strength": 0.5,
+VALUES = {"cfg_scale": 2.0, "cfg_channels": 1, "strength": 0.5,
           "clip": True, "eta": 0.7, "truncation": 0.6, "stride": "official",
           "purity": 3.0}
-NEEDS = {"cfg_interval": {"cfg_scale": 2.0}, "cfg_channels": {"cfg_scale": 2.0}}
+NEEDS = {"cfg_channels": {"cfg_scale": 2.0}}
 
 
 @pytest.mark.parametrize("make", [GaussianDiffusion, RectifiedFlow, lambda: MaskReplace(20, 6)],

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import pathlib
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,7 +103,6 @@ def test_guidance_is_the_runs_unless_it_is_given(runs):
         return drawn(runs, "latent", "--n", "2", *flags)[0]
     default, same, none = images(), images("--cfg-scale", "2"), images("--cfg-scale", "1")
     assert torch.equal(default, same) and not torch.equal(default, none)
-    assert torch.equal(none, images("--cfg-scale", "7", "--cfg-interval", "0,0"))
     assert not torch.equal(images("--cfg-channels", "1"), default)
 
 
@@ -122,36 +120,6 @@ def test_a_udit_is_sampled_folded_and_is_the_same_function(runs):
     assert all(torch.equal(w, model.state_dict()[k].double()) for k, w in
                trained.state_dict().items() if k in model.state_dict())
     assert drawn(runs, "udit")[0].shape == (2, 3, 8, 8)
-
-
-def test_interpolation_goes_along_the_arc_between_two_seeds(runs, monkeypatch):
-    noise = sample.interpolated_noise(16, (4, 4, 4), 5, "cpu")
-    ends = [torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(5 + i)) for i in range(4)]
-    for got, want in zip((noise[0], noise[7], noise[8], noise[15]), ends):
-        assert_close(got, want, rtol=1e-4, atol=1e-4)
-    ends = torch.stack(ends[:2]).flatten(1).double()                                # (2, 64)
-    shares = torch.linalg.lstsq(ends.T, noise[:8].flatten(1).double().T).solution.T     # (8, 2)
-    assert_close(shares @ ends, noise[:8].flatten(1).double(), rtol=0, atol=1e-5)
-    cosine = (ends[0] @ ends[1]) / ends.norm(dim=1).prod()
-    across = shares[:, 1] * (1 - cosine ** 2).sqrt()    # if both ends had length 1, at an angle
-    along = shares[:, 0] + shares[:, 1] * cosine
-    steps = torch.arange(8, dtype=torch.float64) / 7 * torch.acos(cosine)
-    assert_close(torch.stack([along, across]), torch.stack([steps.cos(), steps.sin()]),
-                 rtol=0, atol=1e-5)
-    seen, run = [], DiffusionTask.sample
-    monkeypatch.setattr(DiffusionTask, "sample", lambda self, model, y, **options: (
-        seen.append((y, options["noise"])) or run(self, model, y, **options)))
-    assert len(drawn(runs, "latent", "--interpolate", "--seed", "5")[0]) == 16
-    assert seen[0][0].tolist() == 8 * [0] + 8 * [1] and torch.equal(seen[0][1], noise)
-
-
-def test_walks_are_eight_pictures_of_one_class_each_of_the_first_four():
-    task = SimpleNamespace(tokenizer=None, model=SimpleNamespace(num_classes=6),
-                           info={"class_names": [*"abcdef"]})
-    of = lambda **options: sample.conditions(sample.Options(interpolate=True, **options), task)
-    eights = lambda text: [letter for letter in text for _ in range(8)]
-    assert of()[1] == eights("abcd") and of(classes="f,b")[1] == eights("fb")
-    assert of(classes="f,b", n=20)[1] == eights("fbf")[:20]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,11 +399,11 @@ def refuse(capsys, runs, name, *flags):
 
 # a value for each option, and another option that it needs
 GIVEN = {"ckpt": None, "classes": "1", "prompt": "a large red circle", "n": "3", "cfg_scale": "4",
-         "negative": "a small red circle", "cfg_interval": "0,0.5", "cfg_channels": "1",
+         "negative": "a small red circle", "cfg_channels": "1",
          "sampler": None, "steps": "3", "truncation": "0.2", "eta": "0.9", "seed": "7",
          "base": BASE, "scale": "0.5", "concept": BASE, "weights": "model", "vae": BASE, "bpe": "x",
          "image_size": "64", "dtype": "float16", "out": None, "export": "e.pt", "note": "x",
-         "strip": True, "gif": True, "npz": "2", "interpolate": True, "init": "init.png",
+         "strip": True, "gif": True, "npz": "2", "init": "init.png",
          "mask": "mask.png", "strength": "0.4"}
 SAME = {"batch_size": "1", "device": "cpu"}                 # these change nothing but the speed
 ALSO = {"mask": ["--init", "init.png"], "strength": ["--init", "init.png"]}
@@ -478,12 +446,12 @@ def test_every_option_changes_the_files_or_is_refused(runs, known, tmp_path, mon
             refused |= {name} if got == 2 else set()
             assert got == 2 or isinstance(got, dict) and got != before, name
     always = {"base", "scale", "vae", "bpe", "image_size", "dtype", "concept"}
-    none, words = {"cfg_scale", "cfg_interval", "cfg_channels"}, {"prompt", "negative"}
+    none, words = {"cfg_scale", "cfg_channels"}, {"prompt", "negative"}
     expected = {
         "flow": {"truncation", "eta", *words}, "gaussian": {"truncation", *words},
         "unguided": {"truncation", "eta", "classes", *words, *none},
         "text": {"truncation", "eta", "classes", "weights"},
-        "tokens": {"eta", "classes", "weights", "cfg_interval", "cfg_channels", "interpolate"}}
+        "tokens": {"eta", "classes", "weights", "cfg_channels"}}
     assert refused == always | expected[kind]
     for name, value in SAME.items():
         assert files(f"--{name.replace('_', '-')}", value) == plain
@@ -512,14 +480,12 @@ def test_an_export_reads_nothing_else(runs, tmp_path, capsys, flags):
     ("latent", ["--eta", "0.5"], "does not read eta"),
     ("latent", ["--truncation", "0.9"], "does not read truncation"),
     ("pixel", ["--sampler", "ddpm", "--eta", "0.5"], "leave it out, or use sampler ddim"),
-    ("latent", ["--steps", "ddim25"], "a whole number, from 1"),
+    ("latent", ["--steps", "ddim25"], "invalid int value: 'ddim25'"),
     ("unconditional", ["--cfg-scale", "3"], "nothing to guide by"),
-    ("latent", ["--cfg-interval", "0.3"], "LOW,HIGH"),
-    ("latent", ["--cfg-interval", "..,1"], "LOW,HIGH"), ("latent", ["--note", "x"], "--export"),
-    ("latent", ["--cfg-interval", "0.6,0.2"], "low <= high"),
-    ("latent", ["--cfg-scale", "1", "--cfg-interval", "0,0.2"], "is read with guidance alone"),
+    ("latent", ["--note", "x"], "--export"),
+    ("latent", ["--cfg-scale", "1", "--cfg-channels", "1"], "is read with guidance alone"),
     ("latent", ["--cfg-channels", "5"], "there are 4 channels"),
-    ("latent", ["--steps", "0"], "steps 0"), ("latent", ["--steps", "²"], "steps '²'"),
+    ("latent", ["--steps", "0"], "steps 0"), ("latent", ["--steps", "²"], "int value: '²'"),
     ("latent", ["--steps", "99999999999"], "1 to 10,000"), ("latent", ["--class", "²"], "are 2"),
     ("latent", ["--n", "10000000"], "--n 10000000: give"), ("latent", ["--out="], "--out is empty"),
     ("latent", ["--strength", "0", "--init", "x"], "--strength 0.0: give"),

@@ -19,6 +19,7 @@ import models
 import train
 import worlds
 from adapters import anova
+from conftest import fewer_drawn
 from data import to_uint8
 from diffusion import RectifiedFlow
 from evaluate import read_shapes
@@ -33,9 +34,7 @@ TINY = {"data": "shapes", "batch_size": 4, "steps": 3, "first_stage_steps": 2}
 @pytest.fixture
 def few_pictures(monkeypatch):
     """The drawn worlds with at most 300 pictures; models.FAMILIES as it was, afterwards."""
-    whole = worlds.draw_world
-    monkeypatch.setattr(worlds, "draw_world", lambda name, size, split, count, *more: whole(
-        name, size, split, min(count or 300, 300), *more))
+    fewer_drawn(monkeypatch, 300)
     before = dict(models.FAMILIES), {f: dict(row.sizes) for f, row in models.FAMILIES.items()}
     yield
     models.FAMILIES.clear()

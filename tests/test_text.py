@@ -311,13 +311,6 @@ def test_a_fresh_state_is_its_own_word_and_place():
         assert abs(weight.std().item() - 0.02) < 5 * 0.02 / (2 * weight.numel()) ** 0.5
 
 
-def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="num_heads 3"):
-        TextEncoder(20, 10, hidden_size=64, num_heads=3)
-    with pytest.raises(ValueError, match="11 tokens, expected at most 10"):
-        lively()(torch.zeros(1, 11, dtype=torch.int64))
-
-
 # --------------------------------------------------------------------------------------------------
 # a denoiser that reads captions
 

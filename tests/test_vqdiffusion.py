@@ -298,7 +298,7 @@ def test_guess_truncation_and_guidance_match_official():
     model = lambda x, t, cond: cond
     for s in (3, 5):
         denoise = vqdiffusion.guided(model, logits, uncond, float(s))
-        guided = denoise(torch.zeros(3, 8), torch.zeros(3), 1.0)
+        guided = denoise(torch.zeros(3, 8), torch.zeros(3))
         assert_close(chain.guess(guided), probabilities(g[f"cfg_{s}"]), **close)
         assert_close(chain.guess(guided, 0.86), probabilities(g[f"cfg_{s}_top_r_0.86"]), **close)
     tiny = chain.guess(logits, truncation=1e-6)

@@ -126,14 +126,21 @@ def test_palette_is_well_apart():
 # ---------------------------------------------------------------- the worlds
 
 
+def draw_world(name, image_size=32, *plan, **options):
+    """Pictures, labels and captions of a world."""
+    scene = worlds.plan_world(name, *plan, **options)
+    return worlds.draw_scene(scene, image_size), scene["label"], scene["captions"]
+
+
 @pytest.fixture(scope="module")
 def scenes():
     """Pictures, and the plan that they were drawn from."""
-    return worlds.draw_world("scenes", count=2000)[0], worlds.plan_world("scenes", count=2000)
+    plan = worlds.plan_world("scenes", count=2000)
+    return worlds.draw_scene(plan), plan
 
 
 def test_shapes_world():
-    images, labels, captions = worlds.draw_world("shapes", count=480)
+    images, labels, captions = draw_world("shapes", count=480)
     assert images.shape == (480, 3, 32, 32)
     assert Counter(labels.tolist()) == dict.fromkeys(range(48), 10)
     for label, caption, image in zip(labels.tolist(), captions, images):
@@ -142,7 +149,7 @@ def test_shapes_world():
         assert caption == f"{'an' if color == 'orange' else 'a'} {color} {shape}"
         distance = (image.float() - torch.tensor(worlds.COLORS[color]).view(3, 1, 1)).abs().amax(0)
         assert (distance < 1).sum() > 60     # an area of 1.7 * 8^2 = 109 at least, less its edges
-    assert len(worlds.draw_world("shapes", split="test")[0]) == 2000
+    assert len(worlds.plan_world("shapes", "test")["label"]) == 2000
 
 
 def test_the_worlds_do_not_change():
@@ -150,8 +157,8 @@ def test_the_worlds_do_not_change():
     for name, split, want in (
             ("shapes", "train", "b1b8eb483c3cdc33"), ("shapes", "test", "215ab2b8c033c057"),
             ("scenes", "train", "b2e5acf5ea12316f"), ("scenes", "test", "fdb2df5442984baa")):
-        _, labels, captions = worlds.draw_world(name, 4, split, count=300)
-        text = f"{labels.tolist()} {captions}"
+        plan = worlds.plan_world(name, split, count=300)
+        text = f"{plan['label'].tolist()} {plan['captions']}"
         assert hashlib.sha256(text.encode()).hexdigest()[:16] == want, (name, split)
     for split, want in (("train", "a4c76705fa5e8a9c"), ("test", "a7378c51aa5406e2")):
         plan = worlds.plan_world("scenes", split, count=300)
@@ -275,7 +282,7 @@ def test_a_part_has_its_colour_in_the_picture(scenes):
 
 def test_training_prefers_left_of_and_above_and_tests_do_not():
     for split, share in (("train", 0.2), ("test", 0.5)):
-        captions = worlds.draw_world("scenes", 4, split, count=2000)[2]
+        captions = worlds.plan_world("scenes", split, count=2000)["captions"]
         said = Counter(worlds.parse_caption(caption).get("relation") for caption in captions)
         for plain, converse in (("left of", "right of"), ("above", "below")):
             both = said[plain] + said[converse]
@@ -288,7 +295,7 @@ def test_objects_are_inside_and_disjoint(name, monkeypatch):
     """Each object is drawn alone, with a margin, from the arguments that render_shapes got."""
     calls = []
     monkeypatch.setattr(worlds, "render_shapes", lambda *args: calls.append(args))
-    worlds.draw_world(name, count=1500)
+    worlds.draw_scene(worlds.plan_world(name, count=1500))
     shape, _, cx, cy, r, _, _ = calls[0]
     present = shape >= 0
     for centre in (cx, cy):
@@ -309,12 +316,12 @@ def test_objects_are_inside_and_disjoint(name, monkeypatch):
 
 
 def test_seeds_splits_and_sizes():
-    a, b = worlds.draw_world("scenes", count=64), worlds.draw_world("scenes", count=64)
+    a, b = draw_world("scenes", count=64), draw_world("scenes", count=64)
     assert torch.equal(a[0], b[0]) and a[2] == b[2]
     for change in ({"seed": 1}, {"split": "test"}):
-        other = worlds.draw_world("scenes", count=64, **change)
+        other = draw_world("scenes", count=64, **change)
         assert other[2] != a[2] and not torch.equal(other[0], a[0])
-    big = worlds.draw_world("scenes", 64, count=64)          # the same scenes, sharper
+    big = draw_world("scenes", 64, count=64)          # the same scenes, sharper
     assert big[2] == a[2]
     shrunk = big[0].float().view(64, 3, 32, 2, 32, 2).mean((3, 5))
     assert (shrunk - a[0].float()).abs().mean() < 1.0
@@ -322,7 +329,7 @@ def test_seeds_splits_and_sizes():
 
 def test_no_seed_of_one_split_gives_the_pictures_of_the_other():
     """Or a test on held-out pictures would be one on those of another seed's training."""
-    drawn = [worlds.draw_world("shapes", 8, split, count=4, seed=seed)[0].flatten().tolist()
+    drawn = [draw_world("shapes", 8, split, count=4, seed=seed)[0].flatten().tolist()
              for seed in range(4) for split in ("train", "test")]
     assert len({tuple(pixels) for pixels in drawn}) == 8
 
