@@ -56,12 +56,12 @@ SMALL = Table("custom_compression", ["thing", "ratio"])
 MOVED = Table("custom_change", ["thing", "seed"])
 
 
-def folder_of(name):
+def folder_of(name, turned=False):
     """Ten photographs of a thing as files, with captions of its category -> folder:PATH."""
-    folder = OUT / name
+    folder = OUT / f"{name}{' turned' * turned}"
     if not (folder / "metadata.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        pictures, captions = photographs(name)
+        pictures, captions = photographs(name, turned=turned)
         for k, picture in enumerate(pictures):
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{k}.png")
         rows = [{"file_name": f"{k}.png", "text": caption.replace("<new1> ", "")}
@@ -89,15 +89,17 @@ def rate_flags(lr, word_lr):
     return [*(["--lr", str(lr)] if lr else []), "--word-lr", str(word_lr)]
 
 
-def learn(names, path, flags, seed, before=None):
+def learn(names, path, flags, seed, before=None, turned=False):
     """Train on the things `names`, as custom_diffusion.py learn does -> the concept, in `path`.
 
     A file that is there already is kept, whatever its flags were: delete OUT to begin anew. before:
-    what load_concept gave for a concept to start from; the result then holds both.
+    what load_concept gave for a concept to start from; the result then holds both. turned: in some
+    captions the thing is named second.
     """
     if path.is_file():
         return
-    given = ["--base", BASE, "--concept", *map(folder_of, names), "--category",
+    given = ["--base", BASE, "--concept", *(folder_of(name, turned) for name in names),
+             "--category",
              *(THINGS[name][0] for name in names), *flags, "--seed", str(seed), "--device", "cpu"]
     options, config = custom_diffusion.read_flags(given)
     dataset, base = load_data(config), base_task(BASE, options.bpe)

@@ -37,12 +37,13 @@ EASY = tuple(name for name in THINGS if name not in HARD + TUNING)
 SIX = EASY[:6]                                  # one of each category: pairs and placements
 
 
-def photographs(name, count=10, word="<new1>", seed=0):
+def photographs(name, count=10, word="<new1>", seed=0, turned=False):
     """Pictures of a thing -> (uint8 (count, 3, 32, 32), captions).
 
     They are scenes of the world whose first object is the thing. Of every five, two show it large,
     one small, and two beside an object of another category. Captions name it "WORD category", never
-    its colour, and leave out as much else as those of the world do.
+    its colour, and leave out as much else as those of the world do. turned: every fifth names it
+    second, "a star right of a WORD circle" and not "a WORD circle left of a star".
     """
     category, color, part, part_color, share = THINGS[name]
     plan = worlds.plan_world("scenes", count=200 * count, seed=1000 + seed)
@@ -62,9 +63,12 @@ def photographs(name, count=10, word="<new1>", seed=0):
         right = (torch.arange(32) + 0.5) > scene["cx"][:, :1, None, None]           # (N, 1, 1, 32)
         pictures = torch.where(right, worlds.draw_scene(scene), pictures)
     captions = []
-    for i in rows:
+    for k, i in enumerate(rows):
         facts = worlds.parse_caption(plan["captions"][i])
         facts["objects"][0].pop("color", None)
+        if turned and k % 5 == 4:
+            facts["objects"].reverse()
+            facts["relation"] = worlds.RELATIONS[worlds.RELATIONS.index(facts["relation"]) ^ 1]
         captions.append(worlds.caption_of(**facts).replace(category, f"{word} {category}", 1))
     return pictures, captions
 

@@ -27,7 +27,7 @@ from studies import common, report, things
 from studies.adapter_sweep import effect
 
 RESULTS = pathlib.Path(common.__file__).parent / "results"
-PLOTTED = ("dit_conditioning", "dit_scaling", "udit_ablation", "vq_chain")
+PLOTTED = ("dit_conditioning", "dit_scaling", "udit_ablation", "vq_chain", "adapter_sweep")
 TINY = {"data": "shapes", "batch_size": 4, "steps": 3, "first_stage_steps": 2}
 
 
