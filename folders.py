@@ -75,9 +75,9 @@ def _list_folder(root):
         inner[:] = [name for name in inner if name[0] != "."    # or a link to what holds it
                     and os.path.realpath(Path(folder, name)) not in above]
         files += [Path(folder, name) for name in names if name[0] != "."]
-    # the last six have a name in Pillow, which cannot read them by itself
-    kinds = {*Image.OPEN, "MPO"} - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-    endings = {e for e, kind in Image.registered_extensions().items() if kind in kinds}
+    # OPEN is empty until registered_extensions is asked; the last six Pillow cannot read by itself
+    endings = {e for e, kind in Image.registered_extensions().items() if kind in
+               {*Image.OPEN, "MPO"} - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}}
     inside = {path: [*path.relative_to(root).parts[:-1], "", ""]    # the images, their folders
               for path in sorted(files, key=_natural) if path.suffix.lower() in endings}
     others, captions = set(files).difference(inside), {path: {} for path in inside}

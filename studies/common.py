@@ -267,12 +267,19 @@ def interval(values, miss=0.05):
     """
     if len(values) < 2:
         raise ValueError(f"an interval needs two units, not {len(values)}")
-    (mean, error), df, low, high = mean_se(values), len(values) - 1, 0.0, 1e9
-    for _ in range(80):                             # of how many errors is the half width?
+    (mean, error), t = mean_se(values), student(len(values) - 1, miss)
+    return mean, mean - t * error, mean + t * error
+
+
+@functools.cache
+def student(df, miss):
+    """Which |t| of Student's t is exceeded with probability `miss`; by halving, hence kept."""
+    low, high = 0.0, 1e9
+    for _ in range(80):
         t = (low + high) / 2
         beyond = incomplete_beta(df / (df + t * t), df / 2, 0.5)    # chance of a larger |t|
         low, high = (t, high) if beyond > miss else (low, t)
-    return mean, mean - low * error, mean + low * error
+    return low
 
 
 RULE = """A claim **comes out** if the whole interval is above 0, and **does not** if it is below;

@@ -4,11 +4,12 @@ Claim (U-DiT, Table 11): at 0.72 times its FLOPs, U-DiT-L with all tricks trains
 of DiT-XL/2, because depth-wise convolutions and many small operations are bound by memory. Here:
 DiT-S/2 (6.06 G MACs), U-DiT-S (6.02 G) and U-DiT-S without the tricks (5.89 G); forward, backward
 and AdamW, batch 8, 32x32x4, float32, one thread, in turns. CPU seconds (user + system), because
-other programs may run. Two minutes.
+other programs may run. Units are rounds, a step of each model. Two minutes.
 
     python -m studies.udit_speed
     python -m studies.udit_speed --profile      # and the ten costliest operations of each
 """
+import math
 import statistics
 import time
 
@@ -18,14 +19,15 @@ from tqdm import tqdm
 
 from cli import one_line
 from dit import DIT_CONFIGS, DiT
-from studies.common import Table, markdown, parser, whole
+from studies.common import RULE, Table, claims, markdown, parser, whole
 from udit import UDIT_CONFIGS, UDiT
 
 MODELS = {"DiT-S/2": lambda: DiT(**DIT_CONFIGS["DiT-S/2"]),
           "U-DiT-S": lambda: UDiT(**UDIT_CONFIGS["U-DiT-S"]),
           "U-DiT-S vanilla": lambda: UDiT(**UDIT_CONFIGS["U-DiT-S"], cosine=False, rope=False,
                                           mlp="basic")}
-TABLE = Table("udit_speed", ["model"])
+GIGA = {"DiT-S/2": 6.056, "U-DiT-S": 6.021, "U-DiT-S vanilla": 5.893}       # MACs of a forward
+TABLE = Table("udit_speed", ["model", "round"])
 
 
 def step_of(build, batch=8, side=32):
@@ -56,26 +58,33 @@ def race(steps, rounds):
     return seconds
 
 
-def row_of(name, seconds, first):
-    """What the table says of a model; ratios are within a round, to the model `first`."""
-    cpu, wall = zip(*seconds[name])
-    cpu_ratio, wall_ratio = ([a[i] / b[i] for a, b in zip(seconds[name], seconds[first])]
-                             for i in (0, 1))
-    row = {"cpu_s_median": statistics.median(cpu), "cpu_s_min": min(cpu),
-           "wall_s_median": statistics.median(wall),
-           "cpu_ratio_median": statistics.median(cpu_ratio), "cpu_ratio_low": min(cpu_ratio),
-           "cpu_ratio_high": max(cpu_ratio),
-           "cpu_ratio_of_minima": min(cpu) / min(seconds[first])[0],
-           "wall_ratio_median": statistics.median(wall_ratio)}
-    return {"model": name, "rounds": len(cpu), **{k: round(v, 3) for k, v in row.items()}}
+def ratio(name, other, per_mac=False):
+    """{round: log of the times' ratio}; per_mac: of the times per multiply-accumulate."""
+    a, b = (TABLE.by("round", "cpu_s", model=model) for model in (name, other))
+    less = math.log(GIGA[name] / GIGA[other]) if per_mac else 0.0
+    return {k: math.log(a[k] / b[k]) - less for k in a if k in b}
 
 
 def report():
-    """The table from the CSV."""
-    lines = [[r["model"], r["rounds"], f"{r['cpu_s_median']:.2f}", f"{r['cpu_ratio_median']:.2f}",
-              f"{r['cpu_ratio_low']:.2f} to {r['cpu_ratio_high']:.2f}"] for r in TABLE.rows()]
-    return markdown(["model", "rounds", "CPU-s of a step, median", "times DiT-S/2, median",
-                     "lowest to highest"], lines) if lines else ""
+    """Verdicts and the table from the CSV."""
+    if len(TABLE.column("round", model="DiT-S/2")) < 2:
+        return ""
+    lines, (dit, udit, vanilla) = [], MODELS
+    for model in MODELS:
+        times = [math.exp(v) for v in ratio(model, dit).values()]
+        lines.append([model, len(times), f"{GIGA[model]:.2f}",
+                      f"{statistics.median(TABLE.column('cpu_s', model=model)):.2f}",
+                      f"{statistics.median(times):.2f}", f"{min(times):.2f} to {max(times):.2f}"])
+    rows = [("an operation of U-DiT takes longer than one of DiT",
+             "steps a second, DiT 1.71, U-DiT 0.84 at 0.72 of its FLOPs",
+             "log time per MAC: U-DiT - DiT", ratio(udit, dit, True)),
+            ("because of the tricks", "without 1.55, with 0.84", "log time: with - without",
+             ratio(udit, vanilla)),
+            ("without them it still does", "DiT 1.71, U-DiT 1.55 at 0.72 of its FLOPs",
+             "log time per MAC: U-DiT vanilla - DiT", ratio(vanilla, dit, True))]
+    return RULE + "\n" + claims("rounds", rows) + "\n" + markdown(
+        ["model", "rounds", "G MACs", "CPU-s of a step, median", "times DiT-S/2, median",
+         "lowest to highest"], lines)
 
 
 @one_line
@@ -90,7 +99,8 @@ def main(argv):
         steps = {name: step_of(build) for name, build in MODELS.items()}
         seconds = race(steps, args.rounds)
         TABLE.path.unlink(missing_ok=True)                          # a new run replaces the old
-        TABLE.add(*(row_of(name, seconds, "DiT-S/2") for name in MODELS))
+        TABLE.add(*({"model": name, "round": k, "cpu_s": cpu, "wall_s": wall}
+                    for name in MODELS for k, (cpu, wall) in enumerate(seconds[name])))
         for name, step in steps.items() if args.profile else ():
             with profile() as seen:
                 step()

@@ -57,6 +57,15 @@ def test_16_bit_grey_is_rounded_to_the_nearest_of_256(tmp_path, value):
     assert image.unique().tolist() == [(value + 128) // 257]
 
 
+def test_a_process_that_has_opened_no_picture_yet_finds_them(tmp_path, monkeypatch):
+    """Pillow's table Image.OPEN is empty until a picture is opened or its endings are asked for."""
+    put(tmp_path / "a.png")
+    opened, endings = dict(Image.OPEN), dict(Image.registered_extensions())
+    monkeypatch.setattr(Image, "OPEN", table := {})
+    monkeypatch.setattr(Image, "registered_extensions", lambda: table.update(opened) or endings)
+    assert len(read_folder(tmp_path)[0]) == 1
+
+
 def test_palette_cmyk_and_the_first_frame(tmp_path):
     image = Image.new("P", (32, 32), 1)
     image.putpalette([0, 0, 0, 250, 20, 60])

@@ -27,7 +27,7 @@ from studies import common, report, things
 from studies.adapter_sweep import effect
 
 RESULTS = pathlib.Path(common.__file__).parent / "results"
-PLOTTED = ("dit_conditioning", "dit_scaling", "udit_ablation", "vq_chain", "adapter_sweep")
+PLOTTED = ("vq_chain", "adapter_sweep")
 TINY = {"data": "shapes", "batch_size": 4, "steps": 3, "first_stage_steps": 2}
 
 
@@ -332,16 +332,211 @@ def test_the_report_follows_the_rows_and_leaves_out_what_has_none(tmp_path, monk
     assert text in report.document() and "first edition.**" not in text
 
 
-def test_the_models_of_the_udit_ablation_have_equal_macs(few_pictures):
-    from studies import udit_ablation as study
+def macs_of(table, side):
+    """{name: MACs} of {name: (family, sizes)} on latents of 4 x side x side."""
+    from studies import dit_rivals
     from tasks import macs
-    study.add_models()
-    stage = types.SimpleNamespace(kind="stub", latent_shape=lambda shape: (4, 16, 16))
+    dit_rivals.add_models({name: row for name, row in table.items() if "/" not in name})
+    stage = types.SimpleNamespace(kind="stub", latent_shape=lambda shape: (4, side, side))
     info = {"channels": 3, "image_size": 32, "class_names": list(worlds.CLASS_NAMES)}
-    for name, (family, _) in study.MODELS.items():
-        with torch.device("meta"):
-            task = models.build_task(name, models.settings_class(family)(), info, stage)
-        assert macs(task) == pytest.approx(28.3e6, rel=0.01), name
+    with torch.device("meta"):
+        return {name: macs(models.build_task(name, models.settings_class(family)(), info, stage))
+                for name, (family, _) in table.items()}
+
+
+def test_rivals_have_the_macs_that_they_are_compared_at(few_pictures):
+    from studies import dit_rivals, dit_scaling, udit_ablation
+    same = ("+ cosine", "+ rotary positions", "+ re-parameterised", "all four: U-DiT")
+    some = {name: row for name, row in udit_ablation.MODELS.items() if name not in same}
+    for name, count in macs_of(some, 16).items():
+        assert count == pytest.approx(28.3e6, rel=0.01), name
+    unets = {name: ("class-unet", sizes) for name, sizes in dit_rivals.UNETS.items()}
+    dits = {name: models.find_model(name) for name in dit_scaling.RIVALS.values()}
+    counts = macs_of({**unets, **dits}, 8)
+    for name, dit in dit_scaling.RIVALS.items():
+        assert counts[name] == pytest.approx(counts[dit], rel=0.025), name
+
+
+def test_the_long_skips_of_u_vit_by_the_vits_that_they_make():
+    """A skip that passes the main path alone makes a plain ViT of its blocks; one that passes the
+    kept map alone makes the ViT without the middle block."""
+    from dit import DiT
+    from studies.dit_rivals import UViT
+    torch.manual_seed(0)
+    sizes = dict(input_size=4, patch_size=2, in_channels=2, hidden_size=16, num_heads=2,
+                 num_classes=3, class_dropout_prob=0.1)
+    model = UViT(depth=3, **sizes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, t, y = torch.randn(2, 2, 4, 4), torch.tensor([10.0, 500.0]), torch.tensor([0, 2])
+    one, none, state = torch.eye(16), torch.zeros(16, 16), model.state_dict()
+    for passes, blocks in (([one, none], [0, 1, 2]), ([none, one], [0, 2])):
+        model.skips[0].weight.data, model.skips[0].bias.data = torch.cat(passes, 1), torch.zeros(16)
+        plain = DiT(depth=len(blocks), conditioning="in_context", learn_sigma=False, **sizes)
+        mine = {k: v for k, v in state.items() if k[:5] not in ("skips", "block")}
+        for i, b in enumerate(blocks):
+            mine |= {k.replace(f"blocks.{b}.", f"blocks.{i}."): v for k, v in state.items()
+                     if k.startswith(f"blocks.{b}.")}
+        plain.load_state_dict(mine)
+        torch.testing.assert_close(model(x, t, y), plain(x, t, y))
+
+
+def test_the_u_net_for_classes_reads_its_class_and_hides_labels_as_dit():
+    from studies.dit_rivals import UNETS, ClassUNet
+    model = ClassUNet(8, 4, 3, 0.1, **UNETS["U-Net, 1.8 M"])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t = torch.randn(1, 4, 8, 8).expand(4, 4, 8, 8), torch.full((4,), 300.0)
+    out = model(x, t, torch.arange(4))                      # 3 is the null class
+    assert out.shape == x.shape and (out[1:] - out[:1]).flatten(1).norm(dim=1).min() > 1e-3
+    assert model.null_condition(2).tolist() == [3, 3] and model.can_guide
+    hidden = model.drop_labels(torch.tensor([0, 1]), torch.tensor([0.05, 0.5]))
+    assert hidden.tolist() == [3, 1]
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch, few_pictures):
+    """The studies of DiT and U-DiT: their tables in a folder, rates chosen, a short loss."""
+    from studies import dit_conditioning, dit_rivals, udit_ablation
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(dit_rivals, "macs", lambda task: 28_300_000)
+    monkeypatch.setattr(dit_rivals, "heldout_loss", lambda task, model, x0, y, levels: (
+        common.heldout_loss(task, model, x0[:4], y[:4], 1)))
+    for study in (dit_conditioning, udit_ablation):         # 2 is best, except for the first
+        with pytest.raises(ValueError, match="run the study with --tune"):
+            dit_rivals.rate_of(study.TUNED, "U-Net")
+        study.TUNED.add(*({"model": name, "rate": rate, "loss": (1 if k else -1) / rate}
+                          for k, name in enumerate(study.MODELS) for rate in dit_rivals.RATES))
+    return {"out": str(tmp_path / "out"), "samples": 4, "stage": {"first_stage_steps": 2},
+            "batch_size": 4}
+
+
+def test_cells_of_dit_are_runs_of_train_on_latents(quick, monkeypatch, tmp_path):
+    from studies import dit_conditioning, dit_rivals, dit_scaling
+    seen, setup = [], dit_rivals.setup
+    monkeypatch.setattr(dit_rivals, "setup", lambda model, out, **flags: (
+        seen.append((model, flags)) or setup(model, out, **flags)))
+    rows = dit_conditioning.run_cell({"model": "U-Net", "seed": 4}, steps=2, **quick)
+    assert [row["step"] for row in rows] == [2] and 0 <= rows[0]["clean"] <= rows[0]["right"] <= 1
+    (made, flags), (model, used) = seen
+    assert made == "DiT-32x1/2" and flags["first_stage"] == "new" and model == "U-Net, 13.3 M"
+    assert used["seed"] == 4 and (used["lr"], used["muon_lr"]) == (4e-3, 0.04)
+    assert used["data"] == f"latents:{quick['out']}/latents.npz"
+    tuned = {"model": "cross-attention", "rate": 0.5}
+    row, = dit_conditioning.run_cell(tuned, steps=2, **quick)
+    assert row["step"] == 1 and {**row, **tuned} == row and "right" not in row
+    assert seen[2][1]["seed"] == dit_rivals.TUNING_SEED and seen[2][1]["lr"] == 1e-3
+    assert seen[2][1]["conditioning"] == "cross_attention" and len(seen) == 3
+    row, = dit_scaling.run_cell({"model": "DiT-96x3/2", "seed": 0}, steps=1, **quick)
+    assert row["step"] == 1 and 0 <= row["right_other"] <= 1 and seen[3][1]["lr"] == 4e-3
+
+
+def test_cells_of_udit_measure_samples_distances_and_the_main_path(quick, monkeypatch, tmp_path):
+    from evaluate import make_classifier
+    from studies import udit_ablation as study
+    monkeypatch.setattr(study, "kept_classifier", lambda real, folder: (make_classifier(3, 2),))
+    for k, name in enumerate(["a", "b"] * 12):
+        folder = tmp_path / "pictures" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.RandomState(k).randint(0, 256, (32, 32, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{k}.png")
+    cell = {"data": "shapes", "model": "U-ViT", "seed": 1}
+    row, = study.run_cell(cell, steps=1, **quick)
+    assert {**row, **cell} == row and 0 <= row["quality"] <= 1 and row["low 200"] == ""
+    cell = {"data": "cifar10", "model": "U, tokens", "seed": 0}
+    row, = study.run_cell(cell, f"folder:{tmp_path / 'pictures'}", steps=1, **quick)
+    assert row["quality"] > 0 and row["floor"] > 0 and -1 < row["low 800"] < 1
+    row, = study.run_cell({"model": "DiT-UNet", "rate": 2.0}, steps=2, **quick)
+    assert row["step"] == 1 and "quality" not in row
+
+
+def verdicts_of(text):
+    """[(the paper's sentence, verdict)] of a report."""
+    return [(line.split("|")[1].strip(), line.split("|")[-2].strip().strip("*"))
+            for line in text.splitlines() if line.startswith("| ") and "[" in line
+            and line.split("|")[-2].strip()[:2] in ("**", "no")]
+
+
+def test_reports_of_dit_follow_made_up_rows(quick, tmp_path):
+    """Whole seeds alone are counted; arms 10 % apart in loss with a scatter of 0.1 % are told."""
+    from studies import dit_conditioning as blocks, dit_scaling as scaling
+    noise = lambda *given: random.Random(str(given)).gauss(0, 0.001)
+    level = dict(zip(blocks.MODELS, (0.5, 0.45, 0.4, 0.35, 0.30)))
+    rows = [{"model": model, "seed": seed, "step": step, "cpu_s": 9.0, "macs_m": 13.4,
+             "loss": level[model] + noise(model, seed) + (step == 100), "params": 1e6,
+             "right": 0.9, "clean": 0.5 + noise(model, seed, 1), "guided": 0.8}
+            for seed in range(4) for model in blocks.MODELS for step in (100, 500)]
+    blocks.TABLE.add(*rows[:10])
+    assert blocks.report() == ""                            # one whole seed has no interval
+    blocks.TABLE.add(*rows[10:32])
+    text = blocks.report()
+    found = verdicts_of(text)
+    assert [verdict for _, verdict in found[:6]] == ["comes out"] * 5 + ["does not"]
+    assert [verdict for _, verdict in found[6:]] == ["not decidable here"] * 6 + ["comes out"]
+    assert "| adaLN-Zero | 3 |" in text and "in-context 0.5, cross-attention 2" in text
+    common.figure("blocks", blocks.plot)
+
+    macs = dict(zip(scaling.DITS, (0.5, 1.6, 7.5, 1.6, 5.7, 23.9, 3.7, 13.4, 55.1)))
+    macs |= {unet: macs[dit] for unet, dit in scaling.RIVALS.items()}
+    for seed, model in itertools.product(range(3), macs):
+        worse = 1.2 if model in scaling.RIVALS else 1.0
+        scaling.TABLE.add({
+            "model": model, "seed": seed, "macs_m": macs[model], "params": 1e5 * len(model),
+            "cpu_s": 9.0, "loss": worse * macs[model] ** -0.125 * (1 + noise(seed, model)),
+            "right": 0.5, "clean": 0.4,
+            "right_other": {"DiT-96x3/2": 0.6 + noise(seed), "DiT-128x4/2": 0.5}.get(model, "")})
+    text = scaling.report()
+    found = [verdict for _, verdict in verdicts_of(text)]
+    assert found == ["comes out"] * 7 + ["does not"] + ["comes out"] * 3
+    assert "| DiT | 9 | MACs | -0.125 [" in text and "| DiT-64x2/4 | 3 | 0.5 |" in text
+    common.figure("scaling", scaling.plot)
+    assert len(list((tmp_path / "results").glob("*.png"))) == 2
+
+
+def test_the_report_of_udit_follows_made_up_rows(quick, tmp_path):
+    from studies import udit_ablation as study
+    noise = lambda *given: random.Random(str(given)).gauss(0, 0.001)
+    for seed, (k, model) in itertools.product(range(3), enumerate(study.MODELS)):
+        slow = 2 if model == "+ depth-wise MLP" else 1      # loss of a step: 2 / sqrt(step)
+        better = 0.9 if model in ("U, tokens", "+ depth-wise MLP") else 1
+        last = {"quality": better / 4 + noise(k, seed), "floor": ""}
+        last |= {f"low {t}": (t - 500) / 1000 + noise(t, seed) if k > 1 else "" for t in (200, 800)}
+        blank = dict.fromkeys(last, "")
+        study.TABLE.add(*({
+            "data": "shapes", "model": model, "seed": seed, "step": step, "params": 1e6,
+            "cpu_s": slow * step * (3 if seed == 2 else 1), "macs_m": 28.3,
+            "loss": better * 2 / step ** 0.5 * (1 + noise(step, model, seed)),
+            **(last if step == 400 else blank)} for step in (100, 200, 400)))
+    found = study.results("shapes")
+    timed = statistics.fmean(found["+ depth-wise MLP"]["timed"].values())
+    assert timed == pytest.approx(0.9 * 2 / 200 ** 0.5, rel=2e-3)       # half of the steps
+    assert statistics.fmean(found["DiT-UNet"]["timed"].values()) == pytest.approx(0.1, rel=2e-3)
+    text = study.report()
+    verdict = verdicts_of(text)
+    equal, timed, samples, path = (dict(verdict[k:k + 13]) for k in (0, 13, 26, 39))
+    for some in (equal, timed):
+        assert some["downsampling all tokens wins"] == "comes out"
+        assert some["cosine attention helps"] == "does not"
+    assert samples["downsampling all tokens wins"] == "does not"        # fewer samples are right
+    assert equal["a depth-wise convolution in the MLP helps"] == "not decidable here"
+    assert timed["a depth-wise convolution in the MLP helps"] == "does not"
+    assert [*path.values()] == ["does not", "comes out"] and "isotropic DiT 0.5, U-ViT 2" in text
+    assert "cifar10" not in text
+    with pytest.raises(ValueError, match="before or after step 50"):
+        study.loss_at(50, {100: 1.0, 200: 0.5})
+    assert study.loss_at(2 ** 0.5 * 100, {100: 1.0, 200: 0.25}) == pytest.approx(0.5)
+
+
+def test_the_speed_of_udit_is_judged_per_operation_and_round_by_round(quick):
+    from studies import udit_speed as study
+    assert study.report() == ""
+    times = {"DiT-S/2": 2.0, "U-DiT-S": 4.0, "U-DiT-S vanilla": 2.0 * 5.893 / 6.056}
+    for k, name in itertools.product(range(4), times):      # each round, all take longer
+        study.TABLE.add({"model": name, "round": k, "wall_s": 9.0, "cpu_s": times[name] * (1 + k)
+                         * (1 + random.Random(f"{k}{name}").gauss(0, 0.005))})
+    text = study.report()
+    assert [v for _, v in verdicts_of(text)] == ["comes out", "comes out", "not decidable here"]
+    assert "| U-DiT-S | 4 | 6.02 | 10.0" in text or "| U-DiT-S | 4 | 6.02 | 9.9" in text
 
 
 def test_the_autoregressive_rival_is_causal_remembers_exactly_and_has_the_same_size():
@@ -526,6 +721,7 @@ WRONG = [("adapter_sweep", "--seeds 0"), ("custom_concepts", "--part 2/2"),
          ("dit_scaling", "--threads -1"), ("vq_chain", "--sumary"), ("dit_conditioning", "stray"),
          ("vq_autoregressive", "--summary --seeds 2"), ("udit_ablation", "--summary --part 0/2"),
          ("udit_ablation", "--data shapes --cifar folder:x"), ("udit_ablation", "--data mnist"),
+         ("udit_ablation", "--tune --data shapes"), ("dit_conditioning", "--summary --tune"),
          ("udit_ablation", "--cifar folder:/nowhere"), ("udit_speed", "--seeds 2"),
          ("udit_speed", "--rounds 0"), ("vq_speed", "--threads 2"), ("vq_speed", "--device tpu"),
          ("merge_speed", "two"), ("merge_speed", "--summary"), ("dreambooth", "--summary"),
