@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import pretrained
 import tasks
+import train
 import worlds
 from tasks import DiffusionTask
 
@@ -31,6 +33,18 @@ def equal_models_are_counted_once():
         return known[key]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "macs", remembered)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def losses_are_not_plotted():
+    """A plot takes 0.2 s, and every run makes one: real ones are in test_tasks.py, and in the whole
+    process of test_train.py."""
+    def plot_loss(table, path):
+        if len(pathlib.Path(table).read_text().splitlines()) > 1:
+            Image.new("L", (1, 1)).save(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "plot_loss", plot_loss)
         yield
 
 

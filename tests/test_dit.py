@@ -348,7 +348,7 @@ def test_overfits_one_batch(conditioning, qk_norm):
     x, t, y = torch.randn(8, 4, 8, 8), torch.randint(1000, (8,)), torch.arange(8) % 5
     target = torch.randn(8, 4, 8, 8)
     opt, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
-    for _ in range(300):
+    for _ in range(100):
         loss = (model(x, t, y) - target).square().mean()
         opt.zero_grad(), loss.backward(), opt.step()
         losses.append(loss.item())

@@ -8,6 +8,9 @@ import shlex
 import matplotlib
 import pytest
 
+import worlds
+from tasks import DiffusionTask
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -26,6 +29,11 @@ def code_of(path):
 def test_notebook_runs(path, monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.setenv("SCALE", "0.02")
+    draw, sample = worlds.draw_world, DiffusionTask.sample  # few pictures, two calls for each
+    monkeypatch.setattr(worlds, "draw_world", lambda name, size, split, count, *more: draw(
+        name, size, split, min(count or 500, 1000), *more))
+    monkeypatch.setattr(DiffusionTask, "sample", lambda *given, steps=None, **how: sample(
+        *given, steps=2 if steps is None else min(steps, 2), **how))
     monkeypatch.chdir(path.parent)                          # where Jupyter starts it
     names = {}
     for number, cell in enumerate(code_of(path), 1):

@@ -15,6 +15,8 @@ import types
 
 import pytest
 import torch
+from PIL import Image
+from test_kills import Run, server                          # noqa: F401
 from torch.testing import assert_close
 
 import data
@@ -40,13 +42,6 @@ def main(out, pictures, *flags):
     """Run train.py in this process -> its checkpoint."""
     train.main(["--data", f"folder:{pictures}", "--out", str(out), *map(str, flags)])
     return load_checkpoint(out / "ckpt.pt")
-
-
-def process(out, *flags, prefix=(sys.executable,)):
-    """Run train.py in a new process."""
-    done = subprocess.run([*prefix, str(ROOT / "train.py"), "--out", str(out), *flags],
-                          capture_output=True, text=True, env=ONE_THREAD, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def by_hand(pictures, model="DiT-32x2/2", warmup=None, **flags):
@@ -82,7 +77,8 @@ def test_resume_in_a_new_process_is_bit_exact(tmp_path, pictures, flags, half, s
     flags = [*flags, "--lr-decay", "constant"]          # so the first half does not know the second
     a = main(whole, pictures, *flags, "--steps", str(steps))
     main(halves, pictures, *flags, "--steps", str(half))
-    process(halves, "--steps", str(steps), "--resume")  # all else comes from the checkpoint
+    run = Run(tmp_path, ["--out", str(halves), "--steps", str(steps), "--resume"])
+    assert run.wait() == 0, run.said()                  # all else comes from the checkpoint
     b = load_checkpoint(halves / "ckpt.pt")
     for part in ("model", "ema", "opt", "step", "info", "settings"):
         assert_same(a[part], b[part], part)
@@ -95,15 +91,21 @@ def test_resume_in_a_new_process_is_bit_exact(tmp_path, pictures, flags, half, s
 def test_two_processes_equal_one(tmp_path, pictures, flags, steps):
     flags = [*flags, "--accum", "2", "--steps", str(steps), "--data", f"folder:{pictures}"]
     a = main(tmp_path / "one", pictures, *flags)
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                "--master-port", "29517")
-    process(tmp_path / "two", *flags, prefix=torchrun)
+    runs = [Run(tmp_path, [*flags, "--out", str(tmp_path / "two")], as_torchrun_starts, rank)
+            for rank in (0, 1)]
+    assert [run.wait(120) for run in runs] == [0, 0], [run.said() for run in runs]
     b = load_checkpoint(tmp_path / "two" / "ckpt.pt")
     for part in ("model", "ema"):
         assert_close(a[part], b[part], rtol=1e-5, atol=1e-5)
     for name, rtol in (("loss", 1e-5), ("grad_norm", 1e-4)):
         column = lambda out: torch.tensor([float(r[name]) for r in rows(tmp_path / out)])
         assert_close(column("one"), column("two"), rtol=rtol, atol=1e-5)
+
+
+def as_torchrun_starts(rank):
+    """What torchrun --nproc-per-node 2 tells a process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
 
 
 @pytest.mark.parametrize("model,warmup", [("DiT-32x2/2", None), ("vq-vae", 3)])
@@ -338,10 +340,9 @@ def test_ten_bad_steps_in_a_row_stop_with_the_last_good_checkpoint(tmp_path, pic
     assert all(v.isfinite().all() for v in state["model"].values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_at_the_next_step(tmp_path, pictures, signum):
-    out, flags = tmp_path / "run", ["--steps", "100000", "--save-every", "50000"]
+def test_a_whole_process_plots_and_saves_when_it_is_stopped(tmp_path, pictures):
+    """python train.py ..., without a shortcut; test_kills.py has other moments and signals."""
+    out, flags = tmp_path / "run", ["--steps", "100000", "--sample-every", "3"]
     run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *DIT, *flags, "--out", str(out),
                             "--data", f"folder:{pictures}"],
                            env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
@@ -349,11 +350,14 @@ def test_signals_save_at_the_next_step(tmp_path, pictures, signum):
     log = lambda: (out / "log.csv").read_text().splitlines() if (out / "log.csv").exists() else []
     while time.time() < deadline and len(log()) <= 5:
         time.sleep(0.1)
-    run.send_signal(signum)
-    assert run.wait(60) == 128 + signum
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130
+    with Image.open(out / "loss.png") as plot:
+        assert plot.size == (450, 360)
     state = load_checkpoint(out / "ckpt.pt")
     assert state["step"] == int(rows(out)[-1]["step"]) > 4
-    assert "--resume" in run.stderr.read()
+    said = run.stderr.read()
+    assert "--resume" in said and "Traceback" not in said
 
 
 # --------------------------------------------------------------------------------------------------

@@ -211,20 +211,20 @@ def test_gradients_reach_every_parameter_within_three_steps():
     assert alive[2] == {n for n, _ in model.named_parameters()}
 
 
-@pytest.mark.slow
 def test_overfits_eight_coarse_images():
     torch.manual_seed(0)
-    model = UNet(**UNET_CONFIGS["unet-tiny"], in_channels=3, out_channels=3)
+    model = UNet(**{**TINY, "in_channels": 3, "out_channels": 3})
     x0 = F.interpolate(2 * torch.rand(8, 3, 2, 2) - 1, scale_factor=4)  # (8, 3, 8, 8)
-    context, alpha_bar = torch.randn(8, 2, 64), torch.linspace(0.9999, 0.01, 1000)
-    opt, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    for _ in range(100):
+    context, alpha_bar = torch.randn(8, 2, 24), torch.linspace(0.9999, 0.01, 1000)
+    opt, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
+    for _ in range(60):
         t, eps = torch.randint(1000, (8,)), torch.randn(8, 3, 8, 8)
         a = alpha_bar[t].view(-1, 1, 1, 1)
         loss = (model(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, context) - eps).square().mean()
         opt.zero_grad(), loss.backward(), opt.step()
         losses.append(loss.item())
-    assert sum(losses[-50:]) / 50 < 0.25, sum(losses[-50:]) / 50        # predicting 0 gives 1.0
+    last = sum(losses[-30:]) / 30       # predicting 0 gives 1.0; of three seeds 0.164 to 0.175
+    assert last < 0.25, last
 
 
 # ---- what is read, and where ---------------------------------------------------------------------
