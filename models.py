@@ -28,7 +28,7 @@ from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
 from udit import UDIT_CONFIGS, UDiT
 from unet import UNET_CONFIGS, UNet
 from vae import VQVAE, AutoencoderKL, Pixels, TinyAutoencoder, first_stage_from
-from vqdiffusion import VQ_CONFIGS, MaskReplace, VQTransformer
+from vqdiffusion import VQ_CONFIGS, LearnedNull, MaskReplace, VQTransformer
 
 FLAGS = {
     "first_stage": (str, flag("auto", "what the model runs on: new (trained first), none (pixels), "
@@ -48,7 +48,9 @@ FLAGS = {
     "conditioning": (str, flag("adaln_zero", "kind of block", choices=[
         "adaln_zero", "adaln", "cross_attention", "in_context"])),
     "qk_norm": (bool, flag(False, "normalise queries and keys")),
-    "aux_weight": (float, flag(1.0, "weight of the cross-entropy; long runs: 5e-4", "[0, inf)"))}
+    "aux_weight": (float, flag(1.0, "weight of the cross-entropy; long runs: 5e-4", "[0, inf)")),
+    "relative": (bool, flag(False, "tokens also attend by how far apart they are")),
+    "learned_null": (bool, flag(False, "guide by learned text states, not by the empty caption"))}
 MERGES = "data/bpe_simple_vocab_16e6.txt.gz"            # CLIP's list of merges, if not given
 TINY = ("latent_channels", "latent_noise", "factor")
 CONTINUOUS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", *TINY, "schedule",
@@ -97,10 +99,10 @@ def class_conditional(Model):
     return build_model
 
 
-def text_conditional(denoiser, width, process, settings, info, first_stage):
+def text_conditional(denoiser, width, process, settings, info, first_stage, Encoder=TextEncoder):
     """The task of a denoiser that reads captions, with a new text encoder. Source: LDM §3.3."""
     tokenizer = WordTokenizer(**info["vocabulary"])
-    text = TextEncoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=width)
+    text = Encoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=width)
     model = TextConditional(denoiser, text, tokenizer([""])[0], settings.class_dropout)
     return DiffusionTask(settings, info, model, process, first_stage, tokenizer)
 
@@ -115,16 +117,17 @@ def build_unet(sizes, settings, info, first_stage):
 
 def build_vq(sizes, settings, info, first_stage):
     """VQ-Diffusion on captions, else on classes, else on nothing. Source: VQ-Diffusion §4."""
-    K, classes = first_stage.num_codes, len(info["class_names"])
-    process = MaskReplace(num_codes=K, aux_weight=settings.aux_weight)
-    sizes = {"context_dim": 64, **sizes, "num_codes": K, "grid": first_stage.grid,
-             "position_grid": first_stage.grid}         # 32 in the released ImageNet model, a slip
-    if "vocabulary" in info:
-        denoiser, width = VQTransformer(**{**sizes, "condition": "text"}), sizes["context_dim"]
-        return text_conditional(denoiser, width, process, settings, info, first_stage)
-    hidden, kind = (settings.class_dropout, "class") if classes else (0.0, "none")
-    model = VQTransformer(**{**sizes, "condition": kind, "num_classes": classes,
-                             "class_dropout_prob": hidden})
+    K, classes, text = first_stage.num_codes, len(info["class_names"]), "vocabulary" in info
+    if settings.learned_null and not (text and settings.class_dropout):
+        raise ValueError("--learned-null is for captions, and --class-dropout above 0")
+    model = VQTransformer(**{
+        **sizes, "num_codes": K, "grid": first_stage.grid, "relative": settings.relative,
+        "condition": "text" if text else "class" if classes else "none", "num_classes": classes,
+        "class_dropout_prob": settings.class_dropout, "codebook": first_stage.codebook})
+    process, rest = MaskReplace(num_codes=K, aux_weight=settings.aux_weight), (info, first_stage)
+    if text:
+        return text_conditional(model, sizes.get("context_dim", 64), process, settings, *rest,
+                                LearnedNull if settings.learned_null else TextEncoder)
     return DiffusionTask(settings, info, model, process, first_stage)
 
 
@@ -160,7 +163,8 @@ FAMILIES = {
                   class_conditional(DiT), DIT_CONFIGS, "tiny-ae"),
     "udit": Family((*CONTINUOUS, "learn_sigma"), class_conditional(UDiT), UDIT_CONFIGS, "tiny-ae"),
     "unet": Family(CONTINUOUS, build_unet, UNET_CONFIGS, "tiny-ae", True, 3, "needed"),
-    "vq": Family((*TOKENS, "aux_weight"), build_vq, VQ_CONFIGS, "vq-vae", True, 1, "used"),
+    "vq": Family((*TOKENS, "aux_weight", "relative", "learned_null"), build_vq, VQ_CONFIGS,
+                 "vq-vae", True, 1, "used"),
     "tiny-ae": Family(TINY, build_autoencoder, {"tiny-ae": {"kind": "tiny-ae"}}),
     "kl-ae": Family(("latent_channels",), build_autoencoder, {"kl-ae": {"kind": "kl-ae"}}),
     "vq-vae": Family(("codes", "factor"), build_autoencoder, {"vq-vae": {"kind": "vq-vae"}})}
@@ -171,12 +175,12 @@ PAPER = dict(schedule="linear", prediction="eps", learn_sigma=True, optimizer="a
              warmup=0, lr_decay="constant", grad_clip=0.0, ema=0.9999)      # DiT §4
 UNET = dict(steps=2500, latent_channels=12, latent_noise=0.2, first_stage_steps=1200,
             cfg_scale=3.0, flow_shift=3.0)
-VQ = dict(steps=3000, batch_size=32, first_stage_steps=1600, cfg_scale=3.0)
+VQ = dict(steps=3000, batch_size=32, first_stage_steps=1600, cfg_scale=3.0, relative=True)
 PRESETS = {
     "tiny-ae": dict(steps=500), "kl-ae": dict(steps=1000), "unet-tiny": UNET, "unet-small": UNET,
     "vq-vae": dict(steps=1600, batch_size=32, lr=4e-3), "vq-tiny": VQ, "vq-small": VQ,
-    **{name: dict(VQ, codes=sizes["num_codes"], image_size=256, factor=256 // sizes["grid"])
-       for name, sizes in VQ_CONFIGS.items() if "grid" in sizes}}
+    **{name: dict(VQ, relative=False, codes=s["num_codes"], image_size=256, factor=256 // s["grid"])
+       for name, s in VQ_CONFIGS.items() if "grid" in s}}
 
 
 def find_model(name):

@@ -126,11 +126,11 @@ def unit(x, length=1.0):
     return x * (length * (x.square().sum(-1, keepdim=True) + 1e-24).rsqrt())
 
 
-def rope_table(positions, head_dim):
+def rope_table(positions, head_dim, base=10000.0):
     """(cos, sin) of the rotary angles of a square of tokens, row by row: (N, 1, head_dim/2, 2).
     positions (sqrt(N),): of the rows, and of the columns. A token's angles are column * w0,
-    row * w0, column * w1, row * w1, ..., with w_i = 10000^(-4i / head_dim). Source: U-DiT §3.4."""
-    w = 10000.0 ** (-torch.arange(0, head_dim, 4, dtype=torch.float64) / head_dim)          # (d/4,)
+    row * w0, column * w1, row * w1, ..., with w_i = base^(-4i / head_dim). Source: U-DiT §3.4."""
+    w = base ** (-torch.arange(0, head_dim, 4, dtype=torch.float64) / head_dim)            # (d/4,)
     column_row = torch.cartesian_prod(positions, positions).flip(1)                         # (N, 2)
     angles = (w[:, None] * column_row[:, None]).flatten(1)[:, None]                    # (N, 1, d/2)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()                # (N, 1, d/2, 2)

@@ -175,8 +175,7 @@ class Codebook(nn.Module):
 
     def count(self, ids):
         """How often each code occurs in ids (n,): (K,) float. Source: VQ-VAE Eq. 6."""
-        ones = torch.ones_like(ids, dtype=self.cluster_size.dtype)
-        return torch.zeros_like(self.cluster_size).index_add_(0, ids, ones)
+        return (0 * self.cluster_size).index_add_(0, ids, self.cluster_size.new_ones(len(ids)))
 
     @torch.no_grad()
     def update(self, vectors, keep, step):
@@ -218,10 +217,6 @@ class Codebook(nn.Module):
         distance = (vectors - self.embedding[ids]).square().sum(1)          # (n,)
         far = distance.topk(min(self.num_codes, len(vectors))).indices      # the farthest first
         return self.count(ids), sums, vectors[far]
-
-    def _load_from_state_dict(self, *args):
-        self._has_started = False                                           # ask again
-        super()._load_from_state_dict(*args)
 
 
 def _replace(codes, unused, far):

@@ -12,16 +12,14 @@ A transformer reads all tokens and predicts p(x_0 | x_t) for each of them at onc
 that into a step back, p(x_s | x_t), for any s < t. A [MASK] marks an unknown token; random
 replacements also force the network to re-check unmasked tokens.
 
-Tokens are (B, N) int64, row by row; a model is model(tokens, t (B,), cond) -> logits (B, N, K).
-
     python train.py --model vq-tiny --data scenes     # a VQ-VAE, then text to image on its tokens
 
 Differences from the official code (microsoft/VQ-Diffusion):
 1. Schedule: the paper's, [MASK] up to 0.9. The released one, up to 0.99999, hardly ever replaces.
 2. Posterior in probabilities, not logarithms, equal to float32 rounding. t is drawn uniformly.
-3. Fast sampling is exact (stride="official": as released), from the end of the chain, not from
-   [MASK] alone. "fewer" and "purity" take any number of steps. Inpainting.
-4. True grid positions; position_grid=32 gives the released ImageNet model its wrong ones.
+3. Fast sampling is exact, from the end of the chain, not from [MASK] alone (the released way:
+   studies/vq_chain.py). "fewer" and "purity" take any number of steps. Inpainting.
+4. Code vectors start from the codebook; small models have relative positions too (VQTransformer).
 """
 import math
 from collections import namedtuple
@@ -33,6 +31,8 @@ import torch.nn.functional as F
 
 from diffusion import GaussianDiffusion, check_name, check_options, guided, rand
 from dit import DiT
+from text import TextEncoder, WordTokenizer
+from udit import rope_table, rotate
 
 # name -> (alpha_bar_1, alpha_bar_T, gamma_bar_1, gamma_bar_T): kept, masked after 1 and T steps
 SCHEDULES = {"paper": (0.99999, 9e-6, 9e-6, 0.9), "released": (0.99999, 9e-6, 9e-6, 0.99999),
@@ -54,18 +54,14 @@ class MaskReplace:
     float64, linear in t; the last is "clean": 1, 0, 0. Source: VQ-Diffusion §4.1, Eq. 7-9."""
     samplers, default_sampler = ("posterior", "fewer", "purity"), "posterior"
     default_steps = dict.fromkeys(samplers, 25)
-    options = {"posterior": frozenset({*SAMPLING, "stride"}), "fewer": frozenset(SAMPLING),
-               "purity": frozenset({*SAMPLING, "purity"})}
+    options = dict.fromkeys(samplers, frozenset(SAMPLING)) | {"purity": {*SAMPLING, "purity"}}
     sample = GaussianDiffusion.sample           # the last tokens of trajectory, all of them codes
 
     def __init__(self, steps=100, num_codes=256, schedule="paper", aux_weight=5e-4):
-        if steps < 2 or num_codes < 2:
-            raise ValueError(f"a chain has at least 2 steps and 2 codes, not {steps}, {num_codes}")
         if isinstance(schedule, str):
             check_name("schedule", schedule, SCHEDULES)
-            schedule = SCHEDULES[schedule]
         self.steps, self.num_codes, self.aux_weight = steps, num_codes, aux_weight
-        a_1, a_T, g_1, g_T = schedule
+        a_1, a_T, g_1, g_T = SCHEDULES.get(schedule, schedule)
         clean, way = torch.ones(1).double(), torch.arange(steps).double() / (steps - 1)  # (T,) 0..1
         self.alpha_bar = torch.cat([a_1 + (a_T - a_1) * way, clean])            # (T+1,)
         self.gamma_bar = torch.cat([g_1 + (g_T - g_1) * way, 0 * clean])        # (T+1,)
@@ -120,8 +116,8 @@ class MaskReplace:
         xt = self.q_sample(x0, t, u)
         p0 = self.guess(model(xt, t, cond))                                     # (B, N, K+1)
         kl, ce = self.kl(p0, x0, xt, t), -(p0.gather(-1, x0[..., None]) + 1e-30).log()[..., 0]
-        weight = self.aux_weight * (2 - t / self.steps)[:, None]                # (B, 1)
-        loss = self.steps * (kl + weight * ce).mean()       # T times one of the bound's T terms
+        # T times one of the bound's T terms
+        loss = self.steps * (kl + self.aux_weight * (2 - t / self.steps)[:, None] * ce).mean()
         return loss, {"vlb": self.steps * kl.detach().mean(), "ce": ce.detach().mean()}
 
     def kl(self, p0, x0, xt, t):
@@ -149,10 +145,11 @@ class MaskReplace:
         for the latter two N; None: 25. cfg_scale: guidance of the logits, Improved's s + 1.
         truncation: see guess. x_init (B, N) with mask (B, N), 1 = paint here: inpainting; with
         strength < 1: start from x_init after that share of the chain. start (B, N): the first
-        tokens. stride: see jumps. Source: VQ-Diffusion algorithm 2; Improved §3, Eq. 11."""
+        tokens. Source: VQ-Diffusion algorithm 2; Improved §3, Eq. 11."""
         sampler = sampler or self.default_sampler
         check_options(self, sampler, options)
-        o = SimpleNamespace(**{**SAMPLING, "stride": "exact", "purity": 1.0, **options})
+        o = SimpleNamespace(**{
+            **SAMPLING, "purity": 1.0 if sampler == "purity" else None, **options})
         jumps = self._plan(sampler, steps, shape[1], o)
         denoise = guided(model, cond, uncond, o.cfg_scale)
         xt = self._begin(sampler, jumps, shape, o)                              # (B, N)
@@ -169,8 +166,7 @@ class MaskReplace:
                 xt = xt if o.mask is None else torch.where(o.mask > 0.5, xt, o.x_init)
             else:                               # equally many [MASK]s per call become codes
                 left = total * (len(jumps) - 1 - call) // len(jumps)            # (B,)
-                purity = o.purity if sampler == "purity" else None
-                xt, masked = self.reveal(p0, xt, masked - left, purity, o.generator), left
+                xt, masked = self.reveal(p0, xt, masked - left, o.purity, o.generator), left
             yield xt, p0.argmax(-1)
 
     def reveal(self, p0, xt, count, purity=None, generator=None):
@@ -185,23 +181,12 @@ class MaskReplace:
         rank = torch.where(xt == self.num_codes, time, math.inf).argsort(1).argsort(1)
         return torch.where((rank < count[:, None]) & (xt == self.num_codes), code, xt)
 
-    def jumps(self, steps, stride="exact", first=None):
+    def jumps(self, steps, first=None):
         """What each network call does, noisiest first: [(t of network, t of posterior, s), ...].
-        steps: so many calls, evenly over the whole chain; first: leave out calls at t > first.
-        stride "exact": jump from each t to the next, from the last to -1, clean. "official": calls
-        at every (T // steps)-th t and at 0; x_t is treated as if it were x_{t-skip} and takes one
-        step, to the next call's t. Source: VQ-Diffusion §4.2; its code."""
-        T = self.steps
-        check_name("stride", stride, ("exact", "official"))
-        times = [round(T * (1 - i / steps)) - 1 for i in range(steps)]
-        if stride == "official":
-            times = sorted({0, *range(T - 1, -1, -(T // steps))}, reverse=True)
+        steps: so many, evenly over the chain; first: none at t > first. Source: §4.2."""
+        times = [round(self.steps * (1 - i / steps)) - 1 for i in range(steps)]
         times = [t for t in times if first is None or t <= first] or [first]
-        if stride == "exact":
-            return list(zip(times, times, [*times[1:], -1]))
-        skip = times[0] - times[1] - 1 if len(times) > 1 else 0
-        taken = [t - skip if t > skip else t for t in times]        # the last one: for what it is
-        return list(zip(times, taken, [t - 1 for t in taken]))
+        return list(zip(times, times, [*times[1:], -1]))
 
     def _plan(self, sampler, steps, N, o):
         """The jumps of a run, one per network call; "fewer" and "purity" count them."""
@@ -210,21 +195,18 @@ class MaskReplace:
         steps = min(self.default_steps[sampler], most) if steps is None else steps
         if not isinstance(steps, int) or not 1 <= steps <= most:
             raise ValueError(f"{sampler} takes 1 to {most} steps, not {steps!r}")
-        if sampler == "posterior":
-            return self.jumps(steps, o.stride, first)
-        if self.gamma_bar.max() == 0:
+        if sampler != "posterior" and self.gamma_bar.max() == 0:
             raise ValueError(f"{sampler} fills in [MASK]s, this schedule has none: use posterior")
-        return [(first, None, None)] * steps
+        return self.jumps(steps, first) if sampler == "posterior" else [(first, None, None)] * steps
 
     def _begin(self, sampler, jumps, shape, o):
         """Tokens (B, N) to start from: the chain's end (Eq. 9), or x_init at the first step."""
         if o.start is not None:
             return o.start
-        u = rand((*shape, 2), o.generator, o.device)
-        code = (u[..., 1] * self.num_codes).long()                              # (B, N)
+        u = rand((*shape, 2), o.generator, o.device)                            # (B, N, 2)
         # "fewer" and "purity" only fill in [MASK]s: all tokens start as [MASK]
-        mask_rate = self.gamma_bar[self.steps - 1].item() if sampler == "posterior" else 1.0
-        xt = torch.where(u[..., 0] < mask_rate, self.num_codes, code)
+        rate = self.gamma_bar[self.steps - 1].item() if sampler == "posterior" else 1.0
+        xt = torch.where(u[..., 0] < rate, self.num_codes, (u[..., 1] * self.num_codes).long())
         if o.strength < 1:
             xt = self.q_sample(o.x_init, torch.full(shape[:1], jumps[0][0], device=o.device), u)
         return xt if o.mask is None else torch.where(o.mask > 0.5, xt, o.x_init)
@@ -237,9 +219,7 @@ class MaskReplace:
 
     def _per_code(self, replaced):
         """Chance of any replacement -> of each code; below 1e-12 it is a rounding error, made 0."""
-        if replaced.min() < -1e-12:
-            raise ValueError(f"keeping and masking add up to {1 - replaced.min():.6g} in this "
-                             "schedule: let alpha_bar fall at least as fast as 1 - gamma_bar")
+        assert replaced.min() > -1e-12, "alpha_bar must fall at least as fast as 1 - gamma_bar"
         return torch.where(replaced < 1e-12, 0.0, replaced) / self.num_codes
 
     def _jump(self, t, s, device):
@@ -267,25 +247,37 @@ class AdaLayerNorm(nn.Module):
         self.layernorm = nn.LayerNorm(hidden_size, elementwise_affine=False)
 
     def forward(self, x, index):
-        emb = self.emb(index)                                                   # (B, D)
-        scale, shift = self.linear(F.silu(emb))[:, None].chunk(2, dim=-1)       # 2x (B, 1, D)
+        change = self.linear(F.silu(self.emb(index)))[:, None]                  # (B, 1, 2D)
+        scale, shift = change.chunk(2, dim=-1)                                  # 2x (B, 1, D)
         return self.layernorm(x) * (1 + scale) + shift
 
 
 class Attention(nn.Module):
-    """Tokens (B, N, D) attend to context (B, L, C) or to each other. Source: Vaswani 2017 Eq. 1."""
+    """Tokens (B, N, D) attend to context (B, L, C) or to each other; grid, relative: as in
+    VQTransformer. Source: Vaswani 2017 Eq. 1; Su et al. 2021 Eq. 16; Swin §3.2 (the bias)."""
 
-    def __init__(self, hidden_size, num_heads, context_dim=None):
+    def __init__(self, hidden_size, num_heads, context_dim=None, grid=0, relative=False):
         super().__init__()
-        self.num_heads, C = num_heads, context_dim or hidden_size
+        self.num_heads, self.relative, C = num_heads, relative, context_dim or hidden_size
         self.key, self.value = nn.Linear(C, hidden_size), nn.Linear(C, hidden_size)
         self.query, self.proj = (nn.Linear(hidden_size, hidden_size) for _ in range(2))
+        if relative:        # the fastest pair of channels turns by 90 degrees per cell
+            place, side, d = torch.arange(grid), 2 * grid - 1, hidden_size // num_heads
+            self.register_buffer("angles", rope_table(place * math.pi / 2, d, 16.0), False)
+            # of key and query, (N, N): how many rows and columns apart, as one number
+            row, column = (u - u[:, None] + grid - 1 for u in torch.cartesian_prod(place, place).T)
+            self.register_buffer("offset", row * side + column, False)          # not in files
+            self.bias = nn.Parameter(torch.zeros(num_heads, side ** 2))
 
     def forward(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = (u.unflatten(2, (self.num_heads, -1)).transpose(1, 2)         # (B, h, N or L, d)
+        context, bias = x if context is None else context, None
+        q, k, v = (u.unflatten(2, (self.num_heads, -1))                         # (B, N or L, h, d)
                    for u in (self.query(x), self.key(context), self.value(context)))
-        x = F.scaled_dot_product_attention(q, k, v)                             # (B, h, N, d)
+        if self.relative:
+            q, k = (rotate(u.float(), self.angles).to(v.dtype) for u in (q, k))
+            bias = self.bias[:, self.offset].to(v.dtype)                        # (h, N, N)
+        q, k, v = (u.transpose(1, 2) for u in (q, k, v))                        # (B, h, N or L, d)
+        x = F.scaled_dot_product_attention(q, k, v, bias)                       # (B, h, N, d)
         return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
 
 
@@ -314,15 +306,13 @@ class Block(nn.Module):
     """Self-attention, cross-attention (text only), MLP, each after a norm, and added to x.
     norm_t depends on t, norm_y on the class if there is one. Source: VQ-Diffusion Figure 2."""
 
-    def __init__(self, hidden_size, num_heads, condition, context_dim, norm_t, norm_y, mlp):
+    def __init__(self, condition, attention, cross_attention, norm_t, norm_y, mlp):
         super().__init__()
         self.condition, self.ln1, self.ln2, self.mlp = condition, norm_t(), norm_y(), mlp()
         if condition == "text":
-            self.attn1 = Attention(hidden_size, num_heads)
-            self.attn2 = Attention(hidden_size, num_heads, context_dim)
-            self.ln1_1 = norm_t()
+            self.attn1, self.attn2, self.ln1_1 = attention(), cross_attention(), norm_t()
         else:
-            self.attn = Attention(hidden_size, num_heads)
+            self.attn = attention()
 
     def forward(self, x, t, cond):
         if self.condition == "text":
@@ -333,68 +323,79 @@ class Block(nn.Module):
         return x + self.mlp(self.ln2(x, cond) if self.condition == "class" else self.ln2(x))
 
 
-class TokenEmbed(nn.Module):
-    """Tokens (B, N), [MASK] included -> (B, N, D): code vector + row vector + column vector.
-    Token l gets the l-th of side x side places, the true one if side = grid. Source: §4.3."""
-
-    def __init__(self, num_codes, side, hidden_size):
-        super().__init__()
-        self.emb = nn.Embedding(num_codes + 1, hidden_size)
-        self.height_emb, self.width_emb = (nn.Embedding(side, hidden_size) for _ in range(2))
-
-    def forward(self, tokens):
-        places = self.height_emb.weight[:, None] + self.width_emb.weight        # (side, side, D)
-        return self.emb(tokens) + places.flatten(0, 1)[:tokens.shape[1]]        # (B, N, D)
-
-
 class VQTransformer(nn.Module):
     """Predicts clean tokens: noisy ones (B, N), t (B,), condition -> logits (B, N, K).
     num_codes: K, so [MASK] = K; grid: N = grid^2; steps: T; condition: "text" (B, L, context_dim),
     "class" (B,), or "none", not read; class_dropout_prob: of classes, as in DiT; mlp: "fc", "conv";
-    position_grid: TokenEmbed's side, if above grid. Source: VQ-Diffusion §4.3."""
-    matrices = r"blocks\.\d+\.(attn\d?|mlp|ln\w*\.linear)"      # Muon's share; AdamW: the tables
+    relative: rotary angles and a learned bias per head and offset in self-attention, beside the
+    published tables; codebook: the VQ-VAE's, to start code vectors. Source: VQ-Diffusion §4.3."""
+    # Muon's share; AdamW: the tables and biases
+    matrices = r"blocks\.\d+\.(attn\d?\.(?!bias)|mlp|ln\w*\.linear)"
 
     def __init__(self, num_codes=256, grid=8, hidden_size=128, depth=4, num_heads=4, steps=100,
                  condition="text", context_dim=64, num_classes=0, class_dropout_prob=0.1, mlp="fc",
-                 mlp_ratio=4, position_grid=0):
+                 mlp_ratio=4, relative=False, codebook=None):
         super().__init__()
         check_name("condition", condition, ("text", "class", "none"))
         check_name("mlp", mlp, ("fc", "conv"))
         self.num_codes, self.grid, self.steps, self.condition = num_codes, grid, steps, condition
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
-        self.content_emb = TokenEmbed(num_codes, max(grid, position_grid), hidden_size)
+        rows = {"emb": num_codes + 1, "height_emb": grid, "width_emb": grid}
+        self.content_emb = nn.ModuleDict({k: nn.Embedding(n, hidden_size) for k, n in rows.items()})
         self.can_guide = condition == "class" and num_classes > 0 and class_dropout_prob > 0
         D, wide = hidden_size, int(mlp_ratio * hidden_size)
         labels = num_classes + (class_dropout_prob > 0)
+        attention = lambda: Attention(D, num_heads, None, grid, relative)
+        cross_attention = lambda: Attention(D, num_heads, context_dim)
         fc = lambda: nn.Sequential(nn.Linear(D, wide), GELU2(), nn.Linear(wide, D))
         conv = lambda: ConvMlp(D, wide, grid)
         norm_t = lambda: AdaLayerNorm(D, steps)
         norm_y = lambda: AdaLayerNorm(D, labels) if condition == "class" else nn.LayerNorm(D)
-        self.blocks = nn.ModuleList(Block(D, num_heads, condition, context_dim, norm_t, norm_y,
+        self.blocks = nn.ModuleList(Block(condition, attention, cross_attention, norm_t, norm_y,
                                           conv if mlp == "conv" else fc) for _ in range(depth))
         self.to_logits = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, num_codes))
-        self.initialize_weights()
+        self.initialize_weights(codebook)
 
-    def initialize_weights(self):
-        """Every initial value of the model. Source: VQ-Diffusion's code.
-        | what                  | how             | why                                         |
-        | Linear layers, tables | normal(0, 0.02) | as in GPT; AdaLN starts near a plain norm   |
-        | biases; LayerNorms    | 0; scale 1      |                                             |
-        | convolutions          | torch's default | as published                                |
+    @torch.no_grad()
+    def initialize_weights(self, codebook=None):
+        """Every initial value of the model. Source: VQ-Diffusion's code; the second row is ours.
+        | what                  | how                    | why                                  |
+        | Linear layers, tables | normal(0, 0.02)        | as in GPT; AdaLN is near a norm      |
+        | vectors of the codes  | codebook * normal      | what looks alike starts alike        |
+        | biases; LayerNorms    | 0; scale 1             |                                      |
+        | convolutions          | torch's default        | as published                         |
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        if codebook is not None:
+            codes, table = codebook.embedding, self.content_emb.emb.weight[:-1]     # (K, C or D)
+            unit = (codes - codes.mean(0)) / (codes.std(0) + 1e-6) / codes.shape[1] ** 0.5
+            random = self.blocks[0].ln1.linear.weight[:codes.shape[1]]                  # (C, D)
+            table.copy_(torch.where(codebook.started, unit @ random, table))
 
     def forward(self, tokens, t, cond=None):
-        x = self.content_emb(tokens)                                            # (B, N, D)
+        code, row, column = self.content_emb.values()
+        x = code(tokens) + (row.weight[:, None] + column.weight).flatten(0, 1)  # (B, N, D)
         for block in self.blocks:
             x = block(x, t, cond)
         return self.to_logits(x)                                                # (B, N, K)
 
     null_condition, drop_labels = DiT.null_condition, DiT.drop_labels       # exactly as in DiT
+
+
+class LearnedNull(TextEncoder):
+    """A text encoder whose states of the empty caption are parameters. Source: Improved §3.1."""
+
+    def initialize_weights(self):
+        super().initialize_weights()
+        self.null = nn.Parameter(torch.randn(self.max_length, self.hidden_size))        # (L, C)
+
+    def forward(self, ids, modifiers=None):
+        empty = (ids[:, 1] == WordTokenizer.END)[:, None, None]     # right after the start
+        return torch.where(empty, self.null, super().forward(ids, modifiers))   # (B, L, C)
 
 
 # name -> arguments of VQTransformer. The paper's: S (by its count), B (COCO, CUB-200), L (ITHQ)
@@ -406,6 +407,6 @@ VQ_CONFIGS = {
     "VQ-B": dict(PUBLISHED, num_codes=2887, hidden_size=1024, depth=19),
     "VQ-L": dict(PUBLISHED, num_codes=4096, hidden_size=1408, depth=36),
     "VQ-ImageNet": dict(PUBLISHED, num_codes=974, hidden_size=512, depth=24, mlp="conv", grid=16,
-        position_grid=32, condition="class", num_classes=1000, class_dropout_prob=0),
+        condition="class", num_classes=1000, class_dropout_prob=0),
     "VQ-FFHQ": dict(PUBLISHED, num_codes=1024, hidden_size=512, depth=20, mlp="conv", grid=16,
         condition="none", class_dropout_prob=0)}

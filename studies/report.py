@@ -30,8 +30,8 @@ studies train with `train.make_step`, and seed k is the run of `train.py --seed 
 again, remove the CSV and run the command.
 """
 STUDIES = ("default_run", "dit_conditioning", "dit_scaling", "udit_ablation", "udit_speed",
-           "vq_chain", "vq_autoregressive", "vq_speed", "scenes_base", "adapter_sweep",
-           "custom_concepts", "custom_merge", "merge_speed", "speed", "gpu_proof")
+           "vq_base", "vq_parts", "vq_chain", "vq_autoregressive", "vq_speed", "scenes_base",
+           "adapter_sweep", "custom_concepts", "custom_merge", "merge_speed", "speed", "gpu_proof")
 FIGURES = {"vq_chain": "vq_mask"}                       # where study and figure differ in name
 
 

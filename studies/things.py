@@ -9,6 +9,8 @@ picture is a hit if part > 0.5 and body > 0.6. Colour and outline alone do not m
 
     python -m studies.adapter_sweep                 # one of the studies that use this
 """
+import functools
+
 import torch
 
 import worlds
@@ -37,6 +39,12 @@ EASY = tuple(name for name in THINGS if name not in HARD + TUNING)
 SIX = EASY[:6]                                  # one of each category: pairs and placements
 
 
+@functools.lru_cache(4)
+def scenes_to_choose_from(count, seed):
+    """A plan of the world, kept, as each thing's pictures are chosen from the same."""
+    return worlds.plan_world("scenes", count=count, seed=seed)
+
+
 def photographs(name, count=10, word="<new1>", seed=0, turned=False):
     """Pictures of a thing -> (uint8 (count, 3, 32, 32), captions).
 
@@ -46,7 +54,7 @@ def photographs(name, count=10, word="<new1>", seed=0, turned=False):
     second, "a star right of a WORD circle" and not "a WORD circle left of a star".
     """
     category, color, part, part_color, share = THINGS[name]
-    plan = worlds.plan_world("scenes", count=200 * count, seed=1000 + seed)
+    plan = scenes_to_choose_from(200 * count, 1000 + seed)
     mine, (first, second) = worlds.SHAPES.index(category), plan["shape"].T              # (N,) each
     kinds = plan["size"] == 1, plan["size"] == 0, (second >= 0) & (second != mine)
     waiting = [iter(((first == mine) & kind).nonzero()[:, 0].tolist()) for kind in kinds]

@@ -1,15 +1,18 @@
 """All tokens at once, again and again, or one after another?
 
 Claim (Gu et al. 2022, Tables 5 and 6): at equal quality VQ-Diffusion samples 15 times as fast as an
-autoregressive model, because it needs a few dozen calls of the network for any number of tokens,
-the other one call per token. Here: a causal transformer of the same width, depth and number of
-parameters learns the same 8x8 tokens of `scenes`, 2,000 steps of 32 (it learns from all tokens of a
-picture at once; VQ-Diffusion has 3,000 steps). It keeps keys and values, so a call computes one
-token; the paper's rival computes the whole prefix anew. Seconds are CPU time on one thread, without
-decoding, for one picture and for 48 at once. About 6 CPU-minutes a seed, and the full runs that
-studies.vq_chain leaves behind.
+autoregressive model: it needs a few dozen calls of the network for any number of tokens N, the
+other one N calls. But what a call costs depends on how: the paper's rival computes the whole prefix
+anew for every token; one that keeps keys and values computes one token. Time: transformers of the
+same width, depth and number of parameters with random weights, N = 64, 256, 1,024 tokens, 1 and 32
+pictures at once, no guidance, CPU seconds of one thread; the rival's calls are timed at eight
+lengths of the prefix, evenly spaced, of which N times the mean is the whole. Quality: both learn
+the 16x16 tokens of studies.vq_base, the same number of steps and pictures (the rival learns from
+all tokens of a picture at once); compared only where both have at least 90 % of 600 test captions
+right. Time takes 15 CPU-minutes, quality an hour a seed, beside the runs of studies.vq_base.
 
-    python -m studies.vq_autoregressive
+    python -m studies.vq_autoregressive --only time
+    python -m studies.vq_autoregressive --seeds 3 --only quality    # after studies.vq_base
 """
 import statistics
 import time
@@ -18,16 +21,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
 from cli import one_line
-from diffusion import check_options, seeds
+from diffusion import check_options
 from models import FAMILIES, TOKENS, Family, text_conditional
-from studies.common import (Table, compared, markdown, mean_se, notice, parser, run, setup, shown,
-                            train_and_watch)
-from studies.vq_chain import AXES, CAPTIONS, OUT, accuracy, base, first_stage
-from vqdiffusion import GELU2, Attention, race, rand
+from studies.common import Table, interval, markdown, parser, run, setup, shown, train_and_watch
+from studies.vq_base import AXES, BATCH, OUT, STEPS, accuracy, base, captions_of, first_stage
+from vqdiffusion import VQ_CONFIGS, GELU2, Attention, VQTransformer, race, rand
 
-STEPS, CALLS = 2000, (100, 25, 10, 5)
+LENGTHS, AT_ONCE, CALLS, POINTS, WORDS = (64, 256, 1024), (1, 32), (100, 25, 10), 8, 16
+WAYS = ("kept keys and values", "prefix anew", *(f"{n} calls" for n in CALLS))
+ENOUGH = 0.9                                            # of captions right, to compare quality
+TIME = Table("vq_time", ["tokens", "at_once", "way"])
 TABLE = Table("vq_autoregressive", ["model", "seed"])
 
 
@@ -146,67 +150,119 @@ def autoregressive(seed, steps=STEPS, **flags):
     """(task, averaged model) of the rival, as a family of its own in train.py's table."""
     FAMILIES["causal"] = Family(TOKENS, build, {"causal-tiny": {}}, "vq-vae", True, 1, "needed")
     flags = {"first_stage": first_stage(), **flags} if "first_stage" not in flags else flags
-    config, dataset, task = setup("causal-tiny", OUT, data="scenes", steps=steps, batch_size=32,
-                                  seed=seed, cfg_scale=3.0, **flags)
+    config, dataset, task = setup("causal-tiny", OUT, data="scenes", hold_out=True, steps=steps,
+                                  batch_size=BATCH, ema=0.998, seed=seed, cfg_scale=3.0, **flags)
     return task, train_and_watch(config, dataset, task, steps, lambda ema: {})[1]
 
 
-def seconds(task, model, count, rounds=5, **options):
-    """Median CPU seconds of sampling the tokens of `count` pictures."""
-    y, times = task.tokenizer(["a large red circle on gray"] * count), []
-    for seed in range(rounds):
+# --------------------------------------------------------------------------------------------------
+# time
+
+def cpu_seconds(call, rounds=3):
+    """Median CPU seconds of a call, after a first one that does not count."""
+    times = []
+    for _ in range(rounds + 1):
         begin = time.process_time()
-        task.sample(model, y, generator=seeds(seed, count, "cpu"), **options)
+        call()
         times.append(time.process_time() - begin)
-    return statistics.median(times)
+    return statistics.median(times[1:])
 
 
-def run_cell(cell, captions):
-    """Train a model, unless its file is there; its quality and speed, a row per way to sample."""
-    rival = cell["model"] == "autoregressive"
-    task, model = autoregressive(cell["seed"]) if rival else base(cell["seed"])
+@torch.no_grad()
+def time_cell(tokens, at_once, way, codes=256):
+    """The row of one way to sample pictures of so many tokens, so many at once."""
+    torch.manual_seed(0)
+    words, grid = torch.randn(at_once, WORDS, 64), round(tokens ** 0.5)
+    if way.endswith("calls"):
+        model = VQTransformer(codes, grid, **VQ_CONFIGS["vq-tiny"], relative=True).eval()
+        x, t = torch.full((at_once, tokens), codes), torch.full((at_once,), 50)
+        calls = int(way.split()[0])
+        seconds = calls * cpu_seconds(lambda: model(x, t, words))
+    else:
+        model, calls, times = CausalTransformer(codes, tokens).eval(), tokens, []
+        for k in range(POINTS):                         # the middles of eight equal parts
+            n = max(1, round(tokens * (k + 0.5) / POINTS))
+            x = torch.zeros(at_once, n, dtype=torch.int64)
+            if way == WAYS[0]:
+                past = model(x[:, 1:], None, words)[1] if n > 1 else None
+                call = lambda: model(x[:, :1], past, words)
+            else:
+                call = lambda: model(x, None, words)
+            times.append(cpu_seconds(call))
+        seconds = calls * statistics.fmean(times)
     params = sum(p.numel() for p in model.parameters())
-    return [{**cell, "calls": way.get("steps", task.shape[0]), "params": params,
-             **accuracy(task, model, captions, **way), "s_one": seconds(task, model, 1, **way),
-             "s_48": seconds(task, model, 48, **way)}
-            for way in ([{}] if rival else [{"steps": n} for n in CALLS])]
+    return {"calls": calls, "params": params, "seconds": seconds}
+
+
+def run_cell(cell):
+    """Train a model, unless its file is there, and judge its pictures."""
+    task, model = (autoregressive if cell["model"] == "autoregressive" else base)(cell["seed"])
+    return [{**cell, **accuracy(task, model, captions_of())}]
+
+
+# --------------------------------------------------------------------------------------------------
+# the tables
+
+def time_report():
+    """Seconds of every way, and how many times as long the rival's two ways take."""
+    lines = []
+    for tokens in LENGTHS:
+        for at_once in AT_ONCE:
+            where = {"tokens": tokens, "at_once": at_once}
+            found = TIME.by("way", "seconds", **where)
+            if {*WAYS} <= found.keys():
+                lines.append([tokens, at_once, *(f"{found[way]:.3g}" for way in WAYS),
+                              *(f"{found[way] / found['25 calls']:.2g}" for way in WAYS[:2])])
+    if not lines:
+        return ""
+    heads = ["N", "pictures", *WAYS, "kept / 25 calls", "anew / 25 calls"]
+    return ("**Time**, CPU seconds to sample so many pictures\n\n" + markdown(heads, lines)
+            + "\nThe paper's factor is 15, at N = 1,024, against a prefix computed anew.\n")
+
+
+def quality_report():
+    """Both models, and their difference where both are good enough."""
+    models = ("autoregressive", "VQ-Diffusion")
+    columns = ("all", "two", "one", *(axis for axis in AXES if axis != "all"))
+    lines = [[model, len(TABLE.column("seed", model=model)),
+              *(shown(TABLE.column(c, model=model), 1, 100) for c in columns)]
+             for model in models if TABLE.column("seed", model=model)]
+    if not lines:
+        return ""
+    text = ("\n**Quality**, per cent of 600 captions\n\n"
+            + markdown(["model", "seeds", *columns], lines))
+    rival, ours = (TABLE.by("seed", "all", model=model) for model in models)
+    gaps = [ours[seed] - rival[seed] for seed in ours if seed in rival]
+    if len(gaps) < 2:
+        return text
+    if min(statistics.fmean(found.values()) for found in (rival, ours)) < ENOUGH:
+        return text + (f"\nNot both have {100 * ENOUGH:.0f} % right: their quality is not "
+                       "compared, nor their time at equal quality.\n")
+    mean, low, high = (100 * value for value in interval(gaps))
+    return text + (f"\nBoth have at least {100 * ENOUGH:.0f} % right. VQ-Diffusion, 25 calls, "
+                   f"minus the rival: {mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} "
+                   f"({len(gaps)} seeds).\n")
 
 
 def report():
-    """The table, and times and quality beside the rival's."""
-    lines, rival, text = [], {"model": "autoregressive", "calls": 64}, ""
-    for where in (rival, *({"model": "VQ-Diffusion", "calls": n} for n in CALLS)):
-        if not TABLE.column("all", **where):
-            return ""
-        times = {key: mean_se(TABLE.column(key, **where))[0] for key in ("s_one", "s_48")}
-        lines.append([*where.values(), f"{TABLE.column('params', **where)[0] / 1e6:.3f}",
-                      *(shown(TABLE.column(axis, **where), 1, 100) for axis in AXES),
-                      *(f"{value:.3f}" for value in times.values())])
-        if where is not rival:
-            slower = [value / mean_se(TABLE.column(key, **rival))[0]
-                      for key, value in times.items()]
-            gap = compared(*(TABLE.by("seed", "all", **w) for w in (where, rival)), 1, 100)
-            text += (f"- {where['calls']} calls take {slower[0]:.2f} times as long as the rival "
-                     f"for one picture, {slower[1]:.2f} times for 48; `all` minus the rival's: "
-                     f"{gap}\n")
-    count = 240 if TABLE.first_edition else TABLE.column("captions")[0]
-    return (notice(TABLE, "The seeds of the autoregressive model hid the same captions, so its "
-                          "standard errors are too small; those of VQ-Diffusion are runs of "
-                          "train.py.")
-            + markdown(["model", "calls", "M params", *AXES, "CPU-s, one picture",
-                        "CPU-s, 48 at once"], lines)
-            + f"\nPer cent of {count} captions. VQ-Diffusion against the autoregressive model:\n\n"
-            + text + "\nThe two differ in quality, so this does not test speed at equal quality.\n")
+    """Both tables, those that are measured."""
+    return time_report() + quality_report()
 
 
 @one_line
 def main(argv):
     """Command line of the study."""
-    args = parser(__doc__).parse_args(argv)
-    captions = [] if args.summary else data.load("scenes", split="test", count=CAPTIONS).captions
+    p = parser(__doc__)
+    p.add_argument("--only", choices=["time", "quality"], help="one half of the study")
+    args = p.parse_args(argv)
+    times = [{"tokens": tokens, "at_once": at_once, "way": way} for tokens in LENGTHS
+             for at_once in AT_ONCE for way in WAYS]
     cells = [{"model": model, "seed": seed} for seed in range(args.seeds)
-             for model in ("autoregressive", "VQ-Diffusion")]
-    run(args, TABLE, cells, lambda cell: run_cell(cell, captions))
+             for model in ("VQ-Diffusion", "autoregressive")]
+    if args.only != "quality":
+        run(args, TIME, times, lambda cell: [{**cell, **time_cell(**cell)}])
+    if args.only != "time":
+        run(args, TABLE, cells, run_cell)
     print(report())
 
 

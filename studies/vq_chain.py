@@ -1,130 +1,160 @@
-"""VQ-Diffusion's chain: how much to mask, how many calls, how to jump, how much to truncate
+"""VQ-Diffusion's chain: how much to mask, how many calls, how to jump, what to sample from
 
 Claims (Gu et al. 2022, ablations; Tang et al. 2022): a chain that ends 90 % masked and 10 % random
 beats masking alone and replacing alone; a quarter of the calls keeps the quality; truncation at
-0.86 helps. And ours: a jump over several steps has an exact posterior, and the released
-approximation loses quality with few calls. Here: vq-tiny on the 8x8 tokens of `scenes`, guidance 3,
-read by the exact reader. Mask rates: 400 steps of 32, 25 calls (90 CPU-seconds each, 18 of them).
-Samplers: the full run, `python train.py --model vq-tiny --data scenes`, three seeds (10 CPU-minutes
-each).
+0.86 helps; revealing tokens where the network is sure ("purity") helps. And ours: a jump over
+several steps has an exact posterior, and the released approximation loses quality with few calls.
+Here: vq-tiny on the 8x8 tokens of `scenes`, guidance 3, 480 test captions, half of them of two
+objects, read by the exact reader. Mask rates: the runs of studies.vq_parts, 1,500 steps, and their
+bound; those that end 90 % masked are its arm "all". Samplers: the default run, `train.py --model
+vq-tiny --data scenes --hold-out`, 3,000 steps. About 9 CPU-minutes a mask rate and seed, 30 a seed
+of the samplers.
 
-    python -m studies.vq_chain
+    python -m studies.vq_chain --seeds 5 --only masks       # after studies.vq_parts
+    python -m studies.vq_chain --seeds 5 --only samplers
 """
-import pathlib
-
-import data
 import sample
-from adapters import anova
 from cli import one_line
-from evaluate import prompt_accuracy
-from studies.common import (Table, compared, figure, markdown, mean_se, notice, parser, run, setup,
-                            shown, train_and_watch)
-from train import main as train_main
+from studies import vq_parts
+from studies.common import (RULE, Table, claims, figure, markdown, mean_se, parser, run, shown)
+from studies.scenes_base import trained
+from studies.vq_base import AXES, OUT, accuracy, captions_of
 from vqdiffusion import MaskReplace
 
-RATES, STEPS, OUT = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0), 400, "out/studies/scenes-vq"
-AXES = ("shape", "color", "relation", "all", "legible")
-CAPTIONS = 480                                                  # the first edition read 96
-SAMPLERS = [{"steps": n, "stride": stride, "truncation": 1.0} for n in (100, 50, 25, 10, 5)
-            for stride in ("exact", "official")]
-SAMPLERS += [{"steps": 25, "stride": "exact", "truncation": r} for r in (0.95, 0.86, 0.7, 0.5)]
+RATES = (0.0, 0.5, 0.9, 1.0)
+FULL = ["--model", "vq-tiny"]
+WAYS = {**{f"{n} calls": {"steps": n} for n in (100, 25, 10, 5)},
+        **{f"{n} calls, released jumps": {"steps": n, "released": True} for n in (25, 10, 5)},
+        **{f"truncation {r}": {"truncation": r} for r in (0.86, 0.7)},
+        "fewer": {"sampler": "fewer"}, "purity 1": {"sampler": "purity", "purity": 1.0},
+        "purity 2": {"sampler": "purity", "purity": 2.0}}
 MASKS, JUMPS = Table("vq_mask", ["rate", "seed"]), Table("vq_samplers", ["seed"])
+COLUMNS = ("two", "one", *AXES)
 
 
-def first_stage():
-    """The VQ-VAE that all models of these studies share, trained once -> its checkpoint."""
-    path = pathlib.Path(OUT, "first_stage", "ckpt.pt")
-    if not path.is_file():
-        train_main(["--model", "vq-vae", "--data", "scenes", "--sample-every", "0",
-                    "--out", str(path.parent)])
-    return str(path)
+class Released(MaskReplace):
+    """The chain with the released fast sampler. Source: VQ-Diffusion's code."""
+
+    def jumps(self, steps, first=None):
+        """Calls at every (T // steps)-th t and at 0; the posterior treats x_t as if it were
+        x_{t - skip} and takes one step, to the next call's t."""
+        times = sorted({0, *range(self.steps - 1, -1, -(self.steps // steps))}, reverse=True)
+        times = [t for t in times if first is None or t <= first] or [first]
+        skip = times[0] - times[1] - 1 if len(times) > 1 else 0
+        taken = [t - skip if t > skip else t for t in times]        # the last one: for what it is
+        return list(zip(times, taken, [t - 1 for t in taken]))
 
 
-def base(seed):
-    """(task, averaged model) of the full run with this seed, trained if it is not there yet."""
-    path = pathlib.Path(OUT, f"seed-{seed}", "ckpt.pt")
-    if not path.is_file():
-        train_main(["--model", "vq-tiny", "--data", "scenes", "--first-stage", first_stage(),
-                    "--seed", str(seed), "--sample-every", "0", "--out", str(path.parent)])
-    return sample.load(path)
-
-
-def short_run(rate, seed, steps=STEPS, **flags):
-    """(task, averaged model) of a chain that ends with this share of [MASK].
-
-    0 only replaces, 1 only masks.
-    """
-    flags = {"first_stage": first_stage(), **flags} if "first_stage" not in flags else flags
-    config, dataset, task = setup("vq-tiny", OUT, data="scenes", steps=steps, seed=seed, **flags)
+def masking(rate):
+    """{chain -> chain that ends with this share of [MASK]}; 0 only replaces, 1 only masks."""
     ends = {0.0: "replace-only", 1.0: "mask-only"}.get(rate, (0.99999, 9e-6, 9e-6, rate))
-    task.process = MaskReplace(100, task.process.num_codes, ends, task.process.aux_weight)
-    return task, train_and_watch(config, dataset, task, steps, lambda ema: {})[1]
+    return lambda chain: MaskReplace(chain.steps, chain.num_codes, ends, chain.aux_weight)
 
 
-def accuracy(task, model, captions, **options):
-    """{axis: rate} of pictures sampled for captions."""
-    pictures = sample.sample_all(task, model, task.tokenizer(captions), **options)[1]
-    rates = prompt_accuracy(pictures, captions)
-    return {"captions": len(captions), **{axis: rates[axis][0] for axis in AXES}}
+def full(seed):
+    """(task, averaged model) of the default run with this seed, trained if it is not there yet."""
+    flags = [*FULL, "--first-stage", vq_parts.first_stage(), "--seed", str(seed)]
+    return sample.load(trained(flags, OUT / f"default-{seed}"))
 
 
-def captions_of(table):
-    """How many captions the rows of a table are rates of."""
-    return 96 if table.first_edition else table.column("captions")[0]
+def sampled(task, model, captions, released=False, **options):
+    """The columns of `accuracy` for a way to sample."""
+    chain, kind = task.process, Released if released else MaskReplace
+    task.process = kind(chain.steps, chain.num_codes, "paper", chain.aux_weight)
+    return accuracy(task, model, captions, **{"steps": 25, **options})
+
+
+def by_seed(column, way):
+    """{seed: rate} of a way to sample, or of a share of [MASK]."""
+    if isinstance(way, str):
+        return JUMPS.by("seed", column, way=way)
+    return vq_parts.TABLE.by("seed", column, arm="all") if way == 0.9 else MASKS.by(
+        "seed", column, rate=way)
+
+
+def verdicts():
+    """The papers' sentences and ours, those of which two seeds are measured."""
+    rows = [
+        ("90 % masked beats masking alone (Fig. 5)", "bound: 100 % - 90 %", "bound", 1.0, 0.9, 0),
+        ("the same", "two: 90 % - 100 %", "two", 0.9, 1.0, 0),
+        ("90 % masked beats replacing alone", "bound: 0 % - 90 %", "bound", 0.0, 0.9, 0),
+        ("the same", "two: 90 % - 0 %", "two", 0.9, 0.0, 0),
+        ("a quarter of the calls keeps the quality", "all: 25 calls - 100 + 0.03", "all",
+         "25 calls", "100 calls", 0.03),
+        *((f"(ours) with {n} calls exact jumps beat the released ones",
+           f"all: exact - released, {n} calls", "all", f"{n} calls", f"{n} calls, released jumps",
+           0) for n in (25, 10, 5)),
+        ("truncation 0.86 helps", "two: 0.86 - none", "two", "truncation 0.86", "25 calls", 0),
+        ("purity beats the same number of tokens anywhere", "two: purity 1 - fewer", "two",
+         "purity 1", "fewer", 0),
+        ("purity beats the posterior", "two: purity 1 - 25 calls", "two", "purity 1", "25 calls",
+         0)]
+    found = []
+    for said, above, column, a, b, more in rows:
+        first, second = by_seed(column, a), by_seed(column, b)
+        both = {seed: first[seed] - second[seed] + more for seed in first if seed in second}
+        found += [(said, "", above, both)] if len(both) > 1 else []
+    return claims("seeds", found) if found else ""
 
 
 def report():
-    """Three tables: mask rates, jumps, truncation."""
-    if not MASKS.rows() or not JUMPS.rows():
+    """The verdicts, then a table of mask rates and one of ways to sample."""
+    def table(head, ways, columns):
+        lines = [[way, len(by_seed("all", way)),
+                  *(shown(by_seed(c, way).values(), 3 if c == "bound" else 1,
+                          1 if c == "bound" else 100) for c in columns)]
+                 for way in ways if by_seed("all", way)]
+        return markdown([head, "seeds", *columns], lines) if lines else ""
+    masks = table("masked at the end", RATES, ("bound", *COLUMNS)) if MASKS.rows() else ""
+    jumps = table("way", WAYS, COLUMNS)
+    if not masks and not jumps:
         return ""
-    rates = lambda table, **where: [shown(table.column(axis, **where), 1, 100) for axis in AXES]
-    masks = [[rate, *rates(MASKS, rate=rate)] for rate in RATES]
-    F, p = anova([MASKS.column("all", rate=rate) for rate in RATES])
-    jumps = [[s["steps"], s["stride"], s["truncation"], *rates(JUMPS, **s)] for s in SAMPLERS]
-    by = lambda axis, n, stride: JUMPS.by("seed", axis, steps=n, stride=stride, truncation=1)
-    gaps = [[n, *(compared(by(axis, n, "exact"), by(axis, n, "official"), 1, 100)
-                  for axis in AXES)] for n in (50, 25, 10, 5)]
-    few = [[n, *(compared(by(axis, n, "exact"), by(axis, 100, "exact"), 1, 100) for axis in AXES)]
-           for n in (25, 5)]
-    return ("**How much to mask**\n\n" + notice(MASKS)
-            + markdown(["masked at the end", *AXES], masks)
-            + f"\nPer cent of {captions_of(MASKS)} captions after {STEPS} steps. One-way analysis "
-            f"of variance of `all` over the rates: F {F:.1f}, p {p:.2g}. Shapes are near chance "
-            "after so few steps, so this table does not test the claim.\n\n"
-            "**How to sample**, with the full run; its three seeds are runs of train.py\n\n"
-            + markdown(["calls", "jump", "truncation", *AXES], jumps)
-            + f"\nPer cent of {captions_of(JUMPS)} captions. Exact minus official jumps, paired by "
-            "seed:\n\n" + markdown(["calls", *AXES], gaps)
-            + "\nFewer calls minus 100 calls, exact jumps:\n\n" + markdown(["calls", *AXES], few))
+    return (RULE + "\n" + verdicts() + "\nPer cent of 480 captions, mean of the seeds ± its "
+            "standard error; the bound in nats per token.\n\n" + masks + "\n" + jumps)
 
 
-def plot(axes):
-    """Shares of captions right against the share of [MASK]."""
-    for axis in ("all", "shape", "legible"):
-        means = [mean_se(MASKS.column(axis, rate=rate)) for rate in RATES]
-        axes.errorbar(RATES, *zip(*means), marker="o", capsize=2, label=axis)
-    axes.set(xlabel="share of [MASK] at the chain's end", ylabel="share of captions right",
-             title="How much to mask")
-    axes.legend()
+def plot(panels):
+    """Left: pictures right against the share of [MASK]. Right: against the calls."""
+    shares = [rate for rate in RATES if by_seed("all", rate)] if MASKS.rows() else []
+    for column in ("two", "one"):
+        panels[0].errorbar(shares, *zip(*(mean_se(by_seed(column, rate).values())
+                                          for rate in shares)) if shares else [[]],
+                           marker="o", capsize=2, label=column)
+    for kind in ("", ", released jumps"):
+        calls = [n for n in (100, 25, 10, 5) if by_seed("all", f"{n} calls{kind}")]
+        means = [mean_se(by_seed("all", f"{n} calls{kind}").values()) for n in calls]
+        panels[1].errorbar(calls, *zip(*means) if means else [[]], marker="o", capsize=2,
+                           label=f"all{kind or ', exact jumps'}")
+    panels[0].set(xlabel="share of [MASK] at the chain's end", ylabel="share right")
+    panels[1].set(xlabel="calls of the network", xscale="log")
+    for axes in panels:
+        axes.legend()
 
 
 @one_line
 def main(argv):
     """Command line of the study."""
-    args = parser(__doc__).parse_args(argv)
-    captions = [] if args.summary else data.load("scenes", split="test", count=CAPTIONS).captions
-
-    def samplers(cell):
-        task, model = base(**cell)
-        return [{**cell, **s, **accuracy(task, model, captions, **s)} for s in SAMPLERS]
+    p = parser(__doc__)
+    p.add_argument("--only", choices=["masks", "samplers"], help="one half of the study")
+    args = p.parse_args(argv)
 
     def masks(cell):
-        return [{**cell, **accuracy(*short_run(**cell), captions, truncation=1.0)}]
-    run(args, JUMPS, [{"seed": seed} for seed in range(args.seeds)], samplers)
-    run(args, MASKS, [{"rate": rate, "seed": seed} for seed in range(args.seeds)
-                      for rate in RATES], masks)
+        made = vq_parts.trained("all", cell["seed"], process=masking(cell["rate"]))
+        return [{**cell, **vq_parts.measure(*made)}]
+
+    def samplers(cell):
+        task, model = full(**cell)
+        return [{**cell, "way": way, **sampled(task, model, captions_of(240, 240), **options)}
+                for way, options in WAYS.items()]
+    seeds = range(args.seeds)
+    if args.only != "samplers":
+        run(args, MASKS, [{"rate": rate, "seed": seed} for seed in seeds for rate in RATES
+                          if rate != 0.9], masks)
+    if args.only != "masks":
+        run(args, JUMPS, [{"seed": seed} for seed in seeds], samplers)
     print(report())
-    figure("vq_mask", plot)
+    if report():
+        figure("vq_mask", plot, (9, 3.4), 2)
 
 
 if __name__ == "__main__":

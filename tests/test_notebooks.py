@@ -8,7 +8,7 @@ import shlex
 import matplotlib
 import pytest
 
-import worlds
+from conftest import fewer_drawn
 from tasks import DiffusionTask
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -29,9 +29,8 @@ def code_of(path):
 def test_notebook_runs(path, monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.setenv("SCALE", "0.02")
-    draw, sample = worlds.draw_world, DiffusionTask.sample  # few pictures, two calls for each
-    monkeypatch.setattr(worlds, "draw_world", lambda name, size, split, count, *more: draw(
-        name, size, split, min(count or 500, 1000), *more))
+    fewer_drawn(monkeypatch, 500)
+    sample = DiffusionTask.sample                           # two calls for each picture
     monkeypatch.setattr(DiffusionTask, "sample", lambda *given, steps=None, **how: sample(
         *given, steps=2 if steps is None else min(steps, 2), **how))
     monkeypatch.chdir(path.parent)                          # where Jupyter starts it

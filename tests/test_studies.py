@@ -1,5 +1,6 @@
 """The studies train as train.py does, stop and go on; the report says what the CSVs say."""
 import csv
+import functools
 import importlib
 import itertools
 import math
@@ -27,7 +28,7 @@ from studies import common, report, things
 from studies.adapter_sweep import effect
 
 RESULTS = pathlib.Path(common.__file__).parent / "results"
-PLOTTED = ("vq_chain", "adapter_sweep")
+PLOTTED = ("adapter_sweep",)
 TINY = {"data": "shapes", "batch_size": 4, "steps": 3, "first_stage_steps": 2}
 
 
@@ -578,17 +579,106 @@ def test_autoregression_samples_what_its_network_says_and_its_loss_is_exact():
 
 
 def test_the_rival_and_a_short_chain_train_and_sample(tmp_path, monkeypatch, few_pictures):
-    from studies import vq_autoregressive, vq_chain
-    monkeypatch.setattr(vq_chain, "OUT", tmp_path)
-    monkeypatch.setattr(vq_autoregressive, "OUT", tmp_path)
-    flags = {"first_stage": "new", "first_stage_steps": 2}
-    task, model = vq_autoregressive.autoregressive(0, 2, **flags)
-    row = vq_chain.accuracy(task, model, ["a red circle on gray", "a red circle above a cyan ring"])
-    assert row["captions"] == 2 and set(vq_chain.AXES) < set(row)
-    task, model = vq_chain.short_run(0.25, 0, 2, **flags)
-    assert task.process.gamma_bar[99].item() == pytest.approx(0.25)
-    captions = ["a red circle above a cyan ring"]
-    assert vq_chain.accuracy(task, model, captions, steps=2)["captions"] == 1
+    from studies import vq_autoregressive, vq_chain, vq_parts
+    for module in (vq_parts, vq_autoregressive):
+        monkeypatch.setattr(module, "OUT", tmp_path)
+    flags = {"first_stage": "new", "first_stage_steps": 2, "batch_size": 4}
+    captions = ["a red circle on gray", "a red circle above a cyan ring"]
+    monkeypatch.setattr(vq_autoregressive, "BATCH", flags.pop("batch_size"))
+    task, model = vq_autoregressive.autoregressive(0, 1, **flags)
+    row = vq_autoregressive.accuracy(task, model, captions)
+    assert row["captions"] == 2 and {"one", "two", "apart", *vq_chain.AXES} < set(row)
+    task, model, cpu = vq_parts.trained("without bias", 0, 2, vq_chain.masking(0.25), batch_size=4,
+                                        **flags)
+    assert task.process.gamma_bar[99].item() == pytest.approx(0.25) and cpu > 0
+    assert vq_chain.sampled(task, model, captions[1:], True, steps=2)["captions"] == 1
+    assert type(task.process) is vq_chain.Released
+    found = vq_parts.bound(task, model, 100)
+    assert 5 < found["ce"] < 6 < found["bound"] < 60            # untrained: ln 256 = 5.5
+
+
+def test_arms_of_the_parts_study_keep_what_they_name():
+    from studies import vq_parts
+    from vqdiffusion import VQTransformer
+    codes = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    book = types.SimpleNamespace(embedding=codes, started=torch.tensor(True))
+    x, t, words = torch.arange(16)[None], torch.tensor([5]), torch.randn(1, 4, 64)
+
+    def built(parts=None, **options):
+        torch.manual_seed(0)
+        model = VQTransformer(20, 4, 32, 1, 4, relative=True, codebook=book)
+        if parts is not None:
+            vq_parts.keep_parts(model, parts, 0)
+        for block in model.blocks:          # a bias that has learned, unless it is frozen
+            block.attn1.bias.data += 0.5 * block.attn1.bias.requires_grad * torch.arange(49)
+        return model
+    whole, none = built(), built(())
+    assert torch.equal(built(vq_parts.PARTS)(x, t, words), whole(x, t, words))
+    for part in vq_parts.PARTS:             # each left out changes the answer
+        rest = built([p for p in vq_parts.PARTS if p != part])
+        assert (rest(x, t, words) - whole(x, t, words)).abs().max() > 1e-4, part
+    plain = VQTransformer(20, 4, 32, 1, 4)
+    plain.load_state_dict({k: v for k, v in none.state_dict().items() if k[-10:] != "attn1.bias"})
+    torch.testing.assert_close(none(x, t, words), plain(x, t, words))
+    distance = torch.pdist(whole.content_emb.emb.weight[:-1])
+    assert np.corrcoef(distance.detach(), torch.pdist(codes))[0, 1] > 0.7
+    assert set(vq_parts.ARMS) >= {"published", "all", "without bias", "bias alone"}
+
+
+def test_verdicts_of_the_vq_studies_by_made_up_rows(tmp_path, monkeypatch):
+    from studies import vq_autoregressive, vq_base, vq_chain, vq_parts
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    rule = np.polynomial.legendre.leggauss                  # of the t test: the same every time
+    monkeypatch.setattr(np.polynomial.legendre, "leggauss", functools.cache(rule))
+    studies = vq_base, vq_parts, vq_chain, vq_autoregressive
+    assert [study.report() for study in studies] == [""] * 4
+    axes = {**dict.fromkeys(vq_base.AXES, 0.95), "captions": 480, "one": 0.97, "apart": 0.9}
+    noise, runs = lambda seed: 0.002 * (seed - 1), dict(axes, ce=1.0, cpu_s=9.0)
+    better = {arm: len(parts) + (arm == "rotary alone") for arm, parts in vq_parts.ARMS.items()}
+    vq_parts.TABLE.add(*[
+        {"arm": arm, "seed": k, **runs, "bound": 2 - 0.1 * n - 9 * noise(k) ** 2,
+         "two": 0.2 * n + noise(k) * len(arm)} for k in range(3) for arm, n in better.items()])
+    vq_chain.MASKS.add(*[{"rate": rate, "seed": k, **runs, "bound": 1.6 + 0.2 * rate, "two": 0.5}
+                         for k in range(3) for rate in (0.0, 0.5, 1.0)])
+    vq_chain.JUMPS.add(*[{"seed": k, "way": way, **axes, "two": 0.5 + noise(k),
+                          "all": 0.9 - 0.3 * ("released" in way) + noise(k) * len(way)}
+                         for k in range(3) for way in vq_chain.WAYS])
+    vq_base.TABLE.add(*[{"what": "model", "seed": k, "truncation": r, **axes, "two": 0.9}
+                        for k in range(3) for r in vq_base.TRUNCATIONS])
+    said = vq_parts.report() + vq_chain.report()
+    verdict = {line.split("|")[1].strip(): line.split("|")[-2].strip()
+               for line in said.splitlines() if "[" in line}
+    assert verdict["all three draw more pairs of objects right"] == "**comes out**"
+    assert verdict["rotary lowers it alone"] == "**comes out**"
+    assert verdict["90 % masked beats masking alone (Fig. 5)"] == "**comes out**"
+    assert verdict["90 % masked beats replacing alone"] == "**does not**"
+    assert verdict["(ours) with 5 calls exact jumps beat the released ones"] == "**comes out**"
+    assert verdict["purity beats the same number of tokens anywhere"] == "not decidable here"
+    assert "| without bias | 3 | 1.800 ± 0.000 |" in said and "| 0.9 | 3 | 1.700" in said
+    assert "| model | 0.86 | 3 | 97.0 ± 0.0 | 90.0 ± 0.0 |" in vq_base.report()
+    study, table = vq_autoregressive, vq_autoregressive.TABLE
+    table.add(*[{"model": name, "seed": k, **axes, "two": 0.9, "all": right + noise(k)} for k in
+                range(2) for name, right in (("autoregressive", 0.95), ("VQ-Diffusion", 0.93))])
+    assert "minus the rival: -2.0 points, 95 % interval -2.0 to -2.0 (2 seeds)" in study.report()
+    monkeypatch.setattr(study, "ENOUGH", 0.94)
+    assert "quality is not compared" in study.report() and "points" not in study.report()
+    for name, draw in (("vq_parts", vq_parts.plot), ("vq_mask", vq_chain.plot)):
+        common.figure(name, draw, (9, 3.4), 2)
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_times_of_the_rival_and_of_all_tokens_at_once(tmp_path, monkeypatch):
+    """One token with what came before costs less than all anew; the factor is that of the rows."""
+    from studies import vq_autoregressive as study
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(study, "cpu_seconds", lambda call: call()[0].shape[1] if isinstance(
+        call(), tuple) else 2.0)                            # how many tokens a call computes
+    kept, anew, calls = (study.time_cell(64, 2, way)["seconds"] for way in (
+        "kept keys and values", "prefix anew", "25 calls"))
+    assert (kept, anew, calls) == (64, 64 * 32, 50)         # the mean prefix has 32 tokens
+    study.TIME.add(*[{"tokens": 64, "at_once": 1, "way": way, "seconds": seconds} for way, seconds
+                     in zip(study.WAYS, (100.0, 400.0, 80.0, 20.0, 8.0))])
+    assert "| 64 | 1 | 100 | 400 | 80 | 20 | 8 | 5 | 20 |" in study.report()
 
 
 def test_plotting_leaves_the_callers_backend_alone(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # a file imports only from floors below its own
 FLOORS = {"cli": 0, "checkpoint": 0, "worlds": 0, "folders": 0, "diffusion": 0, "text": 0,
-          "optim": 0, "data": 0.5, "dit": 1, "unet": 1, "vae": 1, "udit": 2, "vqdiffusion": 2,
+          "optim": 0, "data": 0.5, "dit": 1, "unet": 1, "vae": 1, "udit": 2, "vqdiffusion": 2.5,
           "pretrained": 3, "tasks": 4, "models": 4.5, "train": 5, "custom_diffusion": 6,
           "adapters": 6.5, "sample": 7, "evaluate": 8, "bench": 8}
 PACKAGES = {"torch", "numpy", "tqdm", "matplotlib", "pytest", "PIL"}

@@ -26,10 +26,10 @@ def tokeniser(tmp_path_factory, scenes, short_previews):
 
 @pytest.fixture(scope="module")
 def texts(tokeniser, scenes, tmp_path_factory):
-    """A VQ-Diffusion model of captions after four steps."""
+    """A VQ-Diffusion model of captions after four steps, with every part that a flag adds."""
     out = tmp_path_factory.mktemp("vq") / "run"
     train.main(["--model", "vq-tiny", "--data", f"folder:{scenes}", "--first-stage", tokeniser,
-                "--steps", "4", *SHORT, "--out", str(out)])
+                "--learned-null", "--steps", "4", *SHORT, "--out", str(out)])
     return str(out / "ckpt.pt")
 
 
@@ -40,6 +40,10 @@ def test_the_checkpoint_carries_codes_and_grid(tokeniser, texts, scenes):
     assert first.num_codes == carried.num_codes == 32 and carried.grid == 8
     x = data.to_float(data.load(f"folder:{scenes}").images)
     assert torch.equal(first.encode(x), carried.encode(x)) and first.encode(x).shape == (24, 64)
+    assert {"text.null", "denoiser.blocks.3.attn1.bias"} <= state["ema"].keys()
+    codes = state["ema"]["denoiser.content_emb.emb.weight"][:-1]
+    alike = torch.stack([torch.pdist(carried.codebook.embedding), torch.pdist(codes)])
+    assert torch.corrcoef(alike)[0, 1] > 0.5                            # codes started alike
     task, model = sample.load(texts)
     assert task.process.num_codes == 32 and model.denoiser.to_logits[1].out_features == 32
 

@@ -195,23 +195,22 @@ def test_standardise_changes_units_and_not_pictures():
     assert stage.standardised and stage.mean.unique().numel() == 5
 
 
-@pytest.mark.slow
 def test_tiny_autoencoder_learns_readable_shapes():
-    """A fifth of the default first stage: the exact reader reads what comes out."""
+    """A tenth of the default first stage: the exact reader reads what comes out."""
     torch.manual_seed(0)
     train, test = (data.load("shapes", split=split, count=n)
-                   for split, n in (("train", 6400), ("test", 200)))
+                   for split, n in (("train", 2400), ("test", 100)))
     stage = TinyAutoencoder(3, 4, 4, latent_noise=0.1)
     opt = torch.optim.AdamW(stage.parameters(), lr=4e-3)
     for step in range(100):
-        x = data.to_float(train.images[step * 64:(step + 1) * 64])
-        loss, _ = stage.objective(x, stage.draw(64, x.shape[1:]))
+        x = data.to_float(train.images[step * 24:(step + 1) * 24])
+        loss, _ = stage.objective(x, stage.draw(24, x.shape[1:]))
         opt.zero_grad(), loss.backward(), opt.step()
     with torch.no_grad():
         x = data.to_float(test.images)
         recon = stage.decode(stage.encode(x))
     psnr = 10 * torch.log10(4 / (recon - x).square().mean())
-    assert psnr > 17, psnr                                  # a grey picture: 12.4; seeds: 19.4-20
+    assert psnr > 17, psnr                                  # a grey picture: 12.4; here: 19.7
     assert evaluate.class_accuracy(data.to_uint8(recon), test.labels)["color"][0] > 0.9
 
 
@@ -381,15 +380,6 @@ def test_a_step_that_is_not_taken_changes_nothing(keep):
     assert not same(before, tensors(book)) and book.embedding.isfinite().all()
 
 
-def test_loaded_codes_start_again_if_they_had_not_started():
-    book, fresh = book_of(), book_of(started=False)
-    book.update(cloud(), KEEP, 0)
-    book.load_state_dict(fresh.state_dict())
-    book.update(cloud(), KEEP, 1)
-    fresh.update(cloud(), KEEP, 1)
-    assert fresh.started and same(tensors(book), tensors(fresh))
-
-
 # --------------------------------------------------------------------------------------------------
 # vq-vae
 
@@ -480,19 +470,18 @@ def test_bfloat16_autocast_trains():
     assert all(p.grad.isfinite().all() for p in stage.parameters())
 
 
-@pytest.mark.slow
 def test_vqvae_learns_scenes():
-    """300 steps across the warm-up: better than a grey picture by far, most codes in use."""
+    """120 steps across the warm-up: better than a grey picture by far, most codes in use."""
     torch.manual_seed(0)
     train = data.load("scenes", count=1600)
     stage = VQVAE(num_codes=32, width=32, warmup=50)
     opt = torch.optim.AdamW(stage.parameters(), lr=4e-3)
-    for step in range(300):
+    for step in range(120):
         x = data.to_float(train.images[torch.arange(step * 16, step * 16 + 16) % 1600])
         loss, metrics = stage(x, {})
         opt.zero_grad(), loss.backward(), opt.step()
         stage.codebook.update(metrics["vectors"], KEEP, step)
-    assert metrics["psnr"] > 18 and metrics["codes"] > 16   # grey: 13; three seeds: 22.5-22.9, 31
+    assert metrics["psnr"] > 18 and metrics["codes"] > 16   # grey: 13; here: 19.9, 31
 
 
 # --------------------------------------------------------------------------------------------------
