@@ -310,8 +310,8 @@ def forms_text():
     if len(cells) < len(CORNERS) * len(FORMS) or min(map(len, cells.values())) < 2:
         return ""
     places, activations, scales = zip(*cells)
-    text = (f"\nActivation and scale: {things.SIX[0]}, {len(cells)} forms at three placements, mean "
-            "of two seeds each; F is adjusted for the other and the placement.\n\n")
+    text = (f"\nActivation and scale: {things.SIX[0]}, {len(cells)} forms at three placements, "
+            "mean of two seeds each; F is adjusted for the other and the placement.\n\n")
     for column in ("alignment", "net"):
         y = [statistics.fmean(row["alignment"] - row["leak"] * (column == "net") for row in rows)
              for rows in cells.values()]

@@ -7,13 +7,13 @@ batch, so each thing is seen as often. Columns as there, the mean of both things
   both       share of 48 pictures "a <new1> ... left of a <new2> ..." with each a hit in its half
   plain      48 held-out captions of any category: share with all attributes right
 "apart" is what each thing's own file draws. "joint, all weights" learns together with all weights,
-from captions that name the thing also as the second of two objects. "merge" is Eq. 5 as published. It asks only the rows of
-two prompts, from the second word to the end token, but the U-Net reads the start token and the
-padding after a short caption too. "softly" (soft_merge) asks all rows of many captions, as a
-compromise of least squares; its weight was chosen on two things that are in no table. Missed: what
-a merge leaves out of the change of keys and values that a thing learned, at the rows of one kind of
-its prompts, ||(W - W_n) C^T|| / ||(W_n - W0) C^T||; 1 = all of it. The paper's tables have neither
-average nor sum. About 25 CPU-seconds a cell, 130 if it trains.
+from captions that name the thing also as the second of two objects. "merge" is Eq. 5 as published.
+It asks only the rows of two prompts, from the second word to the end token, but the U-Net reads the
+start token and the padding after a short caption too. "softly" (soft_merge) asks all rows of many
+captions, as a compromise of least squares; its weight was chosen on two things that are in no
+table. Missed: what a merge leaves out of the change of keys and values that a thing learned, at the
+rows of one kind of its prompts, ||(W - W_n) C^T|| / ||(W_n - W0) C^T||; 1 = all of it. The paper's
+tables have neither average nor sum. About 25 CPU-seconds a cell, 130 if it trains.
 
     python -m studies.custom_merge          # after studies.custom_concepts
 """
