@@ -14,11 +14,14 @@ import os
 import pathlib
 import pickle
 import re
+import sys
 import zipfile
 
 import torch
 
 FORMAT = 2                              # of our own files; 1 was the first edition's
+# what trainers save of Python's own: a run's flags, folders, bytes. The rest may be an attack
+HARMLESS = ("argparse.", "pathlib.", "types.SimpleNamespace", "_codecs.encode")
 
 # what a form in FORMS asks of a value
 of = lambda kind: lambda x: isinstance(x, kind)
@@ -123,10 +126,9 @@ def read_torch(path):
             raise ValueError("a checksum inside it does not match")
         # torch reads any path that ends so as safetensors, but not an open file
         mapped = zipped and pathlib.Path(path).suffix != ".safetensors"
-        # a trainer's own classes, of which no weight is made, are read as empty ones
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else ()
-        inert = [(type("Inert", (), {}), name) for name in unsafe
-                 if name.startswith("pytorch_lightning.")]
+        inert = [(Inert, name) for name in unsafe if name.startswith(HARMLESS)
+                 or name.partition(".")[0] not in sys.stdlib_module_names]
         with open(path, "rb") as file, torch.serialization.safe_globals(inert):
             return torch.load(path if mapped else file, "cpu", weights_only=True, mmap=mapped)
     except Exception as error:                      # a damaged file may fail in any way
@@ -139,6 +141,16 @@ def read_torch(path):
                              "('ema', 'model', 'state_dict')}, new)") from error
         reason = type(error).__name__ if refused else str(error).partition("\n")[0][:120]
         raise ValueError(f"{path} is damaged, truncated or no torch file ({reason})") from error
+
+
+class Inert:
+    """While a file is read, in place of a class or function of a trainer: it does nothing."""
+
+    def __init__(self, *given):
+        pass
+
+    def __setstate__(self, state):
+        self.__dict__.update(state if isinstance(state, dict) else {})
 
 
 def named_tensors(state, path):

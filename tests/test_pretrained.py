@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -714,28 +715,29 @@ class Hostile:
 
 
 def test_files_of_trainers_are_read_without_them_and_nothing_is_run(tmp_path, monkeypatch):
-    """Lightning's classes beside SD v1's weights, as it was published; other classes are not."""
+    """Lightning's objects beside SD v1's weights, as published; the Namespace, folder and numpy
+    numbers of DiT's and U-DiT's own training. Python's own functions are refused."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
     callback = type("ModelCheckpoint", (), {"__module__": name})
     weights, hostile = {"a.b": torch.randn(2, 3)}, Hostile(str(tmp_path / "ran"))
+    flags = argparse.Namespace(lr=1e-4, results=tmp_path, best=np.float64(3), seen=np.arange(3))
     with monkeypatch.context() as patch:                # only while the files are written
         for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
             patch.setitem(sys.modules, part, types.SimpleNamespace(ModelCheckpoint=callback))
         for file, content in {
                 "sd.ckpt": {"state_dict": weights, "callbacks": {callback: {"best": callback()}}},
-                "bad.ckpt": {"state_dict": weights, "callbacks": {callback: hostile}}}.items():
-            torch.save(content, tmp_path / file)
-    same({"": pretrained.read_weights(tmp_path / "sd.ckpt")}, {"": weights})
-    with pytest.raises(ValueError, match="bad.ckpt holds more than tensors"):
-        pretrained.read_weights(tmp_path / "bad.ckpt")
+                "dit.pt": {"model": {}, "ema": weights, "opt": {"state": {}}, "args": flags},
+                "bad.ckpt": {"state_dict": weights, "callbacks": {callback: hostile}},
+                "old.ckpt": {"state_dict": weights, "args": flags}}.items():
+            torch.save(content, tmp_path / file,
+                       _use_new_zipfile_serialization=file != "old.ckpt")
+    for file in ("sd.ckpt", "dit.pt"):
+        same({"": pretrained.read_weights(tmp_path / file)}, {"": weights})
+    for file in ("bad.ckpt", "old.ckpt"):
+        with pytest.raises(ValueError, match=f"{file} holds more than tensors") as error:
+            pretrained.read_weights(tmp_path / file)
     assert not (tmp_path / "ran").exists()
-
-
-def test_the_cure_for_a_file_with_a_namespace_works_as_printed(tmp_path):
-    """As DiT's own training saves it."""
-    weights, path, new = {"a.b": torch.randn(2, 3)}, tmp_path / "dit.pt", tmp_path / "new.pt"
-    torch.save({"ema": weights, "opt": [1], "args": argparse.Namespace(lr=1e-4)}, path)
-    with pytest.raises(ValueError, match="holds more than tensors") as error:
-        pretrained.read_weights(path)
+    # the cure of the message works as printed
+    path, new = tmp_path / "old.ckpt", tmp_path / "new.pt"
     exec(str(error.value).partition("if you trust it, ")[2], dict(torch=torch, path=path, new=new))
     same({"": pretrained.read_weights(new)}, {"": weights})
