@@ -45,15 +45,17 @@ class GaussianDiffusion:
     """The chain x0 -> xt -> noise with its loss and its samplers. It has no parameters.
     steps: T; t counts from 0 (the papers: from 1). schedule: a name of SCHEDULES. prediction: what
     the network outputs, "eps", "v" or "x0". learn_sigma: C more channels interpolate the log-
-    variance between the posterior's and beta's; without them it is beta's. Public: betas, alpha_bar
+    variance between the posterior's and beta's; without them it is beta's. spacing: see
+    respaced_steps; and whether sampling ends at x0, or as noisy as t = 0. Public: betas, alpha_bar
     (T,) float64; timestep_map (T,): the network's t. Source: DDPM §2-3."""
     samplers = ("ddim", "ddpm", "dpm++")
     default_steps = {"ddim": 50, "ddpm": 250, "dpm++": 50}
     options = {"ddim": COMMON | {"eta"}, "ddpm": COMMON, "dpm++": COMMON}
 
-    def __init__(self, steps=1000, schedule="linear", prediction="eps", learn_sigma=False):
+    def __init__(self, steps=1000, schedule="linear", prediction="eps", learn_sigma=False,
+                 spacing=("linspace", 0, True)):
         check_name("prediction", prediction, ("eps", "v", "x0"))
-        self.prediction, self.learn_sigma = prediction, learn_sigma
+        self.prediction, self.learn_sigma, self.spacing = prediction, learn_sigma, spacing
         self.original_steps = steps                     # stays when the chain is respaced
         self.default_sampler = "ddpm" if learn_sigma else "ddim"
         check_name("schedule", schedule, SCHEDULES)
@@ -203,7 +205,9 @@ class GaussianDiffusion:
 
     def path(self, sampler, steps, strength=1.0):
         """-> (respaced process, [(t, level), ..., (-1, 0)]). Source: Lu et al. 2022 §5 (dpm++)."""
-        kept, log_snr = respaced_steps(self.steps, steps), torch.logit(self.alpha_bar)      # (T,)
+        *spacing, to_x0 = self.spacing
+        kept = respaced_steps(self.steps, steps, *spacing)
+        log_snr = torch.logit(self.alpha_bar)                                       # (T,)
         if sampler == "dpm++" and isinstance(steps, int):
             end = log_snr[-1].clamp(min=MIN_LOG_SNR)
             targets = torch.linspace(log_snr[0], end, steps, dtype=torch.float64)   # (steps,)
@@ -211,9 +215,10 @@ class GaussianDiffusion:
         kept = kept if len(kept) > 1 else [self.steps - 1]      # a single step begins with noise
         below = self.timestep_map < round(strength * self.original_steps)           # (T,)
         last = max(0, (below & (log_snr >= MIN_LOG_SNR)).sum().item() - 1)  # the noisiest allowed t
-        chain = self.respaced(sorted({min(t, last) for t in kept}))
+        chain = self.respaced(sorted({min(t, last) for t in kept} | {*[0][:not to_x0]}))
         levels = [(t + 1) / self.original_steps for t in chain.timestep_map.tolist()]
-        return chain, [*reversed(list(enumerate(levels))), (-1, 0.0)]
+        calls = [*reversed(list(enumerate(levels)))]
+        return chain, [*calls, (-1, 0.0)] if to_x0 else [*calls[:-1], (0, 0.0)]
 
     def _set_tables(self, betas, timestep_map):
         self.betas, self.timestep_map, self.steps = betas, timestep_map, len(betas)
@@ -353,10 +358,11 @@ SCHEDULES = {
     "cosine": cosine_betas}
 
 
-def respaced_steps(num_steps, respacing):
+def respaced_steps(num_steps, respacing, spacing="linspace", offset=0):
     """Which of num_steps timesteps a shorter chain visits: ascending list of ints.
     respacing: 250 or "250" = so many, evenly, both ends included; "10,15,20" = so many from each
-    of equal sections; "ddim25" = every n-th from 0. Source: improved DDPM §4."""
+    of equal sections; "ddim25" = every n-th from 0. spacing: of a whole number, "leading": every
+    n-th from `offset`, or "trailing": back from the last. Source: improved DDPM §4; diffusers."""
     if not re.fullmatch(r"ddim\d+|\d+(,\d+)*", str(respacing)):
         raise ValueError(f"steps {respacing!r}: give a whole number, 10,15,20, or ddim25")
     if str(respacing).startswith("ddim"):
@@ -365,6 +371,10 @@ def respaced_steps(num_steps, respacing):
                 return list(range(0, num_steps, stride))
         raise ValueError(f"no whole stride visits {respacing[4:]} of {num_steps} steps: omit ddim")
     kept, first, counts = set(), 0, [int(count) for count in str(respacing).split(",")]
+    if spacing != "linspace" and 1 <= (n := counts[0]) <= num_steps and len(counts) == 1:
+        steps = (k * (num_steps // n) + offset for k in range(n)) if spacing == "leading" else (
+            round((k + 1) * num_steps / n) - 1 for k in range(n))
+        return sorted({min(t, num_steps - 1) for t in steps})
     for i, count in enumerate(counts):
         size = num_steps // len(counts) + (i < num_steps % len(counts))
         if not 1 <= count <= size:
