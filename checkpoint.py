@@ -10,6 +10,9 @@ The idea. A checkpoint is a dict of tensors and plain values, saved by torch.sav
     load_weights(model, load_checkpoint("out/ckpt.pt")["model"], "out/ckpt.pt")
     python -m pytest tests/test_checkpoint.py"""
 import contextlib
+import json
+import math
+import mmap
 import os
 import pathlib
 import pickle
@@ -145,12 +148,8 @@ def read_torch(path):
 
 class Inert:
     """While a file is read, in place of a class or function of a trainer: it does nothing."""
-
-    def __init__(self, *given):
-        pass
-
-    def __setstate__(self, state):
-        self.__dict__.update(state if isinstance(state, dict) else {})
+    __init__ = lambda self, *given: None
+    __setstate__ = lambda self, state: vars(self).update(state if isinstance(state, dict) else {})
 
 
 def named_tensors(state, path):
@@ -164,3 +163,40 @@ def named_tensors(state, path):
     if not state:
         raise ValueError(f"{path} holds no named tensors: it is no file of weights")
     return state
+
+
+# ---- files. safetensors: 8 bytes, a JSON's length; JSON {name: {dtype, shape, data_offsets}}; data
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file, mapped: writing to a tensor leaves the file as it is.
+    Raises ValueError for any other file. Source: github.com/huggingface/safetensors, "Format"."""
+    try:
+        with open(path, "rb") as file:
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + int.from_bytes(buffer[:8], "little")        # the first byte of the data
+        header, last, tensors = json.loads(buffer[8:start]), start, {}
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            count = math.prod(shape)
+            if begin != last or end - begin != count * dtype.itemsize or end > len(buffer):
+                raise ValueError(f"{name!r}, {shape} {dtype}, is at {entry['data_offsets']}")
+            # a storage for each tensor, so saving one does not save the file; not aligned: a copy
+            where = dict(buffer=buffer, offset=begin) if begin % dtype.itemsize == 0 else dict(
+                buffer=bytearray(buffer[begin:end]))
+            tensors[name] = torch.frombuffer(**where, dtype=dtype, count=count).view(shape) \
+                if count else torch.empty(shape, dtype=dtype)
+            last = end
+        if last != len(buffer):
+            raise ValueError(f"{len(buffer) - last} bytes after the last tensor")
+        return tensors
+    except Exception as error:                  # a damaged file may fail in any way
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(f"{path} is missing, truncated, damaged or no safetensors file "
+                         f"({type(error).__name__}: {reason})") from error

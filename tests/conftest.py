@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import data
-import pretrained
 import tasks
 from tasks import DiffusionTask
 
@@ -118,7 +118,7 @@ def scenes(tmp_path_factory):
 
 def write_safetensors(path, tensors):
     """Write {name: tensor} as https://github.com/huggingface/safetensors describes the format."""
-    kinds = {dtype: kind for kind, dtype in pretrained.DTYPES.items()}
+    kinds = {dtype: kind for kind, dtype in checkpoint.DTYPES.items()}
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
         flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
