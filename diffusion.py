@@ -214,8 +214,9 @@ class GaussianDiffusion:
             kept = (log_snr - targets[:, None]).abs().argmin(dim=1).tolist()        # the nearest t
         kept = kept if len(kept) > 1 else [self.steps - 1]      # a single step begins with noise
         below = self.timestep_map < round(strength * self.original_steps)           # (T,)
-        last = max(0, (below & (log_snr >= MIN_LOG_SNR)).sum().item() - 1)  # the noisiest allowed t
-        chain = self.respaced(sorted({min(t, last) for t in kept} | {*[0][:not to_x0]}))
+        # the noisiest allowed t; a chain that ends as noisy as t = 0 has at least one more
+        last = max(0 if to_x0 else 1, (below & (log_snr >= MIN_LOG_SNR)).sum().item() - 1)
+        chain = self.respaced(sorted({min(t, last) for t in (kept if to_x0 else [0, *kept])}))
         levels = [(t + 1) / self.original_steps for t in chain.timestep_map.tolist()]
         calls = [*reversed(list(enumerate(levels)))]
         return chain, [*calls, (-1, 0.0)] if to_x0 else [*calls[:-1], (0, 0.0)]

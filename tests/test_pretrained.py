@@ -730,6 +730,19 @@ def test_ten_steps_of_a_folders_own_ddim(spacing, predicts, tmp_path):
     assert (got - x).norm() < 1e-4 * x.norm()
 
 
+@pytest.mark.parametrize("spacing", [("leading", 1, False), ("trailing", 0, True)])
+def test_chains_of_every_length_begin_and_end_as_asked(spacing):
+    """One step, all steps, and the weakest image-to-image still call the model at least once."""
+    process = GaussianDiffusion(schedule="scaled_linear", spacing=spacing)
+    for sampler, steps, strength in (("ddim", 1, 1), ("ddpm", 1000, 1), ("dpm++", 7, 1),
+                                     ("ddim", 30, 1), ("ddim", 50, 0.0005), ("ddim", "ddim25", 1)):
+        chain, path = process.path(sampler, steps, strength)
+        assert len(path) > 1 and path[-1] == (-1 if spacing[2] else 0, 0.0)
+        assert [t for t, _ in path] == sorted({t for t, _ in path}, reverse=True)
+        assert path[0][0] == chain.steps - 1
+    assert process.path("ddim", 30)[0].timestep_map[-1] == (958 if spacing[0] == "leading" else 999)
+
+
 def test_a_dit_folder_of_diffusers(tmp_path):
     """Names as DiTTransformer2DModel of diffusers 0.42 saves them: each block has a copy of the
     embedders. Its forward equals ours to 3e-6 once its timestep frequencies are those of DiT's
