@@ -622,7 +622,7 @@ def test_configs_are_followed_and_damaged_ones_named(tmp_path, states):
     # one part by its file, --vae: the config beside it counts as well
     vae = tmp_path / "new/vae/diffusion_pytorch_model.safetensors"
     for path in (vae, vae.parent):
-        assert pretrained.load_first_stage(path).scale == 0.13025
+        assert pretrained.read_official(path, "vae")[2]["vae"] == {"scale": 0.13025}
     for content in (b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000, b"3"):
         (tmp_path / "new/unet/config.json").write_bytes(content)
         with pytest.raises(ValueError, match="unet/config.json is damaged or no config"):
