@@ -10,15 +10,21 @@ The idea. A checkpoint is a dict of tensors and plain values, saved by torch.sav
     load_weights(model, load_checkpoint("out/ckpt.pt")["model"], "out/ckpt.pt")
     python -m pytest tests/test_checkpoint.py"""
 import contextlib
+import json
+import math
+import mmap
 import os
 import pathlib
 import pickle
 import re
+import sys
 import zipfile
 
 import torch
 
 FORMAT = 2                              # of our own files; 1 was the first edition's
+# what trainers save of Python's own: a run's flags, folders, bytes. The rest may be an attack
+HARMLESS = ("argparse.", "pathlib.", "types.SimpleNamespace", "_codecs.encode")
 
 # what a form in FORMS asks of a value
 of = lambda kind: lambda x: isinstance(x, kind)
@@ -123,10 +129,9 @@ def read_torch(path):
             raise ValueError("a checksum inside it does not match")
         # torch reads any path that ends so as safetensors, but not an open file
         mapped = zipped and pathlib.Path(path).suffix != ".safetensors"
-        # a trainer's own classes, of which no weight is made, are read as empty ones
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else ()
-        inert = [(type("Inert", (), {}), name) for name in unsafe
-                 if name.startswith("pytorch_lightning.")]
+        inert = [(Inert, name) for name in unsafe if name.startswith(HARMLESS)
+                 or name.partition(".")[0] not in sys.stdlib_module_names]
         with open(path, "rb") as file, torch.serialization.safe_globals(inert):
             return torch.load(path if mapped else file, "cpu", weights_only=True, mmap=mapped)
     except Exception as error:                      # a damaged file may fail in any way
@@ -141,6 +146,12 @@ def read_torch(path):
         raise ValueError(f"{path} is damaged, truncated or no torch file ({reason})") from error
 
 
+class Inert:
+    """While a file is read, in place of a class or function of a trainer: it does nothing."""
+    __init__ = lambda self, *given: None
+    __setstate__ = lambda self, state: vars(self).update(state if isinstance(state, dict) else {})
+
+
 def named_tensors(state, path):
     """The state_dict in what a file held, without the prefixes of DDP and compile; of several, the
     first of "ema", "model" and "state_dict". Raises ValueError if there is none."""
@@ -152,3 +163,40 @@ def named_tensors(state, path):
     if not state:
         raise ValueError(f"{path} holds no named tensors: it is no file of weights")
     return state
+
+
+# ---- files. safetensors: 8 bytes, a JSON's length; JSON {name: {dtype, shape, data_offsets}}; data
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file, mapped: writing to a tensor leaves the file as it is.
+    Raises ValueError for any other file. Source: github.com/huggingface/safetensors, "Format"."""
+    try:
+        with open(path, "rb") as file:
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + int.from_bytes(buffer[:8], "little")        # the first byte of the data
+        header, last, tensors = json.loads(buffer[8:start]), start, {}
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            count = math.prod(shape)
+            if begin != last or end - begin != count * dtype.itemsize or end > len(buffer):
+                raise ValueError(f"{name!r}, {shape} {dtype}, is at {entry['data_offsets']}")
+            # a storage for each tensor, so saving one does not save the file; not aligned: a copy
+            where = dict(buffer=buffer, offset=begin) if begin % dtype.itemsize == 0 else dict(
+                buffer=bytearray(buffer[begin:end]))
+            tensors[name] = torch.frombuffer(**where, dtype=dtype, count=count).view(shape) \
+                if count else torch.empty(shape, dtype=dtype)
+            last = end
+        if last != len(buffer):
+            raise ValueError(f"{len(buffer) - last} bytes after the last tensor")
+        return tensors
+    except Exception as error:                  # a damaged file may fail in any way
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(f"{path} is missing, truncated, damaged or no safetensors file "
+                         f"({type(error).__name__}: {reason})") from error

@@ -34,10 +34,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from checkpoint import built_from, load_checkpoint, read_torch, save_checkpoint
+from checkpoint import built_from, load_checkpoint, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
 from models import base_flags, base_task
-from pretrained import is_safetensors, read_delta
+from pretrained import is_official, read_official
 from tasks import DiffusionTask, fingerprint, sample_all
 from train import Config, check_out, load_data, micro_size, run
 
@@ -384,16 +384,14 @@ def save_concept(path, W, rows, concepts, unet):
 def load_concept(path, unet):
     """A file of ours or published -> ({name: W}, {token: row}, ["<new1> dog", or bare tokens]).
     unet: the base's state_dict, to which it must belong: ValueError. Source: get_deltas.py."""
-    if is_safetensors(path):
-        raise ValueError(f"{path} is a safetensors file, such as a LoRA: a concept is .pt or .bin")
-    state, known = read_torch(path), keys_and_values(unet)
+    known = keys_and_values(unet)
     fits = lambda w, shape: w.is_floating_point() and w.shape == shape and w.isfinite().all()
     with built_from(path):
-        state = load_checkpoint(path) if "format" in state else state       # of ours: checked
+        state = {} if is_official(path) else load_checkpoint(path)          # of ours: checked
         if "tensors" in state and state.get("base") != fingerprint(known):
             raise ValueError(f"{path} was learned on another base: give the one it was learned on")
-        given, rows = (state["tensors"], state["modifiers"]) if "tensors" in state else (
-            read_delta(state))
+        given, rows = (state.get("tensors", {}), state.get("modifiers", {})) if state else (
+            read_official(path, "concept")[1]["concept"])
         W = {name: w["u"].float() @ w["v"].float() if isinstance(w, dict) else w
              for name, w in given.items()}
         wrong = [name for name, w in W.items() if name not in unet or not fits(w, unet[name].shape)]

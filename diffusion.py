@@ -44,15 +44,17 @@ class GaussianDiffusion:
     """The chain x0 -> xt -> noise with its loss and its samplers. It has no parameters.
     steps: T; t counts from 0 (the papers: from 1). schedule: a name of SCHEDULES. prediction: what
     the network outputs, "eps", "v" or "x0". learn_sigma: C more channels interpolate the log-
-    variance between the posterior's and beta's; without them it is beta's. Public: betas, alpha_bar
+    variance between the posterior's and beta's; without them it is beta's. spacing: see
+    respaced_steps; and whether sampling ends at x0, or as noisy as t = 0. Public: betas, alpha_bar
     (T,) float64; timestep_map (T,): the network's t. Source: DDPM §2-3."""
     samplers = ("ddim", "ddpm", "dpm++")
     default_steps = {"ddim": 50, "ddpm": 250, "dpm++": 50}
     options = {"ddim": COMMON | {"eta"}, "ddpm": COMMON, "dpm++": COMMON}
 
-    def __init__(self, steps=1000, schedule="linear", prediction="eps", learn_sigma=False):
+    def __init__(self, steps=1000, schedule="linear", prediction="eps", learn_sigma=False,
+                 spacing=("linspace", 0, True)):
         check_name("prediction", prediction, ("eps", "v", "x0"))
-        self.prediction, self.learn_sigma = prediction, learn_sigma
+        self.prediction, self.learn_sigma, self.spacing = prediction, learn_sigma, spacing
         self.original_steps = steps                     # stays when the chain is respaced
         self.default_sampler = "ddpm" if learn_sigma else "ddim"
         check_name("schedule", schedule, SCHEDULES)
@@ -202,17 +204,21 @@ class GaussianDiffusion:
 
     def path(self, sampler, steps, strength=1.0):
         """-> (respaced process, [(t, level), ..., (-1, 0)]). Source: Lu et al. 2022 §5 (dpm++)."""
-        kept, log_snr = respaced_steps(self.steps, steps), torch.logit(self.alpha_bar)      # (T,)
+        *spacing, to_x0 = self.spacing
+        kept = respaced_steps(self.steps, steps, *spacing)
+        log_snr = torch.logit(self.alpha_bar)                                       # (T,)
         if sampler == "dpm++":
             end = log_snr[-1].clamp(min=MIN_LOG_SNR)
             targets = torch.linspace(log_snr[0], end, steps, dtype=torch.float64)   # (steps,)
             kept = (log_snr - targets[:, None]).abs().argmin(dim=1).tolist()        # the nearest t
         kept = kept if len(kept) > 1 else [self.steps - 1]      # a single step begins with noise
         below = self.timestep_map < round(strength * self.original_steps)           # (T,)
-        last = max(0, (below & (log_snr >= MIN_LOG_SNR)).sum().item() - 1)  # the noisiest allowed t
-        chain = self.respaced(sorted({min(t, last) for t in kept}))
+        # the noisiest allowed t; a chain that ends as noisy as t = 0 has at least one more
+        last = max(0 if to_x0 else 1, (below & (log_snr >= MIN_LOG_SNR)).sum().item() - 1)
+        chain = self.respaced(sorted({min(t, last) for t in (kept if to_x0 else [0, *kept])}))
         levels = [(t + 1) / self.original_steps for t in chain.timestep_map.tolist()]
-        return chain, [*reversed(list(enumerate(levels))), (-1, 0.0)]
+        calls = [*reversed(list(enumerate(levels)))]
+        return chain, [*calls, (-1, 0.0)] if to_x0 else [*calls[:-1], (0, 0.0)]
 
     def _set_tables(self, betas, timestep_map):
         self.betas, self.timestep_map, self.steps = betas, timestep_map, len(betas)
@@ -348,14 +354,18 @@ SCHEDULES = {
     "cosine": cosine_betas}
 
 
-def respaced_steps(num_steps, count):
-    """Which of num_steps timesteps a chain of `count` visits: ascending list of ints, spread
-    evenly, both ends included. Source: improved DDPM §4."""
+def respaced_steps(num_steps, count, spacing="linspace", offset=0):
+    """Which of num_steps timesteps a chain of `count` visits: ascending list of ints. spacing:
+    evenly, both ends included; "leading": every n-th from `offset`; "trailing": every n-th, back
+    from the last. Source: improved DDPM §4; diffusers' schedulers."""
     if type(count) is not int or not 1 <= count <= num_steps:
         raise ValueError(f"steps {count!r}: give a whole number from 1 to {num_steps}")
-    # summed, not multiplied, and rounded half to even, like the published chains
-    strides = [(num_steps - 1) / max(1, count - 1)] * (count - 1)
-    return [round(x) for x in itertools.accumulate(strides, initial=0.0)]
+    if spacing == "linspace":   # summed, not multiplied, and rounded half to even, as published
+        strides = [(num_steps - 1) / max(1, count - 1)] * (count - 1)
+        return [round(x) for x in itertools.accumulate(strides, initial=0.0)]
+    steps = (k * (num_steps // count) + offset for k in range(count)) if spacing == "leading" else (
+        round((k + 1) * num_steps / count) - 1 for k in range(count))
+    return sorted({min(t, num_steps - 1) for t in steps})
 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):

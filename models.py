@@ -22,7 +22,7 @@ from cli import check, flag
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DIT_CONFIGS, DiT
 from pretrained import (build, infer_dit, infer_udit, is_official, load_first_stage,
-                        read_stable_diffusion, read_weights)
+                        read_official)
 from tasks import AutoencoderTask, DiffusionTask, check_same, identity, image_shape
 from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
 from udit import UDIT_CONFIGS, UDiT
@@ -318,32 +318,38 @@ def task_from(state, path, weights="ema"):
 def official_task(path, vae, dtype, bpe, image_size):
     """An official DiT, U-DiT or Stable Diffusion v1 file, or a diffusers folder -> its task. vae:
     file, or None; bpe: CLIP's merges. Raises ValueError. Source: LDM §4.3.1; DiT §4; U-DiT §4.1."""
-    state = {} if os.path.isdir(path) else read_weights(path)
-    is_dit, is_udit = "x_embedder.proj.weight" in state, "latent.0.attn1.to_qkv.weight" in state
-    parts = {} if is_dit else read_stable_diffusion(path)
-    parts |= {"vae": read_stable_diffusion(vae).get("vae", {})} if vae else {}
-    if not is_dit and (missing := {"unet", "vae", "text"} - parts.keys()):
-        raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}: give the full file"
-                         + (", or a --vae" if "vae" in missing else ""))
-    models = build(parts, dtype)
+    what, parts, said = read_official(path)
+    if vae:
+        _, found, more = read_official(vae, "vae")
+        parts, said = {**parts, "vae": found["vae"]}, {**said, "vae": more["vae"]}
+    if "concept" in parts:
+        raise ValueError(f"{path} is {what}: say --ckpt BASE --concept {path}")
+    name = next((name for name in ("dit", "udit") if name in parts), "unet")
+    if name == "unet" and (missing := {"unet", "vae", "text"} - parts.keys()):
+        raise ValueError(f"{path} is {what}, with no {' and no '.join(sorted(missing))}: give the "
+                         "full file" + (", or a --vae" if "vae" in missing else ""))
+    state = {} if name == "unet" else parts.pop(name)
+    models = build(parts, dtype, said)
     first_stage = models["vae"].eval().requires_grad_(False) if parts else Pixels()
     info = {"name": "", "class_names": [], "channels": 3, "image_size": image_size,
             "examples": ["an astronaut riding a horse"]}
-    if not is_dit:
+    if name == "unet":
         settings = settings_class("unet")(schedule="scaled_linear", cfg_scale=7.5)
-        tokenizer, process = CLIPTokenizer(bpe), gaussian_or_flow(settings)
+        process = GaussianDiffusion(**{"schedule": "scaled_linear", **said["process"]})
+        tokenizer = CLIPTokenizer(bpe)
         if tokenizer.vocab_size != models["text"].vocab_size:
             raise ValueError(f"{bpe} makes {tokenizer.vocab_size:,} tokens, the text encoder of "
                              f"{path} has {models['text'].vocab_size:,}: give the full list")
         model = TextConditional(models["unet"], models["text"], tokenizer([""])[0], 0.1)
         return DiffusionTask(settings, info, model, process, first_stage, tokenizer)
-    sizes = infer_udit(state) if is_udit else infer_dit(state)
-    model = (UDiT if is_udit else DiT)(**sizes)
-    load_weights(model, state, path)
+    infer, make, cfg_scale = {"dit": (infer_dit, DiT, 4.0), "udit": (infer_udit, UDiT, 1.5)}[name]
+    model = make(**(sizes := {**infer(state), **said[name]}))
+    computed = {k: w for k, w in model.state_dict().items() if k == "pos_embed"}    # may lack
+    load_weights(model, {**computed, **state}, path)
     info |= {"channels": 3 if parts else sizes["in_channels"],
              "image_size": model.input_size * first_stage.factor}
-    settings = settings_class("dit")(cfg_scale=1.5 if is_udit else 4.0)     # that of their demos
-    process = GaussianDiffusion(learn_sigma=sizes["learn_sigma"])
+    settings = settings_class("dit")(cfg_scale=cfg_scale)       # that of their demos
+    process = GaussianDiffusion(**said["process"], learn_sigma=sizes["learn_sigma"])
     return DiffusionTask(settings, info, model, process, first_stage)
 
 

@@ -1,30 +1,28 @@
-"""Other people's weights: Stable Diffusion v1 in each form in which it is published.
+"""Other people's weights: what a published file is, and its tensors under our names.
 
 Papers: Latent Diffusion Models (Rombach et al. 2022); CLIP (Radford et al. 2021).
 
-The idea. unet.py, vae.py and text.py keep the official names, so loading takes three small steps:
-  read    a file becomes {name: tensor}. The tensors are mapped, not read: a page comes from disk
-          when it is first used. Nothing in a file is executed.
-  name    one CompVis file holds three models, told apart by a prefix. A diffusers folder holds them
-          in sub-folders, with blocks counted within each level; here they are counted throughout.
-  build   sizes are read off the shapes, but heads, GroupNorm groups and the scale of the latents
-          are taken as published; the module is made without memory and takes the tensors over.
+The idea. Our modules keep the official names, so loading takes four small steps:
+  read       a file becomes {name: tensor}. The tensors are mapped, not read: a page comes from disk
+             when it is first used. Nothing in a file is executed.
+  recognise  names and shapes tell what it is: the first row of KINDS that fits.
+  name       one CompVis file holds three models, told apart by a prefix; diffusers counts blocks
+             within each level, here they are counted throughout.
+  build      sizes are read off the shapes; what those do not show (heads, scale, schedule) off the
+             configs beside them, else as published. The module takes the tensors over.
 
-    parts = read_stable_diffusion("v1-5-pruned-emaonly.safetensors")    # or a folder of diffusers
-    models = build(parts, dtype=torch.float32)  # {"unet": UNet, "vae": AutoencoderKL, "text": ...}
+    what, parts, said = read_official("v1-5-pruned-emaonly.safetensors")    # or a diffusers folder
+    models = build(parts, torch.float32, said)  # {"unet": UNet, "vae": AutoencoderKL, "text": ...}
     python -m pytest tests/test_pretrained.py
 
-SD 2 and SD XL do not load. While tensors are in use, do not write into their file: replace it.
-"""
+While tensors are in use, do not write into their file: replace it."""
 import json
-import math
-import mmap
 import pathlib
 import re
 
 import torch
 
-from checkpoint import check_tensors, load_checkpoint, named_tensors, read_torch
+from checkpoint import check_tensors, load_checkpoint, named_tensors, read_safetensors, read_torch
 from dit import DIT_CONFIGS
 from text import TextEncoder
 from unet import UNet
@@ -36,9 +34,6 @@ def infer_unet(state):
     """Arguments of the UNet with this state_dict; 8 heads, as in SD v1. Source: LDM table 15."""
     shape = _shapes(state, "a U-Net of the Stable Diffusion family")
     context_dim = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
-    if context_dim == 1024 or any(name.startswith(("add_embedding.", "label_emb."))
-                                  for name in state):
-        raise ValueError("a U-Net of Stable Diffusion 2 or XL: give v1's")
     model_channels, in_channels = shape("input_blocks.0.0.weight", 4)[:2]
     down = sorted(int(name.split(".")[1]) for name in state
                   if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name))
@@ -69,8 +64,6 @@ def infer_text(state):
     """Arguments of the TextEncoder with this state_dict; width / 64 heads. Source: CLIP §2.4."""
     shape = _shapes(state, "CLIP's text encoder")
     vocab_size, width = shape("text_model.embeddings.token_embedding.weight", 2)
-    if width in (1024, 1280):               # with another activation
-        raise ValueError(f"a text encoder of width {width}, Stable Diffusion 2's or XL's: give v1")
     mlp_hidden = shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0]
     return dict(vocab_size=vocab_size, hidden_size=width, num_heads=max(1, width // 64),
                 max_length=shape("text_model.embeddings.position_embedding.weight", 2)[0],
@@ -91,7 +84,8 @@ def infer_dit(state):
     if learn_sigma and final.any() and not variance.any():
         raise ValueError("a SiT, or another DiT whose variance was never trained, is not read here")
     heads = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DIT_CONFIGS.values()}
-    return dict(input_size=round(shape("pos_embed", 3)[1] ** 0.5) * patch, patch_size=patch,
+    side = round(shape("pos_embed", 3)[1] ** 0.5) if "pos_embed" in state else 16   # of diffusers
+    return dict(input_size=side * patch, patch_size=patch,
                 in_channels=in_channels, hidden_size=width, depth=_count(state, r"blocks\.(\d+)\."),
                 num_heads=heads.get(width, width // 32),
                 num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1,
@@ -138,19 +132,14 @@ PARTS = {"unet": (infer_unet, UNet), "vae": (infer_vae, AutoencoderKL),
          "text": (infer_text, TextEncoder)}
 
 
-def build(parts, dtype=None):
-    """{"unet" | "vae" | "text": state} -> {the same: module}, which takes the tensors over.
-    dtype: None keeps the file's. Raises ValueError for tensors that do not fit exactly."""
+def build(parts, dtype=None, said=None):
+    """{"unet" | "vae" | "text": state} -> {the same: module}, which takes the tensors over. dtype:
+    None keeps the file's; said: of read_official. ValueError for tensors that do not fit."""
     models = {}
     for part, state in parts.items():
         infer, make = PARTS[part]
-        sizes = infer(state)
-        if part == "unet" and sizes["in_channels"] != sizes["out_channels"]:
-            raise ValueError(f"a U-Net of {sizes['in_channels']} channels in and "
-                             f"{sizes['out_channels']} out, for inpainting (9), pix2pix (8), depth "
-                             "(5) and the like: give a plain text-to-image model")
         with torch.device("meta"):
-            models[part] = make(**sizes)
+            models[part] = make(**{**infer(state), **(said or {}).get(part, {})})
         check_tensors(models[part].state_dict(), state, f"{part}:")
         cast = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
         models[part].load_state_dict(cast, assign=True)
@@ -165,63 +154,34 @@ def load_first_stage(path):
         state["first_stage"] = {**state, "kind": state["task"], "model": state["ema"]}
     if "first_stage" in state:
         return first_stage_from(state["first_stage"], path)
-    parts = {} if state else read_stable_diffusion(path)
-    if "vae" not in parts:
-        raise ValueError(f"{path} holds no autoencoder: --first-stage wants that of --model "
-                         "tiny-ae, kl-ae or vq-vae, or an official AutoencoderKL")
-    return build({"vae": parts["vae"]}, torch.float32)["vae"].eval().requires_grad_(False)
+    if state:
+        raise ValueError(f"{path} holds no autoencoder: give a run of tiny-ae, kl-ae or vq-vae, or "
+                         "an official AutoencoderKL")
+    _, parts, said = read_official(path, "vae")
+    return build({"vae": parts["vae"]}, torch.float32, said)["vae"].eval().requires_grad_(False)
 
 
-# ---- names: one CompVis file, three models -------------------------------------------------------
+# ---- names: CompVis, diffusers -------------------------------------------------------------------
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
             "text": "cond_stage_model.transformer."}
-MARKS = {"unet": "input_blocks.0.0.weight", "vae": "encoder.down.0.block.0.conv1.weight",
-         "text": "text_model.embeddings.token_embedding.weight"}    # in a file without prefixes
-
-
-def read_stable_diffusion(path):
-    """A file of Stable Diffusion v1 (CompVis names) or a diffusers folder -> parts, for build."""
-    folder = pathlib.Path(path).is_dir()
-    return read_diffusers(path) if folder else split_compvis(read_weights(path))
-
-
-def is_official(path):
-    """Is this a file or folder that others published, and not one of ours? Raises ValueError."""
-    path = pathlib.Path(path)
-    return path.is_dir() or path.is_file() and is_safetensors(path) or (
-        "format" not in load_checkpoint(path))
 
 
 def split_compvis(state):
-    """Names of a CompVis file -> {"unet": state, "vae": state, "text": state}, what is there; one
-    part (such as vae-ft-mse-840000-ema-pruned) may lack the prefixes. Left out: the EMA copy, the
-    schedule, the first stage's training loss and position_ids. Source: LDM's code."""
-    if any(name.startswith(("cond_stage_model.model.", "conditioner.")) for name in state):
-        raise ValueError("it has the text encoder of Stable Diffusion 2 or XL: give a file of v1")
-    if "v_pred" in state or any("lora_" in name.lower() for name in state):
-        raise ValueError("it is a LoRA, a change to a model, or predicts v: give a full file of v1")
-    prefixes = PREFIXES
-    if not any(name.startswith(tuple(PREFIXES.values())) for name in state):
-        prefixes = {part: "" for part, mark in MARKS.items() if mark in state}
-    parts = {}
-    for part, prefix in prefixes.items():
-        kept = re.compile(re.escape(prefix) + r"(?!loss\.|model_ema\.)")
-        if tensors := {name.removeprefix(prefix): tensor for name, tensor in state.items()
-                       if kept.match(name)}:
-            parts[part] = _text_names(tensors) if part == "text" else _as_convolutions(tensors)
-    if not parts:
-        raise ValueError("no part of Stable Diffusion in this file: names such as "
-                         f"{', '.join(list(state)[:3])} (for a diffusers folder: read_diffusers)")
-    return parts
+    """Names of a CompVis file -> {"unet": state, "vae": state, "text": state}, what is there. Left
+    out: the EMA copy, the schedule, the first stage's training loss, position_ids. Source: LDM."""
+    named = {part: (_text_names if part == "text" else _plain)({
+        name.removeprefix(prefix): tensor for name, tensor in state.items()
+        if name.startswith(prefix)}) for part, prefix in PREFIXES.items()}
+    return {part: tensors for part, tensors in named.items() if tensors}
 
 
-def _as_convolutions(state):
-    """Attention's 1x1 convolutions, Linear in some files: (C_out, C_in) -> (C_out, C_in, 1, 1)."""
+def _plain(state):
+    """A U-Net or autoencoder without what trains it; attention's 1x1 convolutions, Linear in some
+    files, as such: (C_out, C_in) -> (C_out, C_in, 1, 1)."""
     convolution = re.compile(r"(\.proj_in|\.proj_out|\.attn_1\.[qkv])\.weight$")
-    return {name: tensor[:, :, None, None]                                  # (C_out, C_in, 1, 1)
-            if tensor.dim() == 2 and convolution.search(name) else tensor
-            for name, tensor in state.items()}
+    return {name: w[:, :, None, None] if w.dim() == 2 and convolution.search(name) else w
+            for name, w in state.items() if not name.startswith(("loss.", "model_ema."))}
 
 
 def _text_names(state):
@@ -229,8 +189,6 @@ def _text_names(state):
     return {"text_model." + name.removeprefix("text_model."): tensor
             for name, tensor in state.items() if not name.endswith("position_ids")}
 
-
-# ---- names: a diffusers folder -------------------------------------------------------------------
 
 # ours by diffusers' name: the layers outside blocks, then those inside each kind of block
 UNET_ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
@@ -248,10 +206,9 @@ BLOCK = re.compile(r"(encoder\.|decoder\.|)(down_blocks|up_blocks|mid_block)(?:\
 
 
 def rename_unet(state):
-    """Names of diffusers' UNet2DConditionModel (the SD-v1 family) -> those of UNet.
-    diffusers numbers levels and the blocks in each: down_blocks.L.resnets.J. Here blocks have one
-    running number; a down-sampler is a block by itself, an up-sampler the last layer of its
-    level's last block. Source: diffusers' convert_diffusers_to_original_stable_diffusion.py."""
+    """Names of diffusers' UNet2DConditionModel, down_blocks.LEVEL.resnets.J, -> those of UNet: one
+    running number; a down-sampler is a block by itself, an up-sampler the last layer of its level's
+    last block. Source: diffusers' convert_diffusers_to_original_stable_diffusion.py."""
     blocks = _count(state, r"down_blocks\.0\.resnets\.(\d+)\.")     # of a level; up has one more
 
     def places(level, j):
@@ -293,91 +250,222 @@ def _renamed(state, places, ends, leaves):
         half, side, level, layer, j, leaf = match.groups()
         place = places(int(level or 0), int(j)).get(f"{side} {layer}", f"{side} {layer}")
         return f"{half}{place}.{leaves.get(layer, {}).get(leaf, leaf)}.{kind}"
-    return _as_convolutions({rename(name): tensor for name, tensor in state.items()})
+    return _plain({rename(name): tensor for name, tensor in state.items()})
 
 
-# what a config may say, in all files of a diffusers folder: Stable Diffusion v1's values
-SD_V1 = {
-    "prediction_type": ["epsilon"], "beta_schedule": ["scaled_linear"], "beta_start": [0.00085],
-    "beta_end": [0.012], "num_train_timesteps": [1000], "trained_betas": [None], "steps_offset":
-    [0, 1], "rescale_betas_zero_snr": [False], "timestep_spacing": ["leading", "linspace"],
-    "attention_head_dim": [8], "act_fn": ["silu"], "norm_eps": [1e-5], "norm_num_groups": [32],
-    "class_embed_type": [None], "scaling_factor": [0.18215], "shift_factor": [None],
-    "hidden_act": ["quick_gelu"], "layer_norm_eps": [1e-5]}
+# what all blocks share has no number here; diffusers saves a copy of it with each block
+DIT = {"pos_embed.proj": "x_embedder.proj", "proj_out_2": "final_layer.linear",
+       "proj_out_1": "final_layer.adaLN_modulation.1", "attn1.to_q": "blocks.attn.qkv",
+       "attn1.to_out.0": "blocks.attn.proj", "norm1.linear": "blocks.adaLN_modulation.1",
+       "ff.net.0.proj": "blocks.mlp.fc1", "ff.net.2": "blocks.mlp.fc2",
+       "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+       "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+       "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table"}
 
 
-def check_configs(folder):
-    """Raise ValueError if a config of a diffusers folder says what would be drawn wrongly."""
-    for name in ("scheduler/scheduler_", "unet/", "vae/", "text_encoder/", ""):
-        path = folder / f"{name}config.json"
-        try:
-            said = json.loads(path.read_bytes()) if path.is_file() else {}
-            wrong = [key for key in SD_V1 if said.get(key, SD_V1[key][0]) not in SD_V1[key]]
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged or no config of diffusers") from error
-        for key in wrong:
-            raise ValueError(f"{path} says {key} {str(said[key])[:40]}, and only Stable Diffusion "
-                             f"v1's can be read, {SD_V1[key][0]}")
-
-
-def read_diffusers(folder):
-    """A diffusers folder -> {"unet": state, "vae": state, "text": state}, the parts it has:
-    sub-folders unet, vae, text_encoder, or itself, if a U-Net's or autoencoder's weights are in it
-    (such as sd-vae-ft-ema). Raises ValueError if it has none. Source: diffusers' saved pipeline."""
-    folder, parts = pathlib.Path(folder), {}
-    check_configs(folder)
-    if file := _find(folder):
-        state = read_weights(file)
-        is_vae = "encoder.conv_in.weight" in state
-        return {"vae": rename_vae(state)} if is_vae else {"unet": rename_unet(state)}
-    for part, sub, rename in (("unet", "unet", rename_unet), ("vae", "vae", rename_vae),
-                              ("text", "text_encoder", _text_names)):
-        if file := _find(folder / sub):
-            parts[part] = rename(read_weights(file))
-    if not parts:
-        raise ValueError(f"{folder} is no diffusers folder: it has no weights in sub-folders unet, "
-                         "vae or text_encoder (files split into shards are not read)")
-    return parts
+def rename_dit(state):
+    """Names of diffusers' DiT, where q, k, v are apart and positions are not saved, -> those of
+    DiT. Source: diffusers' convert_dit_to_diffusers.py."""
+    ours = {}
+    for name, tensor in state.items():
+        block, end = re.match(r"(?:transformer_(blocks\.\d+)\.)?(.*)", name, re.S).groups()
+        end, _, kind = end.rpartition(".")
+        new = f"{DIT.get(end, end)}.{kind}".replace("blocks", block or "blocks")
+        if end == "attn1.to_q":
+            k, v = (state.get(name.replace("to_q", to), tensor[:0]) for to in ("to_k", "to_v"))
+            tensor = torch.cat([tensor, k, v])                                  # (3D, D) or (3D,)
+        if end not in ("attn1.to_k", "attn1.to_v") and not torch.equal(
+                ours.setdefault(new, tensor), tensor):
+            raise ValueError(f"{name} is not that of block 0: DiT has one for all blocks")
+    return ours
 
 
 def read_delta(state):
     """What a file of Custom Diffusion holds, CompVis or diffusers -> ({our name: W, or {"u", "v"}
     of its low-rank change}, {token: row (D,)}). Source: official get_deltas.py, compress.py."""
-    given = state.get("unet", state.get("state_dict", {}))
-    rows = state.get("modifier_token") or {
-        f"<new{k}>": row for k, row in enumerate(given.get("embed", ()), 1)}
-    rows = {token: row.float().flatten() for token, row in rows.items()}                # (D,)
-    given = {name.removeprefix("model.diffusion_model."): w for name, w in given.items()
-             if ".attn2." in name}
+    rows, given = {f"<new{k}>": row for k, row in enumerate(state.get("embed", ()), 1)}, {}
+    for name, w in state.items():
+        end = re.sub(r"^(unet|model\.diffusion_model)\.|\.processor|_custom_diffusion", "", name)
+        if name.startswith("modifier_token."):
+            rows[name.removeprefix("modifier_token.")] = w
+        elif ".attn2." in name and end[-2:] in (".u", ".v"):
+            given.setdefault(end[:-2], {})[end[-1]] = w
+        elif ".attn2." in name:
+            given[end] = w
     if any(".attentions." in name for name in given):           # diffusers' names
         # rename_unet counts ResBlocks, of which one is beside every attention
         beside = [re.sub(r"attentions\.(\d+)\..*", r"resnets.\1.conv1.weight", n) for n in given]
         names = rename_unet(dict.fromkeys([*given, *beside], torch.empty(0)))
         given = dict(zip(names, given.values()))
-    return given, rows
+    return given, {token: row.float().flatten() for token, row in rows.items()}     # (D,)
 
 
-def _find(folder):
-    """A folder's file of weights or None: full precision before fp16, safetensors before .bin."""
-    names = [stem + end for end in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
-             for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
+def read_word(state, stem):
+    """A file of textual inversion -> {word: row (D,)}: the word that it names, else <stem>; if it
+    has more rows, <cat>, <cat>_1, ... in this order. Source: Gal et al. 2022 §4."""
+    word, rows = next(item for item in state.items() if item[0][:16] != "string_to_token.")
+    if word == "emb_params" or word.startswith("string_to_param."):
+        word = f"<{re.sub('[^0-9A-Za-z]+', '-', stem)}>"
+    rows = rows.float().reshape(-1, rows.shape[-1])                                 # (n, D)
+    return {f"{word}_{k}" if k else word: row for k, row in enumerate(rows)}
+
+
+# ---- what a file is ------------------------------------------------------------------------------
+
+# what it is; a pattern in its tensors, listed in lines like "out.2.bias (4,)", the first that fits;
+# its reader, (tensors, file's stem) -> {part: tensors}, or a sentence: why it is not read
+only = lambda part, rename=dict: lambda tensors, stem: {part: rename(tensors)}
+V1 = "of Stable Diffusion, version 1 alone is"
+KINDS = (
+    ("a LoRA, a change to a model", "(?i)lora|hada_w1|lokr_w1", "merge it into its model first"),
+    ("a part of Stable Diffusion XL", r"^conditioner\.|add_embedding|label_emb\.|^text_projection|"
+     r"^clip_g |attn2\.to_k\.weight \(\d+, 2048\)", V1),
+    ("a part of Stable Diffusion 2", r"^cond_stage_model\.model\.|"
+     r"(token_embedding|attn2\.to_k)\.weight \(\d+, 1024\)", V1),
+    ("Stable Diffusion that predicts v", "^v_pred ", "give it as a diffusers folder"),
+    *((f"a U-Net for {task}", rf"(\binput_blocks\.0\.0|^conv_in)\.weight \(\d+, {channels},",
+       f"it has {channels} channels in: give a plain text-to-image model")
+      for channels, task in ((9, "inpainting"), (8, "pix2pix"), (7, "upscaling"), (5, "depth"))),
+    ("VQ-Diffusion", r"\bcontent_emb\.|^content_codec\.", "train one with --model vq-tiny"),
+    ("an adapter of unet-finetune", r"^(adp\.)?0\.weight |\badapter(_inout)?\.", "it does not say "
+     "where it stands: learn it anew with adapters.py"),
+    ("a concept of Custom Diffusion", r"^unet\.|^modifier_token\.|^embed |_custom_diffusion\.|"
+     r"\A(.*\.attn2\..*\n)+\Z", only("concept", read_delta)),
+    ("a word of textual inversion", r"^string_to_param\.|^emb_params |\A\S+ \((\d+, )?\d+,?\)\n\Z",
+     lambda tensors, stem: {"concept": ({}, read_word(tensors, stem))}),
+    ("a U-DiT", r"^latent\.0\.attn1\.to_qkv\.", only("udit")),
+    ("a DiT", r"^x_embedder\.proj\.", only("dit")),
+    ("a DiT of diffusers", r"^transformer_blocks\.0\.norm1\.emb\.class_", only("dit", rename_dit)),
+    ("Stable Diffusion v1", r"^(model\.diffusion_model|first_stage_model|cond_stage_model\."
+     r"transformer)\.", lambda tensors, stem: split_compvis(tensors)),
+    ("a U-Net", r"^input_blocks\.0\.0\.", only("unet", _plain)),
+    ("an autoencoder", r"^encoder\.down\.0\.block\.0\.", only("vae", _plain)),
+    ("a U-Net of diffusers", r"^down_blocks\.0\.resnets\.0\.", only("unet", rename_unet)),
+    ("an autoencoder of diffusers", r"^encoder\.down_blocks\.0\.resn", only("vae", rename_vae)),
+    ("CLIP's text encoder", r"^(text_model\.)?embeddings\.token_em", only("text", _text_names)))
+
+
+def recognise(tensors, path):
+    """What a file is by its {name: tensor}, and its reader, see KINDS. ValueError if not read."""
+    lines = "".join(f"{name} {tuple(tensor.shape)}\n" for name, tensor in tensors.items())
+    found = ((what, read) for what, mark, read in KINDS if re.search(mark, lines, re.MULTILINE))
+    names = ", ".join(list(tensors)[:3])[:200]
+    what, read = next(found, ("of no kind known here", f"it has names such as {names}"))
+    if isinstance(read, str):
+        raise ValueError(f"{path} is {what}, which is not read here: {read}")
+    return what, read
+
+
+def read_official(path, wanted=""):
+    """What others published -> (what it is, {part: tensors}, {part: arguments that configs say}).
+    path: a file, or a folder of diffusers. parts: unet, vae, text, dit, udit, and concept, ({name:
+    W}, {word: row}); said has "process" too. Raises ValueError, also without a part `wanted`."""
+    path, parts, said, what = pathlib.Path(path), {}, {}, ""
+    folder = path if path.is_dir() else path.parent
+    places = [folder / name for name in ("", "unet", "vae", "text_encoder", "transformer")]
+    files = [path] if path != folder else [*filter(None, map(find_weights, places))]
+    if any(file.name.startswith(CUSTOM) for file in files):
+        files += sorted(folder.glob("<*>.*"))               # the words that were learned with it
+    for file in files:
+        tensors = read_weights(file)
+        kind, read = recognise(tensors, file)
+        what = "a diffusers folder" if what else kind
+        beside = file.parent / ("config.json" if file.name.startswith(STEMS) else "")
+        for part, found in read(tensors, file.stem).items():
+            if part in parts:                               # of a concept
+                found = tuple({**a, **b} for a, b in zip(parts[part], found))
+            parts[part], said[part] = found, read_config(beside, part)
+    if not files or wanted not in ("", *parts):
+        lacks = wanted.replace("vae", "AutoencoderKL") or "weights, nor have unet, vae, ... in it"
+        raise ValueError(f"{path} is {what or 'no diffusers folder'}: it has no {lacks}")
+    said["process"] = read_config(path / "scheduler/scheduler_config.json", "process")
+    return what, parts, said
+
+
+# ---- diffusers: configs, and which file ----------------------------------------------------------
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+BETAS = ["scaled_linear", 0.00085, 0.012], ["linear", 0.0001, 0.02]
+# of all configs of a diffusers folder: the values that can be used, the first if nothing is said
+USABLE = {
+    "num_train_timesteps": [1000], "trained_betas": [None], "rescale_betas_zero_snr": [False],
+    "timestep_spacing": ["leading", "linspace", "trailing"], "steps_offset": [0, 1], "act_fn":
+    ["silu"], "norm_eps": [1e-5], "norm_num_groups": [32], "class_embed_type": [None],
+    "prediction_type": list(PREDICTIONS), "shift_factor": [None], "hidden_act": ["quick_gelu"],
+    "layer_norm_eps": [1e-5], "activation_fn": ["gelu-approximate"], "clip_sample": [False]}
+# of part: {key of its config: argument of its module}
+ARGUMENTS = {"unet": {"attention_head_dim": "num_heads", "num_attention_heads": "num_heads"},
+             "vae": {"scaling_factor": "scale"}, "text": {"num_attention_heads": "num_heads"},
+             "dit": {"num_attention_heads": "num_heads", "sample_size": "input_size"}}
+
+
+def read_config(path, part):
+    """What a part's config says -> {argument of its module, or of GaussianDiffusion: value}, {} if
+    there is none. Raises ValueError if it is damaged, or says what would be drawn wrongly."""
+    try:
+        said = json.loads(path.read_bytes()) if path.is_file() else {}
+        said = {key: value for key, value in said.items() if value is not None}
+        wrong = [key for key in USABLE if said.get(key, USABLE[key][0]) not in USABLE[key]]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or no config of diffusers") from error
+    names = {key: new for key, new in ARGUMENTS.get(part, {}).items() if key in said}
+    wrong += [k for k in names if type(said[k]) not in (int, float) or not 0 < said[k] < 1000]
+    if part == "process" and said:
+        said["betas"] = [said.get(key) for key in ("beta_schedule", "beta_start", "beta_end")]
+        wrong += ["betas"] * (said["betas"] not in BETAS)
+    for key in wrong:
+        usable = {**USABLE, "betas": BETAS}.get(key, "one positive number")
+        raise ValueError(f"{path} says {key} {str(said[key])[:60]}, and only {usable} can be read")
+    spacing = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
+    return {new: said[key] for key, new in names.items()} if "betas" not in said else dict(
+        schedule=said["betas"][0], prediction=PREDICTIONS[said.get("prediction_type", "epsilon")],
+        spacing=tuple(said.get(key, value) for key, value in spacing.items()))
+
+
+CUSTOM = "pytorch_custom_diffusion_weights"
+STEMS = "diffusion_pytorch_model", "model", "pytorch_model", CUSTOM, "learned_embeds"
+
+
+def find_weights(folder):
+    """A folder's file of weights, or the index of its shards, or None: full precision before half,
+    without EMA last, safetensors before .bin."""
+    names = [name for variant in ("", ".fp16", ".bf16", ".non_ema")
+             for end in (".safetensors", ".bin") for stem in STEMS
+             for name in (f"{stem}{variant}{end}", f"{stem}{end}.index{variant}.json")]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-# ---- files. safetensors: 8 bytes, a JSON's length; JSON {name: {dtype, shape, data_offsets}}; data
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
-
+# ---- files ---------------------------------------------------------------------------------------
 
 def read_weights(path):
-    """{name: tensor} of a file, safetensors or torch by its first bytes. Raises ValueError."""
+    """{name: tensor} of a file, safetensors or torch by its first bytes, or of all shards that an
+    index.json lists; inside dicts, names with dots. Raises ValueError."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"no file at {path}")
-    read = read_safetensors if is_safetensors(path) else read_torch
-    return named_tensors(read(path), path)
+    if path.suffix == ".json":
+        listed = re.findall(r'": *"([^"/]+\.(?:safetensors|bin))"', path.read_text("utf-8"))
+        return {name: tensor for shard in sorted({*listed})
+                for name, tensor in read_weights(path.with_name(shard)).items()}
+    content = read_safetensors(path) if is_safetensors(path) else read_torch(path)
+    wrapped = isinstance(content, dict) and {"ema", "model", "state_dict"} & content.keys()
+    return named_tensors(content if wrapped else _flat(content), path)
+
+
+def _flat(content, before=""):
+    """{dotted name: tensor} of nested dicts, and of what stands for torch's ParameterDict."""
+    content = getattr(content, "_parameters", content)
+    named = content.items() if isinstance(content, dict) else ()
+    return {key: tensor for name, value in named for key, tensor in (
+        {before + str(name): value} if torch.is_tensor(value) else
+        _flat(value, f"{before}{name}.")).items()}
+
+
+def is_official(path):
+    """Is this a file or folder that others published, and not one of ours? Raises ValueError."""
+    if not (path := pathlib.Path(path)).is_file() or is_safetensors(path):
+        return path.exists()
+    return not (isinstance(content := read_torch(path), dict) and "format" in content)
 
 
 def is_safetensors(path):
@@ -390,33 +478,3 @@ def is_safetensors(path):
                          "download the file itself, or run git lfs pull")
     torch_file = head.startswith((b"PK", b"\x80"))          # a zip file, or a bare pickle
     return head[8:9] == b"{" or str(path).endswith(".safetensors") and not torch_file
-
-
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file, mapped: writing to a tensor leaves the file as it is.
-    Raises ValueError for any other file. Source: github.com/huggingface/safetensors, "Format"."""
-    try:
-        with open(path, "rb") as file:
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = 8 + int.from_bytes(buffer[:8], "little")        # the first byte of the data
-        header, last, tensors = json.loads(buffer[8:start]), start, {}
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            count = math.prod(shape)
-            if begin != last or end - begin != count * dtype.itemsize or end > len(buffer):
-                raise ValueError(f"{name!r}, {shape} {dtype}, is at {entry['data_offsets']}")
-            # a storage for each tensor, so saving one does not save the file; not aligned: a copy
-            where = dict(buffer=buffer, offset=begin) if begin % dtype.itemsize == 0 else dict(
-                buffer=bytearray(buffer[begin:end]))
-            tensors[name] = torch.frombuffer(**where, dtype=dtype, count=count).view(shape) \
-                if count else torch.empty(shape, dtype=dtype)
-            last = end
-        if last != len(buffer):
-            raise ValueError(f"{len(buffer) - last} bytes after the last tensor")
-        return tensors
-    except Exception as error:                  # a damaged file may fail in any way
-        reason = str(error).partition("\n")[0][:120]
-        raise ValueError(f"{path} is missing, truncated, damaged or no safetensors file "
-                         f"({type(error).__name__}: {reason})") from error

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import data
-import pretrained
 import tasks
 import train
 import worlds
@@ -141,7 +141,7 @@ def fewer_drawn(patch, most):
 
 def write_safetensors(path, tensors):
     """Write {name: tensor} as https://github.com/huggingface/safetensors describes the format."""
-    kinds = {dtype: kind for kind, dtype in pretrained.DTYPES.items()}
+    kinds = {dtype: kind for kind, dtype in checkpoint.DTYPES.items()}
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
         flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

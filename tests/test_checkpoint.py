@@ -108,10 +108,11 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, zipped):
                _use_new_zipfile_serialization=zipped)
     torch.save({"ema": {"w": torch.ones(2)}, "args": argparse.Namespace(a=1)}, "dit.pt",
                _use_new_zipfile_serialization=zipped)
-    for name in ("a.ckpt", "dit.pt"):
+    for name in ("a.ckpt", "dit.pt")[:1 if zipped else 2]:      # a Namespace does nothing
         with pytest.raises(ValueError, match=f"{name} holds more than tensors.*torch.save") as err:
             load_checkpoint(name)
         assert one_line(err)
+    assert not zipped or load_checkpoint("dit.pt")["ema"]["w"].tolist() == [1, 1]
     pathlib.Path("evil.pkl").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(ValueError):
         load_checkpoint("evil.pkl")
