@@ -27,7 +27,6 @@ import re
 import zlib
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -209,17 +208,6 @@ def as_numbers(x):
     """What a data set holds -> what a model reads: float32 pictures or latents, tokens as such."""
     x = to_float(x) if x.dtype == torch.uint8 else x
     return x.float() if x.is_floating_point() else x
-
-
-def by_convolution(layer, x):
-    """What nn.Linear computes, x (..., D_in) -> (..., D_out), as a 1x1 convolution of pictures with
-    32 x 1 pixels, channels last in memory. torch gives products and convolutions to different
-    libraries; on some processors that of the convolutions (oneDNN) is twice as fast."""
-    if x.numel() // x.shape[-1] % 32:
-        return F.linear(x, layer.weight, layer.bias)
-    pictures = x.reshape(-1, 32, 1, x.shape[-1]).permute(0, 3, 1, 2)        # (M/32, D_in, 32, 1)
-    out = F.conv2d(pictures, layer.weight[:, :, None, None], layer.bias)
-    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 def macs(task):

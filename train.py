@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,8 @@ from cli import flag, one_line, parse, resolve_device
 from models import (FAMILIES, PAPER, PRESETS, check_read, find_model, make_task, readers_of,
                     resolve_first_stage, resumed_flags, save_encoded, settings_class)
 from optim import average_of, make_optimizers, update
-from tasks import (add_row, begin_files, by_convolution, check_fit, check_out, default_out, lock,
-                   plot_loss, resume, save)
+from tasks import (add_row, begin_files, check_fit, check_out, default_out, lock, plot_loss, resume,
+                   save)
 
 
 def ranks():
@@ -60,7 +60,7 @@ def blocks_of(module):
 def make_step(config, dataset, task):
     """One training step as a function: step(s) -> (metrics, gradient norm, 1 if taken else 0).
     Everything that trains a model calls this. step.ema is the averaged model, step.optimizers its
-    optimizers; config.product becomes what "auto" stands for. Raises ValueError."""
+    optimizers; config.precision becomes what "auto" stands for. Raises ValueError."""
     device, model = config.device, task.model.to(config.device)
     (rank, world), size = ranks(), micro_size(config)
     task.check_batch(config.batch_size)
@@ -70,8 +70,9 @@ def make_step(config, dataset, task):
         for block in blocks_of(model):
             block.forward = partial(checkpoint, partial(type(block).forward, block),
                                     use_reentrant=False, preserve_rng_state=False)
-    config.product = use_product(config.product, device, model)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=config.product == "bfloat16")
+    if config.precision == "auto":
+        config.precision = "bfloat16" if device == "cuda" else "float32"
+    autocast = torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16")
     generator = torch.Generator(device)
 
     def micro_batch(s, micro):
@@ -173,26 +174,6 @@ def train(config, dataset, task, caught, bar):
     return out / "ckpt.pt"
 
 
-@cache
-def faster_product():
-    """"convolution" where that takes less than 0.75 of the CPU time of nn.Linear, else "linear"."""
-    x, layer, seconds = torch.zeros(1024, 384), nn.Linear(384, 384), {}
-    for way, call in [("linear", layer), ("convolution", partial(by_convolution, layer))] * 10:
-        start, _ = time.process_time(), call(x)         # CPU time: others hardly lengthen it
-        seconds[way] = min(seconds.get(way, math.inf), time.process_time() - start)
-    return "convolution" if seconds["convolution"] < 0.75 * seconds["linear"] else "linear"
-
-
-def use_product(product, device, model):
-    """Set how each nn.Linear of `model` multiplies -> `product`, or what "auto" stands for here."""
-    if product == "auto":
-        product = {"cuda": "bfloat16", "mps": "linear"}.get(device) or faster_product()
-    for layer in model.modules() if product == "convolution" else ():
-        if type(layer) is nn.Linear:
-            layer.forward = partial(by_convolution, layer)
-    return product
-
-
 def compile_or_warn(net, one_loss):
     """net.compile(), in place so that names stay clean; where that fails one warning, and eager."""
     net.compile()
@@ -232,8 +213,8 @@ class Config:
     ema: float = flag(0.99, "decay of the averaged weights, less at first", "[0, 1)")
     seed: int = flag(0, "of weights, data order and noise", "[0, 9e18]")
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
-    product: str = flag("auto", "how nn.Linear multiplies; auto: bfloat16 on cuda, else the faster",
-                        choices=["auto", "linear", "convolution", "bfloat16"])
+    precision: str = flag("auto", "of products; auto: bfloat16 on cuda, else float32",
+                          choices=["auto", "float32", "bfloat16"])
     compile: str = flag("auto", "torch.compile; auto: on cuda", choices=["auto", "on", "off"])
     out: str = flag("", "output folder; default: out/MODEL-DATA")
     resume: bool = flag(False, "go on with the run in --out")
@@ -265,7 +246,7 @@ def read_flags(argv):
         saved = resumed_flags(given, path, "settings") if path else {
             **start.get("settings", {}), "first_stage": "auto", "model": model}
         flags = {**paper, **PRESETS.get(model, {}), **saved, "resume": False, "out": out}
-        flags |= {} if given.get("device") in (None, flags.get("device")) else {"product": "auto"}
+        flags |= {} if given.get("device") in (None, flags.get("device")) else {"precision": "auto"}
         flow = {**flags, **given}.get("schedule", "flow") == "flow"
         unread = {"prediction": None, "learn_sigma": False} if flow else {"flow_shift": None}
         return {**flags, **unread}
@@ -287,7 +268,7 @@ def load_data(config):
 def train_first_stage(config, settings, dataset):
     """--first-stage new: train it in OUT/first_stage, or go on with that -> its checkpoint."""
     model = FAMILIES[find_model(config.model)[0]].first_stage
-    names = "data data_dir image_size hold_out skip_bad seed device compile product"
+    names = "data data_dir image_size hold_out skip_bad seed device compile precision"
     same = {name: getattr(config, name) for name in names.split()}
     loop = Config(**{**PRESETS[model], **same, "steps": settings.first_stage_steps, "model": model,
                      "out": f"{config.out}/first_stage"})

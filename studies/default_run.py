@@ -19,7 +19,7 @@ from evaluate import class_accuracy, sampled
 from studies.common import Table, compared, markdown, mean_se, parser, run, shown
 from train import main as train_main
 
-FLAGS = ("", "--steps 500", "--product bfloat16", "--schedule cosine --prediction v",
+FLAGS = ("", "--steps 500", "--precision bfloat16", "--schedule cosine --prediction v",
          "--schedule linear", "--optimizer adamw", "--recipe paper")
 ALL_SEEDS = FLAGS[:3]                                   # the others are run with seed 0 alone
 TABLE = Table("default_run", ["flags", "seed"])

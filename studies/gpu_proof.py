@@ -85,7 +85,7 @@ def losses(o, model, alone, steps):
         config, task, dataset = bench.run_of(
             model, bench.Options(device=o.device, batch_size=8 if o.tiny else None))
         full, compiled = name[:7] == "float32", name[9:] == "compiled" and not o.tiny
-        config.product = "linear" if full else "auto"                   # auto: bfloat16 on cuda
+        config.precision = "float32" if full else "auto"                # auto: bfloat16 on cuda
         config.compile = "on" if compiled else "off"
         torch.set_float32_matmul_precision("highest" if full else "high")   # as train.main does
         step, seen = train.make_step(config, dataset, task), []
@@ -248,7 +248,7 @@ def gone_on(o, name):
     for start in (0, 2):
         config, task, dataset = bench.run_of(name, bench.Options(device=o.device, batch_size=8,
                                                                  compile="off"))
-        config.product = "linear"                                               # float32
+        config.precision = "float32"
         step = train.make_step(config, dataset, task)
         if start:
             resume(path, task, step)

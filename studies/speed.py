@@ -7,8 +7,8 @@
   or memory against that of the size, over all sizes and over the last two; 1 is proportional.
 - `train.py --checkpointing`: the same step with the blocks computed again in backward, by AdamW.
 - Against the official code: forward, mean square, backward and fused AdamW of the same weights, in
-  a checkout that you give. The code of DiT needs timm, that of U-DiT needs einops. Ours multiplies
-  as `train.py --product auto` does (convolutions 1: by convolution), and in bfloat16.
+  a checkout that you give. The code of DiT needs timm, that of U-DiT needs einops. Ours also in
+  bfloat16.
 
 Times are medians of one thread's CPU time, in turns: a round has every setting once. Memory is the
 peak of a process of its own, less what it had after importing; about 150 MiB of it any step needs,
@@ -180,8 +180,6 @@ def against(path, device, rounds=6):
         a, b = (model.eval()(x, t, y) for model in models.values())
     setting = f"{name}, batch {batch}"
     yield row("against", setting, "relative difference", ((a - b).norm() / a.norm()).item())
-    product = train.use_product("auto", "cpu", models["ours"]) if device == "cpu" else "linear"
-    yield row("against", setting, "convolutions", float(product == "convolution"))
     given = x, t, y, target
     seconds = race({"official": training(models["official"].train(), *given),
                     "ours": training(models["ours"].train(), *given),

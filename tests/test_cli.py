@@ -230,7 +230,7 @@ def test_words_that_cannot_be_written_are_one_line(tmp_path):
     (["--data", "cifar"], "cifar10"), (["--model", "DiT-S/3"], "did you mean DiT-S"),
     (["--model", "dit-xl/2"], "DiT-XL/2"), (["--model", "vq-tinny"], "vq-tiny"),
     (["--learning-rate", "1"], "--lr"), (["--resolution", "64"], "--image-size"),
-    (["--epochs", "3"], "--steps"), (["--mixed-precision", "bf16"], "--product"),
+    (["--epochs", "3"], "--steps"), (["--mixed-precision", "bf16"], "--precision"),
     (["--num-classes", "3"], "counted from --data"),
     (["--model", "vq-tiny", "--schedule", "cosine"], "families dit, udit, unet alone"),
     (["--model", "vq-tiny", "--flow-shift", "3"], "families dit, udit, unet alone"),

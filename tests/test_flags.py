@@ -110,7 +110,7 @@ EXCUSED = {         # flag, or "context flag": why it may change nothing
 
 # read by the loop, which does not ask what it trains: tried with one model, with FUZZ with all
 LOOP = ("steps", "batch_size", "lr", "weight_decay", "warmup", "lr_decay", "grad_clip", "ema",
-        "seed", "compile", "product", "out", "log_every", "sample_every", "save_every")
+        "seed", "compile", "precision", "out", "log_every", "sample_every", "save_every")
 # a refusal may name what no longer fits in place of these, which choose or change all else
 CHOOSERS = ("model", "ckpt", "models", "images", "files", "padding", "save_latents")
 
@@ -186,8 +186,6 @@ def did(shop):                                                                  
         patch.setattr(models, "CLIPTokenizer", lambda path: copy.deepcopy(tokenizer(path)))
         patch.setattr(tasks, "macs", lambda task: 0)            # what the banner tells
         patch.setattr(train, "compile_or_warn", lambda *given: notes.append("compiled"))
-        patch.setattr(train, "by_convolution", lambda *given: (
-            notes.append("convolution"), tasks.by_convolution(*given))[1])      # the same numbers
         patch.setattr(train, "save", noting("save", train.save))
         patch.setattr(bench, "make_step", noting("shape", bench.make_step))
         yield run

@@ -29,7 +29,7 @@ from conftest import ROOT
 pytestmark = pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(),
                                 reason="needs fork")
 TINY = ["--model", "DiT-32x1/4", "--image-size", "8", "--batch-size", "4", "--log-every", "1",
-        "--device", "cpu", "--lr-decay", "constant", "--product", "linear"]
+        "--device", "cpu", "--lr-decay", "constant", "--precision", "float32"]
 
 
 @pytest.fixture(autouse=True, scope="module")
