@@ -2,8 +2,6 @@
 
     python bench.py --models DiT-S/2 unet-tiny --steps 20       # default: one model of each kind
     python bench.py --overfit --steps 200 --models udit-tiny    # self-check: one batch, same noise
-    python bench.py --grow                      # time and memory with depth, width, tokens, batch
-    python bench.py --against PATH              # beside a checkout of the official DiT or U-DiT
     python bench.py --proof DIR                 # what one GPU has to show, in nine minutes
 
 The limit is the rate of a large matrix product by the fastest way that this machine has, see
@@ -22,7 +20,6 @@ from studies.meters import best, clock, limit, memory, outside, sampling
 from train import make_step, read_flags
 
 DEFAULT = ("DiT-128x4/2", "udit-tiny", "unet-tiny", "vq-tiny", "tiny-ae", "vq-vae")
-TABLE = "!models !batch_size !image_size !compile !overfit"     # what only the table reads
 
 
 @dataclasses.dataclass
@@ -35,9 +32,8 @@ class Options:
     overfit: bool = flag(None, "train on one batch: its loss must fall below 5 %%")
     device: str = flag("auto", "where to run", "", ["auto", "cpu", "cuda", "mps"])
     compile: str = flag(None, "torch.compile (default: auto, on cuda)", "", ["auto", "on", "off"])
-    grow: bool = flag(None, "time and memory against size", needs=f"{TABLE} !against !proof")
-    against: str = flag(None, "folder of the official code", needs=f"{TABLE} !proof")
-    proof: str = flag(None, "folder for the proof; on a CPU tiny", needs=f"{TABLE} !steps")
+    proof: str = flag(None, "folder for the proof; on a CPU tiny",
+                      needs="!models !steps !batch_size !image_size !compile !overfit")
 
 
 def run_of(model, options, *flags):
@@ -90,8 +86,8 @@ def measure(model, options):
 def main(argv):
     """The command. --overfit exits with 1 if a model did not learn its batch."""
     (options,), failed = parse(argv, __doc__, Options), 0
-    if options.grow or options.against or options.proof:
-        from studies.speed import command           # not at the top: it imports this file
+    if options.proof:
+        from studies.gpu_proof import command       # not at the top: it imports this file
         return command(options)
     options.steps = options.steps or (200 if options.overfit else 10)
     models = options.models or DEFAULT

@@ -12,12 +12,11 @@ it is good, the picture is "legible". Read rates beside that: a smear's shape is
     9 x 9 box blur                                       36      12              0       0
     mean of two shapes of one colour                     49       -              8       -
 For photographs, a small classifier learns the data set itself, and mean and covariance of its 128
-features over samples are compared with those over real pictures (FID: Heusel et al. 2017,
-arXiv:1706.08500; kernel version, KID: Binkowski et al. 2018, arXiv:1801.01401).
+features over samples are compared with those over real pictures (Heusel et al. 2017).
     python evaluate.py --ckpt out/dit/ckpt.pt --n 480 --cfg-scale 2         # samples, then scores
     python evaluate.py --images samples.npz --data shapes --json scores.json    # of sample.py --npz
 
-Differences from FID and KID: features of our classifier, not Inception's, so the numbers compare
+Differences from FID: features of our classifier, not Inception's, so the numbers compare
 only under one classifier file and number of samples, beside what real pictures score, the floor."""
 import dataclasses
 import json
@@ -289,25 +288,14 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + S1.trace() + S2.trace() - 2 * cross).item()
 
 
-def kernel_distance(a, b):
-    """Unbiased squared maximum mean discrepancy of a (N, D) and b (M, D), kernel (x . y / D + 1)^3.
-    Its mean is 0 for equal distributions. Source: Binkowski et al. Sec. 4; Gretton et al. Eq. 3."""
-    a, b = a.cpu().double(), b.cpu().double()
-    kaa, kbb, kab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    # means over (N, N), (M, M) and (N, M), without the diagonals: pairs of two different rows
-    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kaa, kbb)]
-    return (within[0] + within[1] - 2 * kab.mean()).item()
-
-
 def score_pictures(model, images, real, labels=None):
-    """Classifier-FID and -KID of uint8 images (N, C, H, W), and the rate of labels (N,) if given.
+    """Classifier-FID of uint8 images (N, C, H, W), and the rate of labels (N,) if given.
     real: a data.Dataset; N of its pictures make the floor, up to 10,000 others stand for it."""
     check_comparable(images.shape, real)
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     floor, rest = order[:len(images)], order[len(images):][:10_000]     # enough for 128 x 128
     f, g, r = (features(model, x) for x in (images, real.images[floor], real.images[rest]))
-    scores = {"fid": frechet_distance(f, r), "fid_floor": frechet_distance(g, r),
-              "kid": kernel_distance(f, r), "kid_floor": kernel_distance(g, r), "n_real": len(r)}
+    scores = {"fid": frechet_distance(f, r), "fid_floor": frechet_distance(g, r), "n_real": len(r)}
     if labels is not None:
         right = model[-1](f).argmax(1).cpu() == labels.cpu()
         scores["rates"] = {"class": (right.double().mean().item(), len(right))}
@@ -427,8 +415,7 @@ def main(argv):
     for axis, (rate, n) in scores.get("rates", {}).items():
         print(f"  {axis:<24}{rate:7.3f} +- {(rate * (1 - rate) / n) ** 0.5:.3f}  of {n}")
     if "fid" in scores:
-        print("  classifier-FID  {fid:9.4f}   floor {fid_floor:9.4f}\n"
-              "  classifier-KID  {kid:9.5f}   floor {kid_floor:9.5f}\n  against {n_real} real "
+        print("  classifier-FID  {fid:9.4f}   floor {fid_floor:9.4f}\n  against {n_real} real "
               "images, with {classifier}, test accuracy {classifier_accuracy:.3f}".format(**scores))
     if options.json:
         with written_whole(options.json) as file:

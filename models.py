@@ -21,8 +21,7 @@ from checkpoint import built_from, load_checkpoint, load_weights
 from cli import check, flag
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DIT_CONFIGS, DiT
-from pretrained import (build, infer_dit, infer_udit, is_official, load_first_stage,
-                        read_official)
+from pretrained import build, infer_dit, infer_udit, is_official, load_first_stage, read_official
 from tasks import AutoencoderTask, DiffusionTask, check_same, identity, image_shape
 from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
 from udit import UDIT_CONFIGS, UDiT

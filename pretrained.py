@@ -3,8 +3,8 @@
 Papers: Latent Diffusion Models (Rombach et al. 2022); CLIP (Radford et al. 2021).
 
 The idea. Our modules keep the official names, so loading takes four small steps:
-  read       a file becomes {name: tensor}. The tensors are mapped, not read: a page comes from disk
-             when it is first used. Nothing in a file is executed.
+  read       a file becomes {name: tensor}. The tensors are mapped: a page comes from disk when it
+             is first used, so replace such a file, do not write into it. Nothing is executed.
   recognise  names and shapes tell what it is: the first row of KINDS that fits.
   name       one CompVis file holds three models, told apart by a prefix; diffusers counts blocks
              within each level, here they are counted throughout.
@@ -12,10 +12,8 @@ The idea. Our modules keep the official names, so loading takes four small steps
              configs beside them, else as published. The module takes the tensors over.
 
     what, parts, said = read_official("v1-5-pruned-emaonly.safetensors")    # or a diffusers folder
-    models = build(parts, torch.float32, said)  # {"unet": UNet, "vae": AutoencoderKL, "text": ...}
-    python -m pytest tests/test_pretrained.py
-
-While tensors are in use, do not write into their file: replace it."""
+    models = build(parts, torch.float32, said)
+    python -m pytest tests/test_pretrained.py"""
 import json
 import pathlib
 import re

@@ -50,7 +50,7 @@ class Options:
     batch_size: int = flag(None, "pictures at once (default: at most 64)", "[1, 1e9]")
     base: str = flag(None, "--ckpt adapter.pt: the checkpoint that it was trained on")
     scale: float = flag(None, "--ckpt adapter.pt: its strength, 0 = off (default: as trained)")
-    concept: str = flag(None, "a concept of custom_diffusion.py: its words work in --prompt")
+    concept: str = flag(None, "a concept, ours or published: its words work in --prompt")
     weights: str = flag(None, "of a run: averaged (ema, default) or raw", "", ["ema", "model"])
     device: str = flag(None, "where to run (default: auto)", "", ["auto", "cpu", "cuda", "mps"])
     vae: str = flag(None, "official files: the autoencoder, if it is not inside")

@@ -1,7 +1,6 @@
 """Captions to vectors: tokenizers and the causal transformer whose states an image model reads.
 
-Papers: CLIP (Radford et al. 2021, arXiv 2103.00020); for byte pairs Sennrich et al. 2016
-(1508.07909); LDM (Rombach et al. 2022); for V* Custom Diffusion (Kumari et al. 2022, 2212.04488).
+Papers (arXiv): CLIP 2103.00020; byte pairs 1508.07909; LDM 2112.10752; V*, the new word 2212.04488
 
 The idea. A caption becomes a row of token ids: start, words, end, padding. Every token has a
 learned vector and so has every position; their sum goes through pre-norm transformer layers, in

@@ -54,7 +54,7 @@ import data
 import evaluate
 import sample
 import train
-from cli import one_line
+from cli import one_line, resolve_device
 from diffusion import GaussianDiffusion
 from models import make_task, settings_class
 from studies.common import Table, markdown, parser, whole
@@ -554,6 +554,14 @@ def report(table=None):
                         for r in mine if r["note"])
     return text + "".join(f"\nNot finished: ({r['part'][0]}) {r['part'][2:]}: {r['note']}.\n"
                           for r in rows if r["measure"] == "failed")
+
+
+def command(options):
+    """bench.py --proof. ValueError without a GPU, unless --device cpu asks for tiny models."""
+    tiny = resolve_device(options.device) != "cuda"
+    if tiny and options.device != "cpu":
+        raise ValueError("--proof needs a GPU; with --device cpu it tries all with tiny models")
+    main(["--out", options.proof, *["--tiny"] * tiny])
 
 
 @one_line

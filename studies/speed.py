@@ -17,7 +17,6 @@ code.
 
     python -m studies.speed --against DiT U-DiT     # two checkouts: all of it, into the CSV
     python -m studies.speed --only grow             # one of: table, grow, checkpointing, against
-    python bench.py --grow                          # the same, only printed; also --against DiT
 """
 import importlib.util
 import math
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 import bench
 import train
-from cli import one_line, resolve_device
+from cli import one_line
 from dit import DIT_CONFIGS, DiT
 from studies.common import Table, markdown, parser, whole
 from studies.meters import clock, memory
@@ -250,20 +249,6 @@ def replace(what, rows):
     kept = [r for r in TABLE.rows() if r["what"] not in what]
     TABLE.path.unlink(missing_ok=True)
     TABLE.add(*kept, *rows)
-
-
-def command(options):
-    """--grow, --against and --proof of bench.py. Raises ValueError."""
-    device = resolve_device(options.device)
-    if options.proof:
-        from studies import gpu_proof                   # slow to import
-        if device != "cuda" and options.device != "cpu":
-            raise ValueError("--proof needs a GPU; with --device cpu it tries all with tiny models")
-        return gpu_proof.main(["--out", options.proof, *["--tiny"] * (device != "cuda")])
-    rounds = options.steps or 6
-    torch.set_num_threads(1)
-    rows = grow(device, rounds) if options.grow else against(options.against, device, rounds)
-    print(f"on {machine(device)}\n{shown(list(rows))}", end="")
 
 
 @one_line

@@ -12,7 +12,7 @@ import bench
 import data
 import train
 from models import make_task
-from studies import gpu_proof, meters, speed
+from studies import gpu_proof, meters
 from tasks import macs
 
 COMMON = ["--models", "DiT-64x2/4", "--batch-size", "8", "--device", "cpu"]
@@ -202,26 +202,15 @@ def test_the_self_check_trains_long_enough_unless_told_otherwise(monkeypatch):
     assert steps == [200, 10, 7, 8]
 
 
-def test_longer_measurements_are_passed_on(monkeypatch, capsys):
+def test_the_proof_is_passed_on_and_refuses_what_it_does_not_read(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(speed, "grow", lambda *given: seen.append(given) or [])
-    monkeypatch.setattr(speed, "against", lambda *given: seen.append(given) or [])
-    monkeypatch.setattr(gpu_proof, "main", seen.append)
-    for flags in ("--grow --steps 3", "--against some/folder", "--proof here"):
-        bench.main([*flags.split(), "--device", "cpu"])
-    assert seen == [("cpu", 3), ("some/folder", "cpu", 6), ["--out", "here", "--tiny"]]
-    assert capsys.readouterr().out.startswith("on ")
-
-
-def test_longer_measurements_refuse_what_they_do_not_read(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for flags, words in (("--grow --models udit-tiny", "--grow is not read beside --models"),
-                         ("--grow --batch-size 3", "--grow is not read beside --batch-size"),
-                         ("--grow --against x", "--grow is not read beside --against"),
-                         ("--proof x --steps 3", "--proof is not read beside --steps"),
+    monkeypatch.setattr(gpu_proof, "main", seen.append)
+    bench.main(["--proof", "here", "--device", "cpu"])
+    assert seen == [["--out", "here", "--tiny"]]
+    for flags, words in (("--proof x --steps 3", "--proof is not read beside --steps"),
                          ("--proof x --overfit", "--proof is not read beside --overfit"),
-                         ("--proof x", "--device cpu"), ("--against ", "--against is empty"),
-                         ("--against /nowhere", "/nowhere has no udit_models.py")):
+                         ("--proof x", "--device cpu"), ("--proof ", "--proof is empty")):
         with pytest.raises(SystemExit) as stopped:
-            bench.main([word for word in flags.split(" ")])
+            bench.main(flags.split(" "))
         assert stopped.value.code == 2 and words in capsys.readouterr().err, flags

@@ -927,8 +927,8 @@ def test_verdicts_of_custom_diffusion_by_made_up_rows(whole, tmp_path, monkeypat
     for thing in (*single.EASY, *single.HARD):
         single.MOVED.add({"thing": thing, "seed": 0, "other": 0.1, "self-attention": 0.04,
                           "cross-attention": 0.03})
-    for k, thing in enumerate(single.EASY[:3] * 2):
-        single.SMALL.add({"thing": thing, "ratio": (1.0, 0.6)[k // 3], **row, "kb": 9.0,
+    for k, thing in enumerate(single.EASY * 2):
+        single.SMALL.add({"thing": thing, "ratio": (1.0, 0.6)[k // 12], **row, "kb": 9.0,
                           "leak": 0.0, "part": 0.7})
     said = single.report()
     assert "| K/V and word | 1 | 0.70 ± 0.00 |" in said and "`--lr 0.01 --word-lr 0.1`" in said
@@ -952,6 +952,20 @@ def test_verdicts_of_custom_diffusion_by_made_up_rows(whole, tmp_path, monkeypat
     assert said.count("**comes out**") >= 3 and "| apart | 1 | 0.70" in said
     common.figure("pairs", pairs.plot)
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_kernel_distance_brute_force():
+    from studies import custom_concepts
+    generator = torch.Generator().manual_seed(4)
+    a, b = torch.randn(7, 5, generator=generator), torch.randn(9, 5, generator=generator) + 0.3
+
+    def kernel(x, y):
+        return (sum(p * q for p, q in zip(x.tolist(), y.tolist())) / 5 + 1) ** 3
+    within_a = sum(kernel(a[i], a[j]) for i in range(7) for j in range(7) if i != j) / 42
+    within_b = sum(kernel(b[i], b[j]) for i in range(9) for j in range(9) if i != j) / 72
+    across = sum(kernel(x, y) for x in a for y in b) / 63
+    expected = within_a + within_b - 2 * across
+    assert custom_concepts.kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 def test_halves_and_the_soft_merges_rows():
