@@ -87,8 +87,8 @@ def main(argv):
     """The command. --overfit exits with 1 if a model did not learn its batch."""
     (options,), failed = parse(argv, __doc__, Options), 0
     if options.proof:
-        from studies.gpu_proof import command       # not at the top: it imports this file
-        return command(options)
+        from studies.gpu_proof import from_bench    # not at the top: it imports this file
+        return from_bench(options)
     options.steps = options.steps or (200 if options.overfit else 10)
     models = options.models or DEFAULT
     for model in models:                    # what is wrong with the last is said before the first

@@ -454,8 +454,8 @@ def _flat(content, before=""):
     """{dotted name: tensor} of nested dicts, and of what stands for torch's ParameterDict."""
     content = getattr(content, "_parameters", content)
     named = content.items() if isinstance(content, dict) else ()
-    return {key: tensor for name, value in named for key, tensor in (
-        {before + str(name): value} if torch.is_tensor(value) else
+    return {key: tensor for name, value in named if isinstance(name, str) for key, tensor in (
+        {before + name: value} if torch.is_tensor(value) else
         _flat(value, f"{before}{name}.")).items()}
 
 

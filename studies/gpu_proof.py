@@ -556,7 +556,7 @@ def report(table=None):
                           for r in rows if r["measure"] == "failed")
 
 
-def command(options):
+def from_bench(options):
     """bench.py --proof. ValueError without a GPU, unless --device cpu asks for tiny models."""
     tiny = resolve_device(options.device) != "cuda"
     if tiny and options.device != "cpu":

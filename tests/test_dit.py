@@ -58,7 +58,7 @@ def test_forward_guidance_and_gradients_match_official(case):
             # official scale 1.0 still runs both halves; ours skips the second: the same result
             ours = guided(model, y[:half], null[:half], float(scale),
                           cfg_channels=3 if channels == "3ch" else None)
-            v, ours = g[k][:half], ours(x[:half], t[:half], 0.5)
+            v, ours = g[k][:half], ours(x[:half], t[:half])
             assert_close(ours, v, **TOLERANCE, msg=lambda m: f"{k}: {m}")
             if C == 4:
                 assert_close(ours[:, C:], v[:, C:], **TOLERANCE)
