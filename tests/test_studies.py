@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import pathlib
 import random
+import re
 import signal
 import statistics
 import types
@@ -317,6 +318,21 @@ def test_summary_prints_the_report_and_plots(name, tmp_path, monkeypatch, capsys
 def test_the_report_is_what_the_committed_rows_say():
     written = (pathlib.Path(common.__file__).parent / "README.md").read_text()
     assert written == report.document(), "write it anew: python -m studies.report"
+
+
+def test_readmes_claims_have_the_verdicts_of_the_studies():
+    """Of an adapter's claims, which have numbers, the verdict on the part that is drawn counts."""
+    here = pathlib.Path(common.__file__).parent
+    said = re.findall(r"^- \*(.+?)\* \(.+?\): (.+)$", (here.parent / "README.md").read_text(), re.M)
+    written, found = (here / "README.md").read_text(), {}
+    for line in written.splitlines():
+        cells = [cell.strip(" *") for cell in line.split("|")]
+        if len(cells) > 3 and cells[-2] in ("comes out", "does not", "not decidable here"):
+            found[cells[1]] = cells[-2]
+    for number, claim in re.findall(r"\((\d)\) ([^;.:(]+)[;.]", " ".join(written.split())):
+        if verdict := re.search(rf"- alignment: .*?[Cc]laim \({number}\):? \**([\w ]+)", written):
+            found.setdefault(claim, verdict[1])
+    assert len(said) >= 8 and {claim: found.get(claim) for claim, _ in said} == dict(said)
 
 
 def test_the_report_follows_the_rows_and_leaves_out_what_has_none(tmp_path, monkeypatch):
