@@ -241,7 +241,8 @@ def test_the_sweep_reports_whole_rounds_and_judges_by_its_rules(tmp_path, monkey
     value = lambda thing, method, seed: noise(method) + level.get(
         method.split("-")[0], 0.3 + 0.1 * (method[:2] == "ff"))
     plain = lambda row: (row["activation"], row["scale"]) == ("relu", 1.0)
-    rows = [row for row in sweep_rows(study, value, (one, two), 1) if plain(row) and not row["seed"]]
+    rows = [row for row in sweep_rows(study, value, (one, two), 1)
+            if plain(row) and not row["seed"]]
     study.TABLE.add(*rows[:-3])                             # the second thing lacks three methods
     assert f"1 things ({one}), 1 seeds" in study.report()
     study.TABLE.add(*rows[-3:])
