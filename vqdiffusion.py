@@ -373,7 +373,7 @@ class VQTransformer(nn.Module):
         if codebook is not None:
             codes, table = codebook.embedding, self.content_emb.emb.weight[:-1]     # (K, C or D)
             unit = (codes - codes.mean(0)) / (codes.std(0) + 1e-6) / codes.shape[1] ** 0.5
-            random = self.blocks[0].ln1.linear.weight[:codes.shape[1]]                  # (C, D)
+            random = 0.02 * torch.randn(codes.shape[1], table.shape[1])                 # (C, D)
             table.copy_(torch.where(codebook.started, unit @ random, table))
 
     def forward(self, tokens, t, cond=None):
