@@ -104,17 +104,11 @@ class Table:
     def __contains__(self, cell):
         return any(all(_same(row[k], cell[k]) for k in self.keys) for row in self.rows())
 
-    @property
-    def first_edition(self):
-        """Are these rows older than train.make_step? Then they have no column "edition"."""
-        rows = self.rows()
-        return bool(rows) and "edition" not in rows[0]
-
     def add(self, *rows):
         """Append the rows of one cell in one write: a kill loses the running cell and no other."""
         new = not self.path.is_file()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{**row, "edition": 2} for row in rows]
+        rows = [{**row, "edition": 2} for row in rows]          # 2: every seed has its own noise
         with open(self.path, "a", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             text = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
@@ -203,13 +197,7 @@ def part(text):
 
 
 def todo(cells, table, part):
-    """The cells of this part that the table does not hold yet, with a progress bar.
-
-    Raises ValueError if the table is of the first edition, with which new rows do not compare.
-    """
-    if table.first_edition:
-        raise ValueError(f"{table.path} holds rows of the first edition, whose seeds share their "
-                         "noise: remove the file to measure again, or look at it with --summary")
+    """The cells of this part that the table does not hold yet, with a progress bar."""
     i, n = map(int, part.split("/"))
     left = [cell for k, cell in enumerate(cells) if k % n == i and cell not in table]
     for cell in tqdm(left, desc=table.name, unit="cell"):
@@ -316,12 +304,6 @@ def markdown(header, rows):
     """A table as text."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-
-
-def notice(table, text="The seeds had the same timesteps and noise, so the standard errors here "
-                       "are too small. A new run has noise of its own for every seed."):
-    """What to say above a table of the first edition; nothing above one of the second."""
-    return f"> **Rows of the first edition.** {text}\n\n" if table.first_edition else ""
 
 
 def figure(name, plot, size=(5, 4), panels=1, **options):

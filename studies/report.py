@@ -22,12 +22,7 @@ differences ± standard error, and t = mean / error; it is bold where the t-test
 one comparison in twenty is by chance alone. With three seeds this needs |t| > 4.3. CPU seconds are
 of one thread of a shared 2-core machine, and scatter by a tenth and more. Every study can be
 stopped and goes on with the same command.
-
-**Two editions.** The tables marked "first edition" were measured when the studies had a training
-step of their own, which gave the three seeds of a variant the same timesteps, noise and hidden
-labels; only their weights and the order of the data differed, so the errors are too small. Now all
-studies train with `train.make_step`, and seed k is the run of `train.py --seed k`. To measure
-again, remove the CSV and run the command.
+All studies train with `train.make_step`: seed k is the run of `train.py --seed k`.
 """
 STUDIES = ("default_run", "dit_conditioning", "dit_scaling", "udit_ablation", "udit_speed",
            "vq_base", "vq_parts", "vq_chain", "vq_autoregressive", "vq_speed", "scenes_base",

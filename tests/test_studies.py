@@ -127,18 +127,6 @@ def test_a_stopped_study_goes_on_and_parts_share_it(tmp_path):
     assert again.by("seed", "loss", variant="a") == {0: 0.1875, 1: 0.1875}
 
 
-def test_rows_of_the_first_edition_are_shown_as_such_and_never_mixed(tmp_path):
-    table = common.Table("old", ["seed"], tmp_path)
-    (tmp_path / "old.csv").write_text("seed,loss\n0,0.5\n")
-    assert table.first_edition and "first edition" in common.notice(table)
-    with pytest.raises(ValueError, match="old.csv.*remove the file"):
-        list(common.todo([{"seed": 1}], table, "0/1"))
-    (tmp_path / "old.csv").unlink()
-    table.add({"seed": 0, "loss": 0.5})
-    assert not table.first_edition and common.notice(table) == ""
-    assert list(common.todo([{"seed": 0}, {"seed": 1}], table, "0/1")) == [{"seed": 1}]
-
-
 # --------------------------------------------------------------------------------------------------
 # statistics
 
@@ -347,7 +335,7 @@ def test_the_report_follows_the_rows_and_leaves_out_what_has_none(tmp_path, monk
     text = report.section("default_run")
     assert "| `python train.py` | 3 | 1000 | 150 | 99.3 ± 0.7 | 99.3 ± 0.7 |" in text
     assert "right -7.3 ± 2.7 (t -2.8)" in text and "python -m studies.default_run" in text
-    assert text in report.document() and "first edition.**" not in text
+    assert text in report.document()
 
 
 def macs_of(table, side):
@@ -906,6 +894,15 @@ def test_photographs_are_scenes_with_the_thing_and_captions_that_say_so():
                 assert read["part"][k, mine] == worlds.SHAPES.index(things.THINGS[name][2])
             if k % 5 < 3:
                 assert read["size"][k, 0] == (k % 5 < 2)
+        same, turned = things.photographs(name, seed=1, turned=True)    # "a star right of a circle"
+        assert torch.equal(same, pictures)
+        other = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+        for k, (one, two) in enumerate(zip(captions, turned)):
+            one, two = (worlds.parse_caption(text.replace("<new1> ", "")) for text in (one, two))
+            if k % 5 == 4:
+                assert f"<new1> {category}" in turned[k]
+                one = {**one, "objects": one["objects"][::-1], "relation": other[one["relation"]]}
+            assert one == two
 
 
 def test_intervals_and_verdicts():
