@@ -25,25 +25,11 @@ FORMAT = 2                              # of our own files; 1 was the first edit
 # what trainers save of Python's own: a run's flags, folders, bytes. The rest may be an attack
 HARMLESS = ("argparse.", "pathlib.", "types.SimpleNamespace", "_codecs.encode")
 
-# what a form in FORMS asks of a value
-of = lambda kind: lambda x: isinstance(x, kind)
-whole = lambda low, high: lambda x: type(x) is int and low <= x <= high
-items = lambda form: lambda x: isinstance(x, list) and all(map(form, x))
-table = lambda form, key=str: lambda x: isinstance(x, dict) and all(
-    isinstance(k, key) and form(v) for k, v in x.items())
-keys = lambda **forms: lambda x: isinstance(x, dict) and all(
-    form(x.get(k)) for k, form in forms.items())
-text, texts, plain, weights = of(str), items(of(str)), table(of(object)), table(of(torch.Tensor))
-words = keys(words=texts, reserved=whole(0, 2 ** 20), max_length=whole(3, 2 ** 20))
-FORMS = {                               # of what our files may hold, all kinds of them
-    **dict.fromkeys(("task", "base", "data", "note"), text), "concepts": texts,
-    **dict.fromkeys(("config", "settings", "options", "sizes", "spec", "tensors"), plain),
-    **dict.fromkeys(("model", "ema", "adapter", "modifiers"), weights), "step": whole(0, 2 ** 53),
-    "info": keys(name=text, class_names=texts, channels=whole(1, 1024), image_size=whole(1, 65_536),
-                 examples=lambda x: x is None or texts(x),
-                 vocabulary=lambda x: x is None or words(x)),
-    "opt": items(keys(state=table(weights, int), param_groups=items(keys(params=items(of(int)))))),
-    "first_stage": keys(kind=text, sizes=plain, model=weights)}
+# the types of what our files may hold, all kinds of them; what is inside them, built_from finds out
+FORMS = {**dict.fromkeys(("task", "base", "data", "note"), str), "step": int, "info": dict,
+         **dict.fromkeys(("opt", "concepts"), list), **dict.fromkeys((
+             "config", "settings", "options", "sizes", "spec", "tensors", "model", "ema", "adapter",
+             "modifiers", "first_stage"), dict)}
 
 
 def save_checkpoint(path, state):
@@ -63,7 +49,7 @@ def load_checkpoint(path, *needed):
     elif str(state["format"]) != str(FORMAT):
         raise ValueError(f"{path} has format {str(state['format'])[:20]}, expected 2: train again")
     wrong = [key for key in needed if key not in state]
-    wrong += [key for key, form in FORMS.items() if key in state and not form(state[key])]
+    wrong += [k for k, kind in FORMS.items() if k in state and not isinstance(state[k], kind)]
     if wrong:
         raise ValueError(f"{path} is damaged or of another kind: no good {', '.join(wrong)} in it")
     return state
@@ -83,7 +69,8 @@ def built_from(source):
 
 def load_weights(model, weights, path):
     """Copy a state_dict, read from `path`, into model. Raises ValueError if it does not fit."""
-    check_tensors(model.state_dict(), weights, f"{path} does not fit this model,")
+    with built_from(path):              # what is no table of tensors
+        check_tensors(model.state_dict(), weights, f"{path} does not fit this model,")
     model.load_state_dict(weights)
 
 
@@ -199,3 +186,19 @@ def read_safetensors(path):
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(f"{path} is missing, truncated, damaged or no safetensors file "
                          f"({type(error).__name__}: {reason})") from error
+
+
+def write_safetensors(file, tensors, about):
+    """Write {name: tensor} and about, {key: text}, to an open file: the largest numbers first, so
+    that all are aligned. Source: github.com/huggingface/safetensors, "Format"."""
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    header, end = {"__metadata__": about}, 0
+    order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    for name, w in order:
+        begin, end = end, end + w.numel() * w.dtype.itemsize
+        header[name] = dict(dtype=kinds[w.dtype], shape=[*w.shape], data_offsets=[begin, end])
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    file.write(len(head).to_bytes(8, "little") + head)
+    for _, w in order:
+        file.write(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -188,87 +188,108 @@ def _text_names(state):
             for name, tensor in state.items() if not name.endswith("position_ids")}
 
 
-# ours by diffusers' name: the layers outside blocks, then those inside each kind of block
-UNET_ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-             "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-UNET_LEAVES = {"downsamplers": {"conv": "op"}, "resnets": {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}}
-VAE_ENDS = {f"{half}.conv_norm_out": f"{half}.norm_out" for half in ("encoder", "decoder")}
-VAE_LEAVES = {"resnets": {"conv_shortcut": "nin_shortcut"}, "attentions": {
-    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
-    # before diffusers 0.17, and so in most published files
-    "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}}
-BLOCK = re.compile(r"(encoder\.|decoder\.|)(down_blocks|up_blocks|mid_block)(?:\.(\d+))?"
-                   r"\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+# layers: diffusers' name of a layer: ours; of a U-Net and an autoencoder those outside blocks, then
+# those inside each kind of block. config: of a part, values or the arguments that they are
+DIFFUSERS = json.loads((pathlib.Path(__file__).parent / "assets/diffusers.json").read_text())
+
+
+def unet_names(blocks, attends):
+    """{layer of diffusers' UNet2DConditionModel, down_blocks.LEVEL.resnets.J: layer of UNet, one
+    running number}. A down-sampler is a block by itself, an up-sampler the last layer of its
+    level's last block. blocks: of a level, up has one more; attends: the levels of up_blocks that
+    have attention. Source: diffusers' convert_diffusers_to_original_stable_diffusion.py."""
+    places = {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+              "mid_block.resnets.1": "middle_block.2"}
+    for level in range(8):                              # no published U-Net has more levels
+        down, up = f"down_blocks.{level}", f"up_blocks.{level}"
+        first = level * (blocks + 1)                    # number of the level's first block
+        for j, layer in ((j, k) for j in range(blocks + 1) for k in ("resnets", "attentions")):
+            k = int(layer == "attentions")              # input block 0: the first convolution
+            places[f"{down}.{layer}.{j}"] = f"input_blocks.{first + j + 1}.{k}"
+            places[f"{up}.{layer}.{j}"] = f"output_blocks.{first + j}.{k}"
+        places[f"{down}.downsamplers.0"] = f"input_blocks.{first + blocks + 1}.0"
+        places[f"{up}.upsamplers.0"] = f"output_blocks.{first + blocks}.{1 + (level in attends)}"
+    return _layers(places, "unet")
+
+
+def vae_names(blocks, levels):
+    """The same of AutoencoderKL. diffusers numbers up_blocks as they run, ours from the highest
+    resolution. Source: the same."""
+    places = {f"{half}.mid_block.{theirs}": f"{half}.mid.{ours}" for half in ("encoder", "decoder")
+              for theirs, ours in (("resnets.0", "block_1"), ("attentions.0", "attn_1"),
+                                   ("resnets.1", "block_2"))}
+    for level in range(levels):
+        down, up, above = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{level}", levels - 1
+        for j in range(blocks + 1):
+            places[f"{down}.resnets.{j}"] = f"encoder.down.{level}.block.{j}"
+            places[f"{up}.resnets.{j}"] = f"decoder.up.{above - level}.block.{j}"
+        places[f"{down}.downsamplers.0"] = f"encoder.down.{level}.downsample"
+        places[f"{up}.upsamplers.0"] = f"decoder.up.{above - level}.upsample"
+    return _layers(places, "vae")
+
+
+def _layers(places, part):
+    """{their layer: our layer} of {their block: our block}, and of the layers outside blocks."""
+    kinds = DIFFUSERS["layers"][part]
+    return kinds[""] | {f"{theirs}.{leaf}": f"{ours}.{new}" for theirs, ours in places.items()
+                        for leaf, new in kinds[theirs.split(".")[-2]].items()}
 
 
 def rename_unet(state):
-    """Names of diffusers' UNet2DConditionModel, down_blocks.LEVEL.resnets.J, -> those of UNet: one
-    running number; a down-sampler is a block by itself, an up-sampler the last layer of its level's
-    last block. Source: diffusers' convert_diffusers_to_original_stable_diffusion.py."""
-    blocks = _count(state, r"down_blocks\.0\.resnets\.(\d+)\.")     # of a level; up has one more
-
-    def places(level, j):
-        first = level * (blocks + 1)                    # number of the level's first block
-        attends = any(name.startswith(f"up_blocks.{level}.attentions.") for name in state)
-        return {"mid_block resnets": f"middle_block.{2 * j}",
-                "mid_block attentions": f"middle_block.{2 * j + 1}",
-                "down_blocks resnets": f"input_blocks.{first + j + 1}.0",   # 0: first convolution
-                "down_blocks attentions": f"input_blocks.{first + j + 1}.1",
-                "down_blocks downsamplers": f"input_blocks.{first + blocks + 1}.0",
-                "up_blocks resnets": f"output_blocks.{first + j}.0",
-                "up_blocks attentions": f"output_blocks.{first + j}.1",
-                "up_blocks upsamplers": f"output_blocks.{first + blocks}.{1 + attends}"}
-    return _renamed(state, places, UNET_ENDS, UNET_LEAVES)
+    """{diffusers' name: tensor} -> {our name: tensor}. An unknown one stays: build refuses it."""
+    attends = {level for level in range(8) if _count(state, rf"up_blocks\.({level})\.att")}
+    blocks = _count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
+    return renamed(state, unet_names(blocks, attends))
 
 
 def rename_vae(state):
-    """Names of diffusers' AutoencoderKL, before and after version 0.17 -> those of ours.
-    diffusers numbers up_blocks as they run, ours from the highest resolution. Source: the same."""
-    levels = _count(state, r"decoder\.up_blocks\.(\d+)\.")
-
-    def places(level, j):
-        up = levels - 1 - level
-        return {"mid_block resnets": f"mid.block_{j + 1}", "mid_block attentions": "mid.attn_1",
-                "down_blocks resnets": f"down.{level}.block.{j}",
-                "down_blocks downsamplers": f"down.{level}.downsample",
-                "up_blocks resnets": f"up.{up}.block.{j}",
-                "up_blocks upsamplers": f"up.{up}.upsample"}
-    return _renamed(state, places, VAE_ENDS, VAE_LEAVES)
+    """The same of an AutoencoderKL, before and after diffusers 0.17."""
+    blocks, levels = (_count(state, pattern) for pattern in (
+        r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", r"decoder\.up_blocks\.(\d+)\."))
+    return renamed(state, vae_names(blocks, levels))
 
 
-def _renamed(state, places, ends, leaves):
-    """{our name: tensor}; an unknown name stays, so that build refuses it."""
-    def rename(name):
-        end, _, kind = name.rpartition(".")             # kind: weight or bias
-        match = BLOCK.fullmatch(end)
-        if not match:
-            return f"{ends.get(end, end)}.{kind}"
-        half, side, level, layer, j, leaf = match.groups()
-        place = places(int(level or 0), int(j)).get(f"{side} {layer}", f"{side} {layer}")
-        return f"{half}{place}.{leaves.get(layer, {}).get(leaf, leaf)}.{kind}"
-    return _plain({rename(name): tensor for name, tensor in state.items()})
+def to_diffusers(part, module):
+    """A U-Net, autoencoder or text encoder of ours -> ({diffusers' name: tensor}, its config).
+    Raises ValueError for a U-Net that diffusers does not have."""
+    found = lambda key: next((vars(m)[key] for m in module.modules() if key in vars(m)), None)
+    s = PARTS[part][0](state := module.state_dict())
+    s |= {key: found(key) for key in ("num_heads", "num_groups", "scale")}
+    mult, width = s.get("multipliers") or s.get("channel_mult", ()), s.get("model_channels")
+    if part == "unet" and mult[0] != 1:
+        raise ValueError(f"diffusers has no U-Net with channel_mult {mult}: it begins with 1 there")
+    kinds = ["CrossAttn" * (2 ** k in s.get("attention_resolutions", ())) for k in range(len(mult))]
+    down, up = ("DownEncoder", "UpDecoder") if part == "vae" else ("Down", "Up")
+    s |= {"widths": [int(m * (width or s["channels"])) for m in mult],
+          "down": [f"{kind}{down}Block2D" for kind in kinds],
+          "up": [f"{kind}{up}Block2D" for kind in kinds[::-1]],
+          "mlp_hidden": int(s.get("mlp_ratio", 0) * s.get("hidden_size", 0))}
+    layers = {"unet": lambda: unet_names(s["num_res_blocks"],
+                                         {k for k, kind in enumerate(kinds[::-1]) if kind}),
+              "vae": lambda: vae_names(s["res_blocks"], len(mult)), "text": dict}[part]()
+    state = renamed(state, {ours: theirs for theirs, ours in layers.items()})
+    linear = lambda name, w: w[:, :, 0, 0] if part == "vae" and "attentions" in name and (
+        w.dim() == 4) else w                                                    # (C_out, C_in)
+    config = {key: s[value] if isinstance(value, str) and value in s else value
+              for key, value in DIFFUSERS["config"][part].items()}
+    return {name: linear(name, w) for name, w in state.items()}, config
 
 
-# what all blocks share has no number here; diffusers saves a copy of it with each block
-DIT = {"pos_embed.proj": "x_embedder.proj", "proj_out_2": "final_layer.linear",
-       "proj_out_1": "final_layer.adaLN_modulation.1", "attn1.to_q": "blocks.attn.qkv",
-       "attn1.to_out.0": "blocks.attn.proj", "norm1.linear": "blocks.adaLN_modulation.1",
-       "ff.net.0.proj": "blocks.mlp.fc1", "ff.net.2": "blocks.mlp.fc2",
-       "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-       "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-       "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table"}
+def renamed(state, layers):
+    """{name: tensor} with every layer, a name without its last word, renamed by {old: new}."""
+    split = ((*name.rpartition("."), tensor) for name, tensor in state.items())
+    return _plain({f"{layers.get(end, end)}.{kind}": tensor for end, _, kind, tensor in split})
 
 
 def rename_dit(state):
     """Names of diffusers' DiT, where q, k, v are apart and positions are not saved, -> those of
-    DiT. Source: diffusers' convert_dit_to_diffusers.py."""
-    ours = {}
+    DiT. What all blocks share has no number here, there each block has a copy. Source: diffusers'
+    convert_dit_to_diffusers.py."""
+    ours, layers = {}, DIFFUSERS["layers"]["dit"]
     for name, tensor in state.items():
         block, end = re.match(r"(?:transformer_(blocks\.\d+)\.)?(.*)", name, re.S).groups()
         end, _, kind = end.rpartition(".")
-        new = f"{DIT.get(end, end)}.{kind}".replace("blocks", block or "blocks")
+        new = f"{layers.get(end, end)}.{kind}".replace("blocks", block or "blocks")
         if end == "attn1.to_q":
             k, v = (state.get(name.replace("to_q", to), tensor[:0]) for to in ("to_k", "to_v"))
             tensor = torch.cat([tensor, k, v])                                  # (3D, D) or (3D,)
@@ -392,7 +413,8 @@ USABLE = {
     "prediction_type": list(PREDICTIONS), "shift_factor": [None], "hidden_act": ["quick_gelu"],
     "layer_norm_eps": [1e-5], "activation_fn": ["gelu-approximate"], "clip_sample": [False]}
 # of part: {key of its config: argument of its module}
-ARGUMENTS = {"unet": {"attention_head_dim": "num_heads", "num_attention_heads": "num_heads"},
+ARGUMENTS = {"unet": {"attention_head_dim": "num_heads", "num_attention_heads": "num_heads",
+                      "norm_num_groups": "norm_groups"},
              "vae": {"scaling_factor": "scale"}, "text": {"num_attention_heads": "num_heads"},
              "dit": {"num_attention_heads": "num_heads", "sample_size": "input_size"}}
 
@@ -403,7 +425,8 @@ def read_config(path, part):
     try:
         said = json.loads(path.read_bytes()) if path.is_file() else {}
         said = {key: value for key, value in said.items() if value is not None}
-        wrong = [key for key in USABLE if said.get(key, USABLE[key][0]) not in USABLE[key]]
+        wrong = [key for key in USABLE if key not in ARGUMENTS.get(part, ())
+                 and said.get(key, USABLE[key][0]) not in USABLE[key]]
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no config of diffusers") from error
     names = {key: new for key, new in ARGUMENTS.get(part, {}).items() if key in said}
@@ -418,6 +441,20 @@ def read_config(path, part):
     return {new: said[key] for key, new in names.items()} if "betas" not in said else dict(
         schedule=said["betas"][0], prediction=PREDICTIONS[said.get("prediction_type", "epsilon")],
         spacing=tuple(said.get(key, value) for key, value in spacing.items()))
+
+
+def scheduler(settings, process):
+    """scheduler_config.json of a flow, whose times and velocities are diffusers' own, or of a
+    Gaussian process. Raises ValueError for a schedule that diffusers does not have."""
+    configs, betas = DIFFUSERS["config"], [b for b in BETAS if b[0] == settings.schedule]
+    if settings.schedule == "flow":
+        return configs["flow"]
+    if not betas:
+        raise ValueError(f"diffusers has no schedule equal to our {settings.schedule}")
+    predicts = next(name for name, ours in PREDICTIONS.items() if ours == process.prediction)
+    keys = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "timestep_spacing",
+            "steps_offset", "set_alpha_to_one")
+    return {**configs["gaussian"], **dict(zip(keys, (*betas[0], predicts, *process.spacing)))}
 
 
 CUSTOM = "pytorch_custom_diffusion_weights"

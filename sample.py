@@ -9,10 +9,14 @@
     python sample.py --ckpt adapter.pt --base assets/unet-scenes.pt --scale 0.7     # adapters.py
     python sample.py --ckpt assets/unet-scenes.pt --concept concept.pt --prompt "a <new1> circle"
     python sample.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "an astronaut riding a horse"
-    python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse.safetensors --class 207"""
+    python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse.safetensors --class 207
+    python sample.py --ckpt assets/unet-scenes.pt --export FOLDER --as diffusers  # or official"""
 import dataclasses
 import difflib
+import json
 import pathlib
+import re
+import shlex
 
 import numpy as np
 import torch
@@ -20,16 +24,18 @@ from PIL import Image, ImageOps
 
 import data
 from adapters import load_adapters, set_scale
-from checkpoint import load_checkpoint, save_checkpoint, written_whole
+from checkpoint import load_checkpoint, save_checkpoint, write_safetensors, written_whole
 from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
-from models import MERGES, official_task, task_from
-from pretrained import is_official
+from models import MERGES, find_model, official_task, task_from
+from pretrained import (infer_dit, infer_udit, is_official, load_first_stage, scheduler,
+                        to_diffusers)
 from tasks import sample_all
 from udit import fold
 
 MADE_BY, EXPORTED = "made by sample.py", "sample.py --export"   # marks in files: data.check_target
+LICENCE = "of the code: MIT; of the weights: that of their data, and of the weights they began from"
 
 
 @dataclasses.dataclass
@@ -59,7 +65,9 @@ class Options:
     dtype: str = flag(None, "official files (default: float16 on cuda, else float32)", "",
                       ["float32", "float16", "bfloat16"])
     out: str = flag(None, "file for the grid (default: samples.png beside a run's checkpoint)")
-    export: str = flag(None, "write a small checkpoint here instead of sampling")
+    export: str = flag(None, "write a small checkpoint here instead of sampling, or see --as")
+    export_as: str = flag(None, "--as: ours (default), an official DiT or U-DiT, or a diffusers "
+                          "folder", "", ["ours", "official", "diffusers"], needs="export")
     note: str = flag(None, "--export: a line that travels in the file", "text", needs="export")
     strip: bool = flag(None, "also NAME-strip.png: ten moments of the denoising", needs="!npz")
     gif: bool = flag(None, "also NAME.gif: the denoising as a film", needs="!npz")
@@ -114,16 +122,71 @@ def add_concept(path, task):
     return things
 
 
-def export(path, out, note):
-    """A checkpoint of ours -> one for sampling and --init alone: half precision, no optimizer."""
+# ---------------------------------------------------------------- files for others
+
+def export(path, out, note="", form="ours", command=""):
+    """Write the model in a checkpoint of ours to `out`, as form: "ours", for sampling and --init
+    alone, in half precision; "official", a file of a DiT or U-DiT; "diffusers", a folder of all
+    else. note, command: lines inside. Raises ValueError for what that form does not have."""
     state = load_checkpoint(path)
-    if not {"opt", "ema"} <= state.keys():
+    if not {"opt", "ema"} <= state.keys() and (form == "ours" or "task" not in state):
         raise ValueError(f"{path} is not the checkpoint of a run: there is nothing to export")
-    half = lambda weights: {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    small = {k: v for k, v in state.items() if k not in ("model", "opt")}
-    if "first_stage" in state:
-        small["first_stage"] |= {"model": half(state["first_stage"]["model"])}
-    save_checkpoint(out, {"made_by": EXPORTED, **small, "ema": half(state["ema"]), "note": note})
+    if form == "ours":
+        half = lambda weights: {name: w.half() if w.is_floating_point() else w
+                                for name, w in weights.items()}
+        small = {k: v for k, v in state.items() if k not in ("model", "opt")}
+        if "first_stage" in state:
+            small["first_stage"] |= {"model": half(state["first_stage"]["model"])}
+        return save_checkpoint(out, {
+            "made_by": EXPORTED, **small, "ema": half(state["ema"]), "note": note})
+    about = {"format": "pt", "made_by": EXPORTED, "licence": LICENCE, "note": note,
+             "command": command}
+    for file, (tensors, config) in (official if form == "official" else folder)(path, state):
+        with written_whole(pathlib.Path(out, file)) as target:
+            if tensors is None:
+                target.write(json.dumps(config, indent=1).encode())
+            else:
+                write_safetensors(target, tensors, {**about, "config": json.dumps(config)})
+
+
+def official(path, state):
+    """[("", ({name: tensor}, arguments of the official class))] of a DiT or U-DiT, whose names are
+    ours. Raises ValueError if the official code would compute or sample something else."""
+    task = task_from(state, path)
+    if task.family not in (infer := {"dit": infer_dit, "udit": infer_udit}):
+        raise ValueError(f"{path} holds no DiT or U-DiT: say --as diffusers")
+    tensors = task.model.state_dict()
+    there = {"conditioning": "adaln_zero", "qk_norm": False, "schedule": "linear",
+             "prediction": "eps", "input_size": task.model.input_size,
+             **infer[task.family](tensors)}
+    here = {**vars(task.settings), **find_model(state["config"]["model"])[1],
+            "num_classes": task.model.num_classes}
+    for key in [k for k in there if here.get(k) is not None and here[k] != there[k]]:
+        raise ValueError(f"{path} has {key} {here[key]}, and the official code {there[key]}: it "
+                         "would draw something else")
+    return [("", (tensors, there))]
+
+
+def folder(path, state):
+    """[(file in a folder of diffusers, ({name: tensor} or None, its config))] of a U-Net with its
+    text encoder and AutoencoderKL, or of an AutoencoderKL. Raises ValueError for others."""
+    if "sizes" in state:                                # the run of an autoencoder
+        task, parts = None, {"vae": load_first_stage(path)}
+    else:
+        task = task_from(state, path)
+        if task.tokenizer is None:
+            raise ValueError(f"diffusers has no such model as {path}: say --as official")
+        parts = {"unet": task.model.denoiser, "text": task.model.text}
+        parts |= {"vae": task.first_stage} if task.first_stage.kind in ("kl-ae",) else {}
+    files = []
+    for part, module in parts.items():
+        name = "model" if part == "text" else "diffusion_pytorch_model"
+        where = "text_encoder" if part == "text" else part
+        tensors, config = to_diffusers(part, module)
+        files += [(f"{where}/{name}.safetensors", (tensors, config)),
+                  (f"{where}/config.json", (None, config))]
+    return files + ([("scheduler/scheduler_config.json", (None, scheduler(
+        task.settings, task.process)))] if task else [])
 
 
 # ---------------------------------------------------------------- what to sample
@@ -233,13 +296,15 @@ def write(files, images, x, y, names, film):
 @one_line
 def main(argv):
     """The command: options -> files."""
-    argv = ["--classes" + a[7:] if a == "--class" or a.startswith("--class=") else a for a in argv]
+    argv = [re.sub("^--as(?=$|=)", "--export-as", re.sub("^--class(?=$|=)", "--classes", word))
+            for word in argv]
     options, = parse(argv, __doc__, Options)
     if options.export:
-        unread = sorted(vars(options).keys() - {"ckpt", "export", "note"})
+        unread = sorted(vars(options).keys() - {"ckpt", "export", "note", "export_as"})
         refuse(options, " ".join(unread), "is not read beside --export: leave one of them out")
         data.check_target(options.export, EXPORTED.encode())
-        export(options.ckpt, options.export, options.note or "")
+        export(options.ckpt, options.export, options.note or "", options.export_as or "ours",
+               f"python sample.py {shlex.join(argv)}")
         return print(f"exported to {options.export}")
     device, files = resolve_device(options.device or "auto"), targets(options)
     (task, model), seed = load(options.ckpt, device, options), options.seed or 0

@@ -16,7 +16,7 @@ import checkpoint
 import pretrained
 from checkpoint import save_checkpoint
 from conftest import fill_by_recipe, write_safetensors
-from diffusion import GaussianDiffusion
+from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DIT_CONFIGS, DiT
 from models import find_model, official_task
 from text import TextEncoder
@@ -454,6 +454,90 @@ def test_all_686_names_of_the_real_unet_one_to_one_from_diffusers():
 
 
 # --------------------------------------------------------------------------------------------------
+# out: the same names, turned round
+
+@pytest.mark.parametrize("sizes, blocks", [(UNET, BLOCKS), ({}, SD_BLOCKS)])
+def test_a_unet_under_diffusers_names(sizes, blocks):
+    """By the tables above; the config is that of unet/config.json of Stable Diffusion v1.5."""
+    with torch.device("meta"):
+        unet = UNet(**sizes)
+    theirs, config = pretrained.to_diffusers("unet", unet)
+    want = unet_to_diffusers(unet.state_dict(), blocks)
+    assert {name: w.shape for name, w in theirs.items()} == {n: w.shape for n, w in want.items()}
+    cross = ["CrossAttnDownBlock2D", "CrossAttnUpBlock2D"]
+    assert config == {
+        "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4,
+        "layers_per_block": 1 if sizes else 2, "cross_attention_dim": 64 if sizes else 768,
+        "attention_head_dim": 8, "norm_num_groups": 32,
+        "block_out_channels": [32, 64, 64] if sizes else [320, 640, 1280, 1280],
+        "down_block_types": [cross[0]] * (2 if sizes else 3) + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + [cross[1]] * (2 if sizes else 3)}
+
+
+def test_parts_under_diffusers_names_come_back(tmp_path, models, states):
+    """Names by the tables above, and the folder is read again: the same outputs, also with sizes
+    that the tensors do not show."""
+    want = {"unet": unet_to_diffusers(states["unet"]), "vae": vae_to_diffusers(states["vae"]),
+            "text": states["text"]}
+    for part, model in models.items():
+        same({part: pretrained.to_diffusers(part, model)[0]}, {part: want[part]})
+    few = dict(UNET, num_heads=4, norm_groups=8)
+    odd = {"unet": fill_by_recipe(UNet(**few)), "text": fill_by_recipe(TextEncoder(
+        **{**TEXT, "num_heads": 2})), "vae": fill_by_recipe(AutoencoderKL(**VAE, scale=2.5))}
+    for part, model in odd.items():
+        folder = tmp_path / {"text": "text_encoder"}.get(part, part)
+        theirs, config = pretrained.to_diffusers(part, model)
+        name = "model" if part == "text" else "diffusion_pytorch_model"
+        write(folder / f"{name}.safetensors", theirs)
+        (folder / "config.json").write_text(json.dumps(config))
+    _, parts, said = pretrained.read_official(tmp_path)
+    built = pretrained.build(parts, None, said)
+    for (name, got), wanted in zip(outputs(built).items(), outputs(odd).values()):
+        assert torch.equal(got, wanted), name
+    assert pretrained.to_diffusers("vae", odd["vae"])[1] == {
+        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
+        "layers_per_block": 1, "scaling_factor": 2.5, "norm_num_groups": 32,
+        "block_out_channels": [32, 64, 64], "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3}
+    config = pretrained.to_diffusers("text", odd["text"])[1]
+    assert (config["num_attention_heads"], config["intermediate_size"]) == (2, 256)
+    with pytest.raises(ValueError, match="no U-Net with channel_mult .* begins with 1 there"):
+        pretrained.to_diffusers("unet", UNet(**{**UNET, "channel_mult": (2, 2, 2)}))
+
+
+@pytest.mark.parametrize("schedule, predicts, spacing", [
+    ("scaled_linear", "eps", ("leading", 1, False)), ("linear", "v", ("linspace", 0, True))])
+def test_a_schedule_as_diffusers_writes_it(tmp_path, schedule, predicts, spacing):
+    """Read again it is the same, and what no config can say is refused."""
+    settings = types.SimpleNamespace(schedule=schedule)
+    args = dict(schedule=schedule, prediction=predicts, spacing=spacing)
+    said = pretrained.scheduler(settings, GaussianDiffusion(**args))
+    (tmp_path / "x.json").write_text(json.dumps(said))
+    assert pretrained.read_config(tmp_path / "x.json", "process") == args
+    flow = pretrained.scheduler(types.SimpleNamespace(schedule="flow"), RectifiedFlow(3.0))
+    assert flow["_class_name"] == "FlowMatchEulerDiscreteScheduler" and flow["shift"] == 1
+    with pytest.raises(ValueError, match="no schedule equal to our cosine"):
+        pretrained.scheduler(types.SimpleNamespace(schedule="cosine"), None)
+
+
+def test_safetensors_that_we_write(tmp_path):
+    """Every dtype and layout comes back; the header has the lines, and data begins aligned."""
+    path, floats = tmp_path / "a.safetensors", torch.randn(4, 6)
+    tensors = {str(dtype): (3 * floats).to(dtype) for dtype in checkpoint.DTYPES.values()}
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 3), "turned": floats.T,
+                "spread": torch.ones(1).expand(5), "grad": torch.nn.Parameter(floats)}
+    with checkpoint.written_whole(path) as file:
+        checkpoint.write_safetensors(file, tensors, {"format": "pt", "licence": "n\u00e4me"})
+    same({"": pretrained.read_safetensors(path)}, {"": {k: w.detach() for k, w in tensors.items()}})
+    raw = path.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:8 + size])
+    assert header.pop("__metadata__") == {"format": "pt", "licence": "n\u00e4me"} and size % 8 == 0
+    for name, entry in header.items():
+        assert entry["data_offsets"][0] % tensors[name].dtype.itemsize == 0
+
+
+# --------------------------------------------------------------------------------------------------
 # sizes and modules
 
 def test_sizes_are_read_off_the_tensors(states):
@@ -591,7 +675,7 @@ def pipeline(folder, states, **changes):
     ("scheduler", "rescale_betas_zero_snr", True), ("scheduler", "steps_offset", 2),
     ("scheduler", "timestep_spacing", "other"), ("unet", "attention_head_dim", [5, 10, 20]),
     ("unet", "attention_head_dim", -8), ("unet", "attention_head_dim", True),
-    ("unet", "class_embed_type", "timestep"), ("unet", "norm_num_groups", 16),
+    ("unet", "class_embed_type", "timestep"), ("vae", "norm_num_groups", 16),
     ("vae", "scaling_factor", 0), ("vae", "scaling_factor", "1"), ("vae", "shift_factor", 0.1159),
     ("text_encoder", "hidden_act", "gelu"), ("scheduler", "clip_sample", True)])
 def test_a_config_that_cannot_be_followed_is_refused(where, key, value, tmp_path, states):
@@ -608,7 +692,7 @@ def test_configs_are_followed_and_damaged_ones_named(tmp_path, states):
     what, parts, said = pretrained.read_official(pipeline(tmp_path / "plain", states))
     same(parts, states)
     assert (what, said) == ("a diffusers folder", {
-        "unet": {"num_heads": 8}, "vae": {}, "text": {}, "process": {
+        "unet": {"num_heads": 8, "norm_groups": 32}, "vae": {}, "text": {}, "process": {
             "schedule": "scaled_linear", "prediction": "eps", "spacing": ("leading", 1, False)}})
     more = {"scheduler": {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
             "vae": {"scaling_factor": 0.13025}, "unet": {"attention_head_dim": 4},

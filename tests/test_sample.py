@@ -2,6 +2,7 @@
 test_official.py, prompts in test_text_to_image.py, tokens in test_tokens.py.
 """
 import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -19,9 +20,11 @@ import train
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, fill_by_recipe
 from custom_diffusion import save_concept
+from dit import DiT
 from models import task_from
+from pretrained import build, read_official, read_weights
 from tasks import DiffusionTask
-from udit import RepMlp, fold
+from udit import RepMlp, UDiT, fold
 
 BASE = str(ROOT / "assets" / "unet-scenes.pt")
 
@@ -360,6 +363,65 @@ def test_exported_checkpoints_are_small_and_sample_nearly_the_same(
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, Model", [("pixel", DiT), ("udit", UDiT)])
+def test_an_official_file_draws_the_same(runs, tmp_path, name, Model):
+    """Its names are those of the official code (test_dit.py, test_udit.py), and the config says
+    what its class is to be made with. In the official code, with its own sampler and guidance, pictures
+    differ by 2e-7 (DiT) and 6e-7 (U-DiT) of their norm."""
+    ckpt, path = tmp_path / "ckpt.pt", tmp_path / "x.safetensors"
+    state = load_checkpoint(runs / name / "ckpt.pt")
+    save_checkpoint(ckpt, {**state, "settings": {**state["settings"], "schedule": "linear"}})
+    sample.main(["--ckpt", str(ckpt), "--export", str(path), "--as", "official", "--note", "mine"])
+    raw = path.read_bytes()
+    about = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    assert about["note"] == "mine" and "MIT" in about["licence"] and about["command"].startswith(
+        f"python sample.py --ckpt {ckpt} --export ")
+    config = json.loads(about["config"])
+    for key in ("conditioning", "qk_norm", "schedule", "prediction"):
+        config.pop(key)                                     # not of the official class
+    again = Model(**config).eval()
+    again.load_state_dict(read_weights(path))
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 1])
+    model = task_from(state, ckpt).model.eval()
+    assert torch.equal(model(x, t, y), again(x, t, y))
+    if name == "pixel":                                     # a U-DiT's file shows no size
+        assert torch.equal(model(x, t, y), sample.load(str(path))[1](x, t, y))
+
+
+def test_a_folder_for_diffusers(tmp_path, capsys):
+    """Tables of names are in test_pretrained.py. Loaded by diffusers 0.42 and transformers 5.24,
+    text states are equal, the U-Net's output differs by 5e-7 of its norm, and ten steps with
+    guidance and the folder's own scheduler by 1e-6."""
+    out = tmp_path / "folder"
+    sample.main(["--ckpt", BASE, "--export", str(out), "--as", "diffusers"])
+    assert {*tree(out)} == {
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
+        "text_encoder/model.safetensors", "scheduler/scheduler_config.json"}
+    task, model = sample.load(BASE)
+    x, y = torch.randn(2, *task.shape), task.tokenizer(task.info["examples"][:2])
+    built = [build(*read_official(out / name)[1:2], None, read_official(out / name)[2])
+             for name in ("unet", "text_encoder")]
+    states = built[1]["text"](y)
+    assert torch.equal(built[0]["unet"](x, torch.tensor([3, 900]), states),
+                       model(x, torch.tensor([3, 900]), y))
+    before = tree(tmp_path)
+    with pytest.raises(SystemExit):                         # it is there already
+        sample.main(["--ckpt", BASE, "--export", str(out), "--as", "diffusers"])
+    assert "exists and was not made by" in capsys.readouterr().err and tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name, form, words", [
+    ("latent", "official", "has schedule flow, and the official code linear"),
+    ("pixel", "diffusers", "say --as official"), (BASE, "official", "say --as diffusers"),
+    ("ae", "official", "does not sample"), ("ae", "diffusers", "not the state_dict of an Autoenc"),
+    (str(ROOT / "assets" / "vq-scenes.pt"), "diffusers", "not the state_dict of a U-Net")])
+def test_what_another_program_does_not_have_is_refused(runs, tmp_path, capsys, name, form, words):
+    path = name if name.endswith(".pt") else str(runs / name / "ckpt.pt")
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", path, "--export", str(tmp_path / "x"), "--as", form])
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_concept_brings_its_word_and_its_matrices(tmp_path, capsys, monkeypatch):
     task, model = sample.load(BASE)
     unet = model.denoiser.state_dict()
@@ -403,6 +465,7 @@ GIVEN = {"ckpt": None, "classes": "1", "prompt": "a large red circle", "n": "3",
          "sampler": None, "steps": "3", "truncation": "0.2", "eta": "0.9", "seed": "7",
          "base": BASE, "scale": "0.5", "concept": BASE, "weights": "model", "vae": BASE, "bpe": "x",
          "image_size": "64", "dtype": "float16", "out": None, "export": "e.pt", "note": "x",
+         "export_as": None,
          "strip": True, "gif": True, "npz": "2", "init": "init.png",
          "mask": "mask.png", "strength": "0.4"}
 SAME = {"batch_size": "1", "device": "cpu"}                 # these change nothing but the speed
