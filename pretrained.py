@@ -325,7 +325,7 @@ def read_word(state, stem):
     word, rows = next(item for item in state.items() if item[0][:16] != "string_to_token.")
     if word == "emb_params" or word.startswith("string_to_param."):
         word = f"<{re.sub('[^0-9A-Za-z]+', '-', stem)}>"
-    rows = rows.float().reshape(-1, rows.shape[-1])                                 # (n, D)
+    rows = torch.atleast_2d(rows.float()).flatten(0, -2)                            # (n, D)
     return {f"{word}_{k}" if k else word: row for k, row in enumerate(rows)}
 
 

@@ -24,12 +24,13 @@ from PIL import Image, ImageOps
 
 import data
 from adapters import load_adapters, set_scale
-from checkpoint import load_checkpoint, save_checkpoint, write_safetensors, written_whole
+from checkpoint import (built_from, load_checkpoint, save_checkpoint, write_safetensors,
+                        written_whole)
 from cli import flag, one_line, parse, refuse, resolve_device
-from custom_diffusion import apply_concept, load_concept
+from custom_diffusion import apply_concept, keys_and_values, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
-from models import MERGES, find_model, official_task, task_from
-from pretrained import (infer_dit, infer_udit, is_official, load_first_stage, scheduler,
+from models import MERGES, base_task, find_model, official_task, task_from
+from pretrained import (PREFIXES, infer_dit, infer_udit, is_official, load_first_stage, scheduler,
                         to_diffusers)
 from tasks import sample_all
 from udit import fold
@@ -124,12 +125,13 @@ def add_concept(path, task):
 
 # ---------------------------------------------------------------- files for others
 
-def export(path, out, note="", form="ours", command=""):
+def export(path, out, note="", form="ours", command="", base=None):
     """Write the model in a checkpoint of ours to `out`, as form: "ours", for sampling and --init
     alone, in half precision; "official", a file of a DiT or U-DiT; "diffusers", a folder of all
-    else. note, command: lines inside. Raises ValueError for what that form does not have."""
+    else. Or what was learned beside `base`: see learned. note, command: lines inside. Raises
+    ValueError for what that form does not have."""
     state = load_checkpoint(path)
-    if not {"opt", "ema"} <= state.keys() and (form == "ours" or "task" not in state):
+    if not {"opt", "ema"} <= state.keys() and not base and (form == "ours" or "task" not in state):
         raise ValueError(f"{path} is not the checkpoint of a run: there is nothing to export")
     if form == "ours":
         half = lambda weights: {name: w.half() if w.is_floating_point() else w
@@ -137,14 +139,19 @@ def export(path, out, note="", form="ours", command=""):
         small = {k: v for k, v in state.items() if k not in ("model", "opt")}
         if "first_stage" in state:
             small["first_stage"] |= {"model": half(state["first_stage"]["model"])}
-        return save_checkpoint(out, {
-            "made_by": EXPORTED, **small, "ema": half(state["ema"]), "note": note})
+        with built_from(path):
+            small["ema"] = half(state["ema"])
+        return save_checkpoint(out, {"made_by": EXPORTED, **small, "note": note})
     about = {"format": "pt", "made_by": EXPORTED, "licence": LICENCE, "note": note,
              "command": command}
-    for file, (tensors, config) in (official if form == "official" else folder)(path, state):
+    files = learned(path, state, form, base) if base else (
+        official if form == "official" else folder)(path, state)
+    for file, (tensors, config) in files:
         with written_whole(pathlib.Path(out, file)) as target:
             if tensors is None:
                 target.write(json.dumps(config, indent=1).encode())
+            elif config is None:                        # delta.ckpt, which torch.load reads there
+                torch.save({"state_dict": tensors, **about}, target)
             else:
                 write_safetensors(target, tensors, {**about, "config": json.dumps(config)})
 
@@ -189,6 +196,33 @@ def folder(path, state):
         task.settings, task.process)))] if task else [])
 
 
+def learned(path, state, form, base):
+    """The files, as of `folder`, of an adapter, its tensors with its spec; of a concept, the
+    delta.ckpt of the official code, or what diffusers' load_attn_procs and load_textual_inversion
+    read. Raises ValueError if it does not belong to `base`. Source: get_deltas.py; diffusers."""
+    task = base_task(base)
+    if "adapter" in state:
+        load_adapters(task.model, state)                # it fits
+        return [("", (state["adapter"], {**state["spec"], "base": state["base"]}))]
+    unet = task.model.denoiser.state_dict()
+    W, rows, things = load_concept(path, unet)
+    if form == "official":
+        embed = {"embed": torch.stack([*rows.values()])} if rows else {}        # (words, D)
+        return [("", ({PREFIXES["unet"] + name: w for name, w in W.items()} | embed, None))]
+    config = {"concepts": things}                       # of a word, what can be no file name: -
+    words = [(re.sub(r"[/\\\0]", "-", word) + ".safetensors", ({word: row}, config))
+             for word, row in rows.items()]
+    if W and not keys_and_values(unet).keys() <= W.keys() <= {k for k in unet if ".attn2." in k}:
+        raise ValueError(f"{path}: diffusers takes concepts of --part kv or crossattn alone")
+    theirs = to_diffusers("unet", task.model.denoiser)[0]
+    names = dict(zip(unet, theirs))                     # both in the order of the U-Net
+    named = {re.sub(r"\.(to_[a-z]+)", r".processor.\1_custom_diffusion", names[name]): w
+             for name, w in W.items()}
+    named |= {name.replace(".to_q.weight", ".processor"): torch.empty(0)   # it stays as it is
+              for name in theirs if name.endswith(".attn1.to_q.weight")}
+    return words + [("pytorch_custom_diffusion_weights.safetensors", (named, config))] * bool(W)
+
+
 # ---------------------------------------------------------------- what to sample
 
 def choose_classes(text, names, count):
@@ -211,7 +245,7 @@ def conditions(options, task):
     if task.tokenizer is not None:
         refuse(options, "classes", "is for other models: say --prompt, not --class")
         asked = task.info["examples"] if options.prompt is None else options.prompt.split("|")
-        asked = [*map(str.strip, asked)]
+        asked = [str(text).strip() for text in asked] or [""]
     else:
         refuse(options, "prompt negative", "is for other models: say --class, not --prompt")
         names, count = task.info["class_names"], task.model.num_classes
@@ -300,11 +334,12 @@ def main(argv):
             for word in argv]
     options, = parse(argv, __doc__, Options)
     if options.export:
-        unread = sorted(vars(options).keys() - {"ckpt", "export", "note", "export_as"})
+        beside = {"ckpt", "export", "note", "export_as", *["base"] * bool(options.export_as)}
+        unread = sorted(vars(options).keys() - beside)
         refuse(options, " ".join(unread), "is not read beside --export: leave one of them out")
         data.check_target(options.export, EXPORTED.encode())
         export(options.ckpt, options.export, options.note or "", options.export_as or "ours",
-               f"python sample.py {shlex.join(argv)}")
+               f"python sample.py {shlex.join(argv)}", options.base)
         return print(f"exported to {options.export}")
     device, files = resolve_device(options.device or "auto"), targets(options)
     (task, model), seed = load(options.ckpt, device, options), options.seed or 0

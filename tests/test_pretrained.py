@@ -908,6 +908,7 @@ def test_words_of_textual_inversion_in_each_form(tmp_path):
              "My style (2).pt": (token | {"string_to_param": table},
                                  {"<My-style-2->": two[0], "<My-style-2->_1": two[1]}),
              "a.pt": (token | {"string_to_param": {"*": two[:1]}}, {"<a>": two[0]}),
+             "none.pt": ({"emb_params": two[:0]}, {}),
              "e.safetensors": ({"emb_params": two}, {"<e>": two[0], "<e>_1": two[1]})}
     for name, (content, want) in files.items():
         safe = name.endswith("safetensors")

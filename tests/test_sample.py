@@ -17,9 +17,10 @@ import data
 import evaluate
 import sample
 import train
+from adapters import adapter_state, add_adapters
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, fill_by_recipe
-from custom_diffusion import save_concept
+from custom_diffusion import keys_and_values, save_concept
 from dit import DiT
 from models import task_from
 from pretrained import build, read_official, read_weights
@@ -366,8 +367,8 @@ def test_exported_checkpoints_are_small_and_sample_nearly_the_same(
 @pytest.mark.parametrize("name, Model", [("pixel", DiT), ("udit", UDiT)])
 def test_an_official_file_draws_the_same(runs, tmp_path, name, Model):
     """Its names are those of the official code (test_dit.py, test_udit.py), and the config says
-    what its class is to be made with. In the official code, with its own sampler and guidance, pictures
-    differ by 2e-7 (DiT) and 6e-7 (U-DiT) of their norm."""
+    what its class is to be made with. In the official code, with its own sampler and guidance,
+    pictures differ by 2e-7 (DiT) and 6e-7 (U-DiT) of their norm."""
     ckpt, path = tmp_path / "ckpt.pt", tmp_path / "x.safetensors"
     state = load_checkpoint(runs / name / "ckpt.pt")
     save_checkpoint(ckpt, {**state, "settings": {**state["settings"], "schedule": "linear"}})
@@ -420,6 +421,47 @@ def test_what_another_program_does_not_have_is_refused(runs, tmp_path, capsys, n
     with pytest.raises(SystemExit):
         sample.main(["--ckpt", path, "--export", str(tmp_path / "x"), "--as", form])
     assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
+    """A concept as delta.ckpt of the official code, and as diffusers' files: loaded by diffusers
+    0.42, the U-Net's output differs by 5e-7 of its norm. An adapter with its spec."""
+    task, model = sample.load(BASE)
+    unet = {name: w.clone() for name, w in model.denoiser.state_dict().items()}
+    W = {name: w + 0.1 for name, w in keys_and_values(unet).items()}
+    concept, row = str(tmp_path / "concept.pt"), torch.randn(64)
+    save_concept(concept, W, {"<new1>": row}, ["<new1> circle"], unet)
+    go = lambda path, out, form: sample.main([
+        "--ckpt", str(path), "--base", BASE, "--export", str(tmp_path / out), "--as", form])
+    go(concept, "delta.ckpt", "official")
+    delta = torch.load(tmp_path / "delta.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(delta.pop("embed"), row[None]) and delta.keys() == {
+        f"model.diffusion_model.{name}" for name in W}
+    go(concept, "folder", "diffusers")
+    theirs = read_weights(tmp_path / "folder" / "pytorch_custom_diffusion_weights.safetensors")
+    block = "mid_block.attentions.0.transformer_blocks.0"
+    assert torch.equal(theirs[f"{block}.attn2.processor.to_k_custom_diffusion.weight"],
+                       W["middle_block.1.transformer_blocks.0.attn2.to_k.weight"])
+    assert theirs[f"{block}.attn1.processor"].shape == (0,) and len(theirs) == len(W) * 3 / 2
+    for out in ("delta.ckpt", "folder"):
+        again, rows = read_official(tmp_path / out)[1]["concept"]
+        assert_close(again, W, rtol=0, atol=0)
+        assert torch.equal(rows["<new1>"], row)
+    save_concept(concept, {}, {"/../<x>": row}, ["/../<x> circle"], unet)
+    go(concept, "word", "diffusers")                        # a word is no path
+    assert [*tree(tmp_path / "word")] == ["-..-<x>.safetensors"]
+    save_concept(concept, {**W, "out.0.bias": unet["out.0.bias"]}, {}, [], unet)
+    go(concept, "no-word.ckpt", "official")
+    with pytest.raises(SystemExit):
+        go(concept, "other", "diffusers")
+    assert "takes concepts of --part kv or crossattn" in capsys.readouterr().err
+    add_adapters(model, "ca_out", "ffn_in", rank=1)
+    save_checkpoint(tmp_path / "adapter.pt", state := adapter_state(model))
+    go(tmp_path / "adapter.pt", "adapter.safetensors", "official")
+    raw = (tmp_path / "adapter.safetensors").read_bytes()
+    about = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    assert json.loads(about["config"]) == {**state["spec"], "base": state["base"]}
+    assert_close(read_weights(tmp_path / "adapter.safetensors"), state["adapter"], rtol=0, atol=0)
 
 
 def test_a_concept_brings_its_word_and_its_matrices(tmp_path, capsys, monkeypatch):
