@@ -13,6 +13,7 @@ A picture is what Pillow reads.  What is hidden is skipped.  Text is UTF-8; an e
 import csv
 import io
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -27,9 +28,11 @@ from tqdm import tqdm
 SPLITS = {"train": "train", "val": "test", "valid": "test", "validation": "test", "test": "test"}
 
 
-def read_folder(root, image_size=32, split="train", count=None, seed=0, skip_bad=False):
+def read_folder(root, image_size=32, split="train", count=None, seed=0, skip_bad=False,
+                paths_only=False):
     """The pictures of a split of a folder; `choose` makes the split if there is no test folder.
     count: keep this many, chosen by seed.  skip_bad: leave out unreadable pictures, do not stop.
+    paths_only: in place of the images their paths, for `read_parts`, however large they all are.
     Returns images (N, 3, H, W) uint8, labels (N,) int64, captions (N strings) or None, class names,
     what is left out (one line).  Raises ValueError that names the file or the folder."""
     root = Path(os.path.abspath(os.path.expanduser(root)))
@@ -45,7 +48,13 @@ def read_folder(root, image_size=32, split="train", count=None, seed=0, skip_bad
         raise ValueError(f"{root} holds images beside the folder {classes[1]}: keep one of the two")
     number = {} if "" in classes else {name: i for i, name in enumerate(classes)}
     rows = [rows[i] for i in choose(len(rows), split, count, seed)]
-    images, good = _read_images([row[0] for row in rows], image_size, skip_bad)
+    paths, good = [row[0] for row in rows], range(len(rows))
+    if not paths_only:
+        images, good = _read_images(paths, image_size, skip_bad)
+    else:
+        if skip_bad:                        # so each is read twice: what is written has a length
+            good = [i for found, _ in read_parts(paths, image_size, True) for i in found]
+        images = [paths[i] for i in good]
     left_out["unreadable"] = len(rows) - len(good)
     left_out = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
     if not good:
@@ -158,15 +167,42 @@ def read_image(path, size, background="white"):
 
 def _read_images(paths, size, skip_bad):
     """All files as (N, 3, H, W) uint8, and the positions in `paths` that could be read."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    def read(i):
+    shape, left = (len(paths), 3, size, size), memory_left()
+    if math.prod(shape) > left:
+        raise ValueError(f"{len(paths):,} pictures of {size} x {size} take {math.prod(shape):,} "
+                         f"bytes, and {left:,} are free: take a smaller --image-size, or encode "
+                         "them first, with the same --data and --image-size: python train.py "
+                         "--first-stage FILE --save-latents FILE")
+    images, good = torch.empty(shape, dtype=torch.uint8), []
+    for found, part in read_parts(paths, size, skip_bad):
+        images[len(good):len(good) + len(found)] = part
+        good += found
+    return images[:len(good)], good
+
+
+def read_parts(paths, size, skip_bad=False):
+    """Picture files, 64 at once: yields (positions in `paths` of those that can be read, their
+    pixels (n, 3, size, size) uint8). Raises ValueError for others, unless skip_bad."""
+    def read(path):
         try:
-            images[i] = read_image(paths[i], size)
-            return True
+            return read_image(path, size)
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{error}, delete it, or add --skip-bad") from error
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # map cancels the rest after an exception
-        work = tqdm(pool.map(read, range(len(paths))), "reading images", len(paths), disable=None)
-        good = [i for i, is_read in enumerate(work) if is_read]
-    return images if len(good) == len(paths) else images[good], good
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
+            desc="reading images", total=len(paths), disable=None) as bar:
+        for first in range(0, len(paths), 64):
+            part = [*pool.map(read, paths[first:first + 64])]
+            if good := [i for i, image in enumerate(part) if image is not None]:
+                yield [first + i for i in good], torch.stack([part[i] for i in good])
+            bar.update(len(part))
+
+
+def memory_left():
+    """Bytes of memory that are free by Linux, or allowed to a container; inf where neither says."""
+    left = [math.inf]
+    for path, form, unit in (("/proc/meminfo", r"MemAvailable: *(\d+)", 1024),
+                             ("/sys/fs/cgroup/memory.max", r"(\d+)", 1)):
+        if os.path.isfile(path) and (found := re.search(form, Path(path).read_text())):
+            left.append(unit * int(found[1]))
+    return min(left)

@@ -307,7 +307,7 @@ def main(argv):
     config, settings = read_flags(argv)
     config.device, (rank, world) = resolve_device(config.device), ranks()
     if config.save_latents:
-        return save_encoded(config, settings, load_data(config))
+        return None if rank else save_encoded(config, settings, load_data)      # by one process
     micro_size(config)
     check_out(config)
     if world > 1:

@@ -16,7 +16,11 @@ import torch
 from PIL import Image
 
 import data
+import folders
+import train
 import worlds
+from conftest import write_safetensors
+from vae import AutoencoderKL
 
 
 def bytes_like(*shape):
@@ -328,18 +332,59 @@ def test_latents(tmp_path):
     assert data.load(f"latents:{path}").class_names == ["0", "1", "2"]
 
 
-def test_latents_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "z.npz"
-    data.save_latents(path, torch.ones(1, 4, 2, 2))
+def test_latents_come_in_parts(tmp_path):
+    """Each part is written before the next is made; what fails midway leaves the old file."""
+    path, z = tmp_path / "z.npz", torch.randn(5, 4, 2, 2).half()
 
-    def fail(file, **arrays):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(np, "savez", fail)
+    def parts(stop):
+        for i, part in enumerate(z.split(2)):
+            if i == stop:
+                raise OSError("disk full")
+            assert i == 0 or (tmp_path / "z.npz.part").exists()
+            yield part
+    names = ["a", "b"]
+    data.save_latents(path, parts(None), torch.arange(5) % 2, list("vwxyz"), names)
+    whole = data.load(f"latents:{path}")
+    assert torch.equal(whole.images, z) and whole.captions == list("vwxyz")
     with pytest.raises(ValueError, match="could not write"):
-        data.save_latents(path, torch.zeros(1, 4, 2, 2))
-    assert data.load(f"latents:{path}").images.sum() == 16
+        data.save_latents(path, parts(2), torch.zeros(5))
+    assert torch.equal(data.load(f"latents:{path}").images, z)
+    data.save_latents(path, z, torch.arange(5) % 2, list("vwxyz"), names)
+    again = path.read_bytes()
+    np.savez(path, latents=z.numpy(), labels=np.arange(5) % 2, captions=np.array(list("vwxyz")),
+             class_names=np.array(names))
+    assert path.read_bytes() == again                               # the format is numpy's
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_folder_larger_than_memory_is_refused_and_can_be_encoded(tmp_path, monkeypatch, capsys,
+                                                                   bad):
+    """In parts of 64, each no longer needed when the next is read; broken pictures are left out."""
+    folder, stage, out = tmp_path / "set", str(tmp_path / "vae.safetensors"), tmp_path / "z.npz"
+    for i in range(70):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / "ab"[i % 2] / f"{i}.png")
+    (folder / "a" / "60.png").write_bytes(b"") if bad else None
+    vae, sizes = AutoencoderKL(32, (1, 2, 2), 1), []
+    write_safetensors(stage, vae.state_dict())
+    line = ["--data", f"folder:{folder}", "--image-size", "8"] + ["--skip-bad"] * bad
+    whole = data.load(f"folder:{folder}", 8, skip_bad=bad)
+    monkeypatch.setattr(folders, "memory_left", lambda: 70 * 192 - 1)
+    with pytest.raises(SystemExit):
+        train.main([*line, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert "13,440 bytes, and 13,439 are free" in said and "--save-latents" in said
+    read = folders.read_image
+    monkeypatch.setattr(folders, "read_image", lambda *given: sizes.append(1) or read(*given))
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x, encode=AutoencoderKL.encode: (
+        sizes.append(-len(x)), encode(self, x))[1])
+    train.main([*line, "--first-stage", stage, "--save-latents", str(out)])
+    sizes = sizes[70:] if bad else sizes                            # the first time: which are bad
+    assert max(np.cumsum(sizes)) <= 64 and sum(sizes) == 0 and len(whole) == 70 - bad
+    z = data.load(f"latents:{out}")
+    assert torch.equal(z.labels, whole.labels) and z.class_names == ["a", "b"]
+    torch.testing.assert_close(z.images, vae.encode(data.to_float(whole.images)).half(),
+                               rtol=2 ** -10, atol=1e-6)
 
 
 def test_latents_replace_only_latents(tmp_path):
