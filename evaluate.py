@@ -388,18 +388,10 @@ def sampled(path, n, config=None, device="cpu", **options):
     """n pictures of a checkpoint's classes in turn, or of held-out captions of config["data"] ->
     (uint8 (N, C, H, W), labels (N,), captions). config: None = the run's; others: see sample_all"""
     import sample           # here, because reading pictures needs no model
-    (task, model), labels, captions = sample.load(path, device), None, None
-    if task.tokenizer is not None:
-        config = config or load_checkpoint(path)["config"]
-        captions = data.load(config["data"], config["image_size"], "test", config["data_dir"], n,
-                             config["seed"], skip_bad=config["skip_bad"]).captions
-        if captions is None:
-            raise ValueError(f"{path} samples from captions, and {config['data']} has none")
-        y = task.tokenizer(captions).to(device)                                         # (N, L)
-    else:
-        y = torch.arange(n, device=device) % max(1, len(task.info["class_names"]))      # (N,)
-        labels = y.cpu() if task.info["class_names"] else None
-    return sample.sample_all(task, model, y, **options)[1], labels, captions
+    task, model = sample.load(path, device)
+    y, names = sample.conditions(sample.Options(ckpt=path, npz=n), task, config)
+    images = sample.sample_all(task, model, y.to(device), **options)[1]
+    return (images, None, names) if task.tokenizer else (images, y if names else None, None)
 
 
 @cli.one_line

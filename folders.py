@@ -13,7 +13,6 @@ A picture is what Pillow reads.  What is hidden is skipped.  Text is UTF-8; an e
 import csv
 import io
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -48,13 +47,12 @@ def read_folder(root, image_size=32, split="train", count=None, seed=0, skip_bad
         raise ValueError(f"{root} holds images beside the folder {classes[1]}: keep one of the two")
     number = {} if "" in classes else {name: i for i, name in enumerate(classes)}
     rows = [rows[i] for i in choose(len(rows), split, count, seed)]
-    paths, good = [row[0] for row in rows], range(len(rows))
+    images, good = [row[0] for row in rows], range(len(rows))
     if not paths_only:
-        images, good = _read_images(paths, image_size, skip_bad)
-    else:
-        if skip_bad:                        # so each is read twice: what is written has a length
-            good = [i for found, _ in read_parts(paths, image_size, True) for i in found]
-        images = [paths[i] for i in good]
+        images, good = _read_images(images, image_size, skip_bad)
+    elif skip_bad:                          # they are read twice: how many there are is said first
+        good = [i for found, _ in read_parts(images, image_size, True) for i in found]
+        images = [images[i] for i in good]
     left_out["unreadable"] = len(rows) - len(good)
     left_out = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
     if not good:
@@ -167,13 +165,12 @@ def read_image(path, size, background="white"):
 
 def _read_images(paths, size, skip_bad):
     """All files as (N, 3, H, W) uint8, and the positions in `paths` that could be read."""
-    shape, left = (len(paths), 3, size, size), memory_left()
-    if math.prod(shape) > left:
-        raise ValueError(f"{len(paths):,} pictures of {size} x {size} take {math.prod(shape):,} "
-                         f"bytes, and {left:,} are free: take a smaller --image-size, or encode "
-                         "them first, with the same --data and --image-size: python train.py "
-                         "--first-stage FILE --save-latents FILE")
-    images, good = torch.empty(shape, dtype=torch.uint8), []
+    needed, left = len(paths) * 3 * size * size, memory_left()
+    if needed > left:
+        raise ValueError(f"{len(paths):,} pictures of {size} x {size} take {needed:,} bytes, and "
+                         f"{left:,.0f} are free: take a smaller --image-size, or encode them first:"
+                         " python train.py --first-stage FILE --save-latents FILE --data ...")
+    images, good = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), []
     for found, part in read_parts(paths, size, skip_bad):
         images[len(good):len(good) + len(found)] = part
         good += found
@@ -199,10 +196,6 @@ def read_parts(paths, size, skip_bad=False):
 
 
 def memory_left():
-    """Bytes of memory that are free by Linux, or allowed to a container; inf where neither says."""
-    left = [math.inf]
-    for path, form, unit in (("/proc/meminfo", r"MemAvailable: *(\d+)", 1024),
-                             ("/sys/fs/cgroup/memory.max", r"(\d+)", 1)):
-        if os.path.isfile(path) and (found := re.search(form, Path(path).read_text())):
-            left.append(unit * int(found[1]))
-    return min(left)
+    """Bytes of memory that can still be taken, where Linux says so, else inf."""
+    said = Path("/proc/meminfo").read_text() if os.path.isfile("/proc/meminfo") else ""
+    return 1024 * float(re.search(r"MemAvailable: *(\d+)|$", said)[1] or "inf")

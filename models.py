@@ -292,8 +292,8 @@ def save_encoded(config, settings, load_data):
     folder are read, encoded and written in parts: their number is not limited by the memory."""
     out, stage = config.save_latents, load_first_stage(settings.first_stage)
     data.check_target(out, data.LATENTS_MARK)
-    (kind, _, path), side = config.data.partition(":"), config.image_size
-    if kind == "folder":
+    path, side = config.data.removeprefix("folder:"), config.image_size
+    if path != config.data:
         paths, *said, _ = read_folder(path, side, skip_bad=config.skip_bad, paths_only=True)
         unread = torch.empty(len(paths), 3, side, side, dtype=torch.uint8, device="meta")
         dataset = data.Dataset(config.data, unread, *said, flip=False)

@@ -5,12 +5,13 @@
     python sample.py --ckpt assets/unet-scenes.pt --prompt "a small red star on the left on navy"
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --strength 0.6        # image-to-image
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --mask mask.png       # inpainting
-    python sample.py --ckpt out/mine/ckpt.pt --npz 50000        # for the standard ADM evaluator
+    python sample.py --ckpt out/mine/ckpt.pt --npz 50000        # for an evaluator
     python sample.py --ckpt adapter.pt --base assets/unet-scenes.pt --scale 0.7     # adapters.py
     python sample.py --ckpt assets/unet-scenes.pt --concept concept.pt --prompt "a <new1> circle"
     python sample.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "an astronaut riding a horse"
     python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse.safetensors --class 207
     python sample.py --ckpt assets/unet-scenes.pt --export FOLDER --as diffusers  # or official"""
+import copy
 import dataclasses
 import difflib
 import json
@@ -240,17 +241,40 @@ def choose_classes(text, names, count):
     return chosen
 
 
-def conditions(options, task):
-    """What is asked for -> (y (N,) or (N, L), N names or None). Raises ValueError."""
+def held_out(task, config, count):
+    """`count` captions of the test split of config["data"], again from the first if it has fewer ->
+    (ids (N, L), captions). Words that no training caption has share a free row; long ones are cut."""
+    where = {key: config[key] for key in ("image_size", "data_dir", "seed", "skip_bad")}
+    found = data.load(config["data"], split="test", count=count, **where).captions
+    if found is None:
+        raise ValueError(f"this model samples from captions, and {config['data']} has none")
+    tokenizer, captions = copy.copy(task.tokenizer), [found[i % len(found)] for i in range(count)]
+    if tokenizer.open:
+        return tokenizer(captions), captions
+    words = [tokenizer.WORD.findall(caption.lower()) for caption in captions]
+    if (unseen := sorted(set().union(*words) - tokenizer.ids.keys())) and tokenizer.reserved:
+        print(f"{len(unseen)} words are in no training caption and all read as one new word: "
+              f"{', '.join(unseen[:9])}")
+        tokenizer.ids = {**dict.fromkeys(unseen, 3 + len(tokenizer.words)), **tokenizer.ids}
+    return tokenizer([" ".join(line[:tokenizer.max_length - 2]) for line in words]), captions
+
+
+def conditions(options, task, config=None):
+    """What is asked for -> (y (N,) or (N, L), N names or None). config: says what data set the
+    held-out captions of --npz are of; None = the run's. Raises ValueError."""
     if task.tokenizer is not None:
         refuse(options, "classes", "is for other models: say --prompt, not --class")
+        if options.npz and options.prompt is None and not options.concept:
+            if config := config or not is_official(options.ckpt) and (
+                    load_checkpoint(options.ckpt).get("config")):
+                return held_out(task, config, options.npz)
         asked = task.info["examples"] if options.prompt is None else options.prompt.split("|")
         asked = [str(text).strip() for text in asked] or [""]
     else:
         refuse(options, "prompt negative", "is for other models: say --class, not --prompt")
         names, count = task.info["class_names"], task.model.num_classes
-        some = range(min(48 if names else 8, max(1, count)))
-        asked = choose_classes(options.classes, names, count) or list(some)
+        most = count if options.npz else 48 if names else 8
+        asked = choose_classes(options.classes, names, count) or [*range(max(1, min(most, count)))]
     count = options.n or options.npz or len(asked)
     asked = [asked[i % len(asked)] for i in range(count)]
     if task.tokenizer is not None:
@@ -305,13 +329,14 @@ def targets(options):
     return files
 
 
-def write(files, images, x, y, names, film):
-    """Write what `targets` and main ask for."""
+def write(files, images, x, y, names, film, classes=()):
+    """Write what `targets` and main ask for. classes: the names of all of them."""
     scale = None if names else max(1, 64 // images.shape[-1])
     if "grid" in files:
         save_grid(images, files["grid"], nrow=8, captions=names, scale=scale, made_by=MADE_BY)
     if "npz" in files:
-        arrays = {"labels": y.numpy()} if y.dim() == 1 and names else {}
+        arrays = {"captions": names} if y.dim() == 2 else {} if not (names or y.any()) else {
+            "labels": y.numpy(), "class_names": np.array(classes, str)}
         arrays |= {"arr_0": images.permute(0, 2, 3, 1).numpy()}             # (N, H, W, C)
         with written_whole(files["npz"]) as file:
             np.savez(file, made_by=MADE_BY.encode(), **arrays)
@@ -364,7 +389,7 @@ def main(argv):
                                  "strip" in files or "gif" in files, **given)
     if mask is not None:        # decoding changes even what was kept: put known pixels back
         images = torch.where(mask.cpu() > 0.5, images, to_uint8(original.cpu()))
-    write(files, images, x, y, names, film)
+    write(files, images, x, y, names, film, task.info["class_names"])
 
 
 if __name__ == "__main__":

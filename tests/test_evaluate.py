@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import sample
 import worlds
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT
+from text import WordTokenizer
 
 DRAW = inspect.signature(evaluate.sampled)
 
@@ -684,20 +686,42 @@ def test_a_stop_while_a_classifier_trains_leaves_nothing(
 
 def test_captions_are_those_of_the_data_that_are_named(tmp_path, monkeypatch):
     """A text-to-image run is asked for held-out captions of --data, read as --data-dir says."""
-    task, asked = sample.load(str(ROOT / "assets" / "unet-scenes.pt"))[0], []
+    path, asked = str(ROOT / "assets" / "unet-scenes.pt"), []
+    task = sample.load(path)[0]
     monkeypatch.setattr(sample, "load", lambda path, device: (task, task.model))
     monkeypatch.setattr(sample, "sample_all", lambda task, model, y, *args, **how: [y, y])
     world = data.load("scenes", 32, "test", count=3)
 
-    def load(name, *args, **how):
-        asked.append((name, args[2], how["skip_bad"]))
+    def load(name, image_size, data_dir, skip_bad, **how):
+        asked.append((name, data_dir, skip_bad))
+        assert how == {"split": "test", "count": 5, "seed": 0}
         return dataclasses.replace(world, captions=None if name == "mnist" else world.captions)
     monkeypatch.setattr(data, "load", load)
     config = {"data": "scenes", "data_dir": "data", "skip_bad": False, "image_size": 32, "seed": 0}
-    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: {"config": config})
-    evaluate.sampled("x.pt", 3)
+    monkeypatch.setattr(sample, "load_checkpoint", lambda path: {"config": config})
+    evaluate.sampled(path, 5)
     config = {**config, "data": "folder:mine", "data_dir": "there", "skip_bad": True}
-    assert evaluate.sampled("x.pt", 3, config)[2] == world.captions
+    # in their order, and again from the first
+    assert evaluate.sampled(path, 5, config)[2] == [world.captions[i] for i in (0, 1, 2, 0, 1)]
     assert asked == [("scenes", "data", False), ("folder:mine", "there", True)]
     with pytest.raises(ValueError, match="mnist has none"):
-        evaluate.sampled("x.pt", 3, {**config, "data": "mnist"})
+        evaluate.sampled(path, 5, {**config, "data": "mnist"})
+
+
+def test_unseen_words_of_held_out_captions_share_a_row(monkeypatch, capsys):
+    task = SimpleNamespace(tokenizer=WordTokenizer.from_captions(["a red dog", "a cat"]))
+    captions = ["a red bird", "A blue CAT!", "a " * 50]
+    monkeypatch.setattr(data, "load", lambda *args, **how: SimpleNamespace(captions=captions))
+    config = dict.fromkeys(("data", "image_size", "data_dir", "seed", "skip_bad"))
+    ids, again = sample.held_out(task, config, 4)
+    assert "2 words" in (said := capsys.readouterr().out) and "bird, blue" in said
+    known, free = task.tokenizer.ids, 3 + len(task.tokenizer.words)
+    assert known.keys() == {"a", "cat", "dog", "red"} and again == [*captions, captions[0]]
+    assert ids[0].tolist()[:5] == [1, known["a"], known["red"], free, 2] and free < (
+        task.tokenizer.vocab_size)
+    assert ids[1].tolist()[:5] == [1, known["a"], free, known["cat"], 2]
+    assert torch.equal(ids[3], ids[0]) and ids[2].tolist() == [
+        1, *[known["a"]] * (ids.shape[1] - 2), 2]                   # as much as fits
+    captions[:] = ["a red dog"]
+    sample.held_out(task, config, 1)
+    assert not capsys.readouterr().out

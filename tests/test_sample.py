@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,9 +312,16 @@ def test_npz_is_what_the_adm_evaluator_reads(runs):
                  "--class", "pear,apple", "--steps", "3", "--device", "cpu", "--out",
                  str(runs / "pixel" / "many.png")])
     with np.load(runs / "pixel" / "many.npz") as arrays:
-        images, labels = arrays["arr_0"], arrays["labels"]
+        images, labels, names = arrays["arr_0"], arrays["labels"], arrays["class_names"]
     assert images.shape == (5, 8, 8, 3) and images.dtype == np.uint8
     assert labels.tolist() == [1, 0, 1, 0, 1] and labels.dtype == np.int64
+    assert names.tolist() == ["apple", "pear"]
+    many = SimpleNamespace(tokenizer=None, info={"class_names": []}, model=SimpleNamespace(
+        num_classes=1000))                                          # all classes, not the first 8
+    assert sample.conditions(sample.Options(npz=1001), many)[0].tolist() == [*range(1000), 0]
+    sample.write({"npz": runs / "t.npz"}, torch.zeros(2, 3, 8, 8).byte(), None, torch.zeros(2, 5),
+                 ["a b", "글"], [])
+    assert data.read_arrays(runs / "t.npz", "npz")[1:] == (None, ["a b", "글"], [])
     want = sample.sample_all(task, model, torch.from_numpy(labels), steps=3)[1]     # labels fit
     assert abs(images.astype(int) - want.permute(0, 2, 3, 1).numpy()).max() <= 1
     assert not (runs / "pixel" / "many.png").exists()
