@@ -288,14 +288,26 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + S1.trace() + S2.trace() - 2 * cross).item()
 
 
+def precision_recall(a, b, k=3):
+    """Share of features a (N, D) in a ball of b (M, D), and of b in one of a: round each feature, as
+    far as its k-th neighbour. Compare at equal N = M. Source: Kynkaanniemi et al. 2019 Eq. 1, 2."""
+    def inside(a, b):
+        radius = torch.cdist(b, b).kthvalue(min(k + 1, len(b)), 0).values   # (M,), itself is first
+        return (torch.cdist(a, b) <= radius).any(1).double().mean().item()
+    return inside(a, b), inside(b, a)
+
+
 def score_pictures(model, images, real, labels=None):
-    """Classifier-FID of uint8 images (N, C, H, W), and the rate of labels (N,) if given.
-    real: a data.Dataset; N of its pictures make the floor, up to 10,000 others stand for it."""
-    check_comparable(images.shape, real)
+    """Classifier-FID, precision and recall of uint8 images (N, C, H, W), and the rate of labels (N,)
+    if given. real: a data.Dataset; N of its pictures are scored in the same way, as what can be
+    reached ("floor"), up to 10,000 others stand for it."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     floor, rest = order[:len(images)], order[len(images):][:10_000]     # enough for 128 x 128
     f, g, r = (features(model, x) for x in (images, real.images[floor], real.images[rest]))
     scores = {"fid": frechet_distance(f, r), "fid_floor": frechet_distance(g, r), "n_real": len(r)}
+    for end, x in (("", f), ("_floor", g)):
+        found = precision_recall(x[:len(r)], r[:len(x)])
+        scores |= zip(("precision" + end, "recall" + end), found)
     if labels is not None:
         right = model[-1](f).argmax(1).cpu() == labels.cpu()
         scores["rates"] = {"class": (right.double().mean().item(), len(right))}
@@ -408,7 +420,9 @@ def main(argv):
         print(f"  {axis:<24}{rate:7.3f} +- {(rate * (1 - rate) / n) ** 0.5:.3f}  of {n}")
     if "fid" in scores:
         print("  classifier-FID  {fid:9.4f}   floor {fid_floor:9.4f}\n  against {n_real} real "
-              "images, with {classifier}, test accuracy {classifier_accuracy:.3f}".format(**scores))
+              "images, with {classifier}, test accuracy {classifier_accuracy:.3f}\n"
+              "  precision       {precision:9.4f}   of real ones {precision_floor:9.4f}\n"
+              "  recall          {recall:9.4f}   of real ones {recall_floor:9.4f}".format(**scores))
     if options.json:
         with written_whole(options.json) as file:
             file.write(json.dumps({"made_by": MADE_BY, **scores}, indent=1).encode())
