@@ -24,6 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+MEMORY = "/proc/meminfo"        # where Linux says how much is free; elsewhere nothing is refused
 SPLITS = {"train": "train", "val": "test", "valid": "test", "validation": "test", "test": "test"}
 
 
@@ -165,8 +166,9 @@ def read_image(path, size, background="white"):
 
 def _read_images(paths, size, skip_bad):
     """All files as (N, 3, H, W) uint8, and the positions in `paths` that could be read."""
-    needed, left = len(paths) * 3 * size * size, memory_left()
-    if needed > left:
+    said = Path(MEMORY).read_text() if os.path.isfile(MEMORY) else ""
+    left = 1024 * float(re.search(r"MemAvailable: *(\d+)|$", said)[1] or "inf")
+    if (needed := len(paths) * 3 * size * size) > left:
         raise ValueError(f"{len(paths):,} pictures of {size} x {size} take {needed:,} bytes, and "
                          f"{left:,.0f} are free: take a smaller --image-size, or encode them first:"
                          " python train.py --first-stage FILE --save-latents FILE --data ...")
@@ -193,9 +195,3 @@ def read_parts(paths, size, skip_bad=False):
             if good := [i for i, image in enumerate(part) if image is not None]:
                 yield [first + i for i in good], torch.stack([part[i] for i in good])
             bar.update(len(part))
-
-
-def memory_left():
-    """Bytes of memory that can still be taken, where Linux says so, else inf."""
-    said = Path("/proc/meminfo").read_text() if os.path.isfile("/proc/meminfo") else ""
-    return 1024 * float(re.search(r"MemAvailable: *(\d+)|$", said)[1] or "inf")
