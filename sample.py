@@ -5,7 +5,7 @@
     python sample.py --ckpt assets/unet-scenes.pt --prompt "a small red star on the left on navy"
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --strength 0.6        # image-to-image
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --mask mask.png       # inpainting
-    python sample.py --ckpt out/mine/ckpt.pt --npz 50000        # for an evaluator
+    python sample.py --ckpt out/mine/ckpt.pt --npz 50000        # to score elsewhere, see README.md
     python sample.py --ckpt adapter.pt --base assets/unet-scenes.pt --scale 0.7     # adapters.py
     python sample.py --ckpt assets/unet-scenes.pt --concept concept.pt --prompt "a <new1> circle"
     python sample.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "an astronaut riding a horse"
