@@ -10,7 +10,6 @@ The idea. A checkpoint is a dict of tensors and plain values, saved by torch.sav
     python -m pytest tests/test_checkpoint.py"""
 import contextlib
 import json
-import math
 import mmap
 import os
 import pathlib
@@ -26,10 +25,9 @@ FORMAT = 2                              # of our own files; 1 was the first edit
 HARMLESS = ("argparse.", "pathlib.", "types.SimpleNamespace", "_codecs.encode")
 
 # the types of what our files may hold, all kinds of them; what is inside them, built_from finds out
-FORMS = {**dict.fromkeys(("task", "base", "data", "note"), str), "step": int, "info": dict,
-         **dict.fromkeys(("opt", "concepts"), list), **dict.fromkeys((
-             "config", "settings", "options", "sizes", "spec", "tensors", "model", "ema", "adapter",
-             "modifiers", "first_stage"), dict)}
+FORMS = {str: "task base data note", int: "step", list: "opt concepts",
+         dict: "info config settings options sizes spec tensors model ema adapter modifiers "
+               "first_stage"}
 
 
 def save_checkpoint(path, state):
@@ -49,7 +47,8 @@ def load_checkpoint(path, *needed):
     elif str(state["format"]) != str(FORMAT):
         raise ValueError(f"{path} has format {str(state['format'])[:20]}, expected 2: train again")
     wrong = [key for key in needed if key not in state]
-    wrong += [k for k, kind in FORMS.items() if k in state and not isinstance(state[k], kind)]
+    wrong += [key for kind, keys in FORMS.items() for key in keys.split()
+              if key in state and not isinstance(state[key], kind)]
     if wrong:
         raise ValueError(f"{path} is damaged or of another kind: no good {', '.join(wrong)} in it")
     return state
@@ -165,22 +164,19 @@ def read_safetensors(path):
         with open(path, "rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         start = 8 + int.from_bytes(buffer[:8], "little")        # the first byte of the data
-        header, last, tensors = json.loads(buffer[8:start]), start, {}
+        header, data, last, tensors = json.loads(buffer[8:start]), memoryview(buffer)[start:], 0, {}
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            count = math.prod(shape)
-            if begin != last or end - begin != count * dtype.itemsize or end > len(buffer):
-                raise ValueError(f"{name!r}, {shape} {dtype}, is at {entry['data_offsets']}")
+            dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+            if begin != last:
+                raise ValueError(f"{name!r} begins at byte {begin}, not at {last}")
             # a storage for each tensor, so saving one does not save the file; not aligned: a copy
-            where = dict(buffer=buffer, offset=begin) if begin % dtype.itemsize == 0 else dict(
-                buffer=bytearray(buffer[begin:end]))
-            tensors[name] = torch.frombuffer(**where, dtype=dtype, count=count).view(shape) \
-                if count else torch.empty(shape, dtype=dtype)
-            last = end
-        if last != len(buffer):
-            raise ValueError(f"{len(buffer) - last} bytes after the last tensor")
+            part = data[begin:end] if (start + begin) % dtype.itemsize == 0 else (
+                bytearray(data[begin:end]))
+            numbers = torch.frombuffer(part, dtype=dtype) if part else torch.empty(0, dtype=dtype)
+            tensors[name], last = numbers.view(entry["shape"]), end     # fails unless it fits
+        if last != len(data):
+            raise ValueError(f"the tensors take {last} bytes, and there are {len(data)}")
         return tensors
     except Exception as error:                  # a damaged file may fail in any way
         reason = str(error).partition("\n")[0][:120]
