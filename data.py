@@ -8,7 +8,6 @@ import functools
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -239,20 +238,11 @@ def read_arrays(path, kind):
 
 
 def save_latents(path, latents, labels=None, captions=None, class_names=()):
-    """Write (N, C, h, h) float latents for `latents:PATH`, as npz, whole or not at all.
-    latents: a tensor; or, with labels, an iterator of its parts, one of which is in memory."""
-    parts = iter([latents] if torch.is_tensor(latents) else latents)
-    first, labels = next(parts), np.zeros(0, int) if labels is None else labels.cpu().numpy()
-    shape = len(labels) or len(first), *first.shape[1:]
-    head = dict(descr=first[:0].cpu().numpy().dtype.str, fortran_order=False, shape=shape)
-    with written_whole(path) as file, zipfile.ZipFile(file, "w") as packed:     # as np.savez does
-        with packed.open("latents.npy", "w", force_zip64=True) as entry:
-            np.lib.format.write_array_header_1_0(entry, head)
-            for part in itertools.chain([first], parts):
-                entry.write(part.cpu().contiguous().numpy())
-        for name, array in zip(LATENTS[1:], (labels, captions or [], class_names)):
-            with packed.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, np.array(array, None if name == "labels" else str))
+    """Write (N, C, h, h) float latents for `latents:PATH`, as npz, whole or not at all."""
+    labels = np.zeros(0, int) if labels is None else labels.cpu().numpy()
+    texts = (np.array(some, str) for some in (captions or [], class_names))
+    with written_whole(path) as file:
+        np.savez(file, **dict(zip(LATENTS, (latents.cpu().numpy(), labels, *texts))))
 
 
 def check_target(path, mark):

@@ -29,11 +29,11 @@ SPLITS = {"train": "train", "val": "test", "valid": "test", "validation": "test"
 
 
 def read_folder(root, image_size=32, split="train", count=None, seed=0, skip_bad=False,
-                paths_only=False):
+                encode=lambda images: images):
     """The pictures of a split of a folder; `choose` makes the split if there is no test folder.
     count: keep this many, chosen by seed.  skip_bad: leave out unreadable pictures, do not stop.
-    paths_only: in place of the images their paths, for `read_parts`, however large they all are.
-    Returns images (N, 3, H, W) uint8, labels (N,) int64, captions (N strings) or None, class names,
+    encode: images (n, 3, H, W) uint8, of 64 files at once -> what is kept of them in memory.
+    Returns images or codes (N, ...), labels (N,) int64, captions (N strings) or None, class names,
     what is left out (one line).  Raises ValueError that names the file or the folder."""
     root = Path(os.path.abspath(os.path.expanduser(root)))
     (rows, left_out), asked = _list_folder(root), split
@@ -48,12 +48,7 @@ def read_folder(root, image_size=32, split="train", count=None, seed=0, skip_bad
         raise ValueError(f"{root} holds images beside the folder {classes[1]}: keep one of the two")
     number = {} if "" in classes else {name: i for i, name in enumerate(classes)}
     rows = [rows[i] for i in choose(len(rows), split, count, seed)]
-    images, good = [row[0] for row in rows], range(len(rows))
-    if not paths_only:
-        images, good = _read_images(images, image_size, skip_bad)
-    elif skip_bad:                          # they are read twice: how many there are is said first
-        good = [i for found, _ in read_parts(images, image_size, True) for i in found]
-        images = [images[i] for i in good]
+    images, good = _read_images([row[0] for row in rows], image_size, skip_bad, encode)
     left_out["unreadable"] = len(rows) - len(good)
     left_out = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
     if not good:
@@ -164,34 +159,35 @@ def read_image(path, size, background="white"):
     return torch.from_numpy(pixels).permute(2, 0, 1)                                 # (3, H, W)
 
 
-def _read_images(paths, size, skip_bad):
-    """All files as (N, 3, H, W) uint8, and the positions in `paths` that could be read."""
-    said = Path(MEMORY).read_text() if os.path.isfile(MEMORY) else ""
-    left = 1024 * float(re.search(r"MemAvailable: *(\d+)|$", said)[1] or "inf")
-    if (needed := len(paths) * 3 * size * size) > left:
-        raise ValueError(f"{len(paths):,} pictures of {size} x {size} take {needed:,} bytes, and "
-                         f"{left:,.0f} are free: take a smaller --image-size, or encode them first:"
-                         " python train.py --first-stage FILE --save-latents FILE --data ...")
-    images, good = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), []
-    for found, part in read_parts(paths, size, skip_bad):
-        images[len(good):len(good) + len(found)] = part
-        good += found
-    return images[:len(good)], good
-
-
-def read_parts(paths, size, skip_bad=False):
-    """Picture files, 64 at once: yields (positions in `paths` of those that can be read, their
-    pixels (n, 3, size, size) uint8). Raises ValueError for others, unless skip_bad."""
+def _read_images(paths, size, skip_bad, encode):
+    """What `encode` keeps of all files, (N, ...), and the positions in `paths` of those that could
+    be read.  Raises ValueError for the others, unless skip_bad."""
     def read(path):
         try:
             return read_image(path, size)
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{error}, delete it, or add --skip-bad") from error
+    images, good = torch.empty(0), []
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
             desc="reading images", total=len(paths), disable=None) as bar:
         for first in range(0, len(paths), 64):
             part = [*pool.map(read, paths[first:first + 64])]
-            if good := [i for i, image in enumerate(part) if image is not None]:
-                yield [first + i for i in good], torch.stack([part[i] for i in good])
+            if found := [i for i, image in enumerate(part) if image is not None]:
+                codes = encode(torch.stack([part[i] for i in found]))                # (n, ...)
+                images = images if good else _room(len(paths), codes)
+                images[len(good):len(good) + len(found)] = codes
+                good += [first + i for i in found]
             bar.update(len(part))
+    return images[:len(good)], good
+
+
+def _room(count, like):
+    """An empty tensor for `count` rows such as those of `like`.  Raises ValueError if too large."""
+    said = Path(MEMORY).read_text() if os.path.isfile(MEMORY) else ""
+    left = 1024 * float(re.search(r"MemAvailable: *(\d+)|$", said)[1] or "inf")
+    if (needed := count * like[0].nbytes) > left:
+        raise ValueError(f"{count:,} pictures take {needed:,} bytes, and {left:,.0f} are free: take"
+                         " a smaller --image-size, or encode them first: python train.py"
+                         " --first-stage FILE --save-latents FILE --data ...")
+    return like.new_empty(count, *like.shape[1:])

@@ -22,7 +22,7 @@ from checkpoint import built_from, load_checkpoint, load_weights
 from cli import check, flag
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DIT_CONFIGS, DiT
-from folders import read_folder, read_parts
+from folders import read_folder
 from pretrained import build, infer_dit, infer_udit, is_official, load_first_stage, read_official
 from tasks import AutoencoderTask, DiffusionTask, check_same, identity, image_shape
 from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
@@ -289,26 +289,28 @@ def check_init(task, was, path):
 
 def save_encoded(config, settings, load_data):
     """--save-latents: the data set as latents of its first stage, in half precision. Pictures of a
-    folder are read, encoded and written in parts: their number is not limited by the memory."""
-    out, stage = config.save_latents, load_first_stage(settings.first_stage)
+    folder are encoded as they are read: they may be more than the memory holds."""
+    out, stage = config.save_latents, load_first_stage(settings.first_stage).to(config.device)
     data.check_target(out, data.LATENTS_MARK)
-    path, side = config.data.removeprefix("folder:"), config.image_size
+
+    @torch.no_grad()
+    def encode(images):                                                     # (n, C, H, W)
+        shape = stage.latent_shape(images.shape[1:])
+        if len(shape) != 3 or images.dtype != torch.uint8 or not stage.standardised:
+            raise ValueError("--save-latents needs --data of pictures, --first-stage of numbers, "
+                             "which was trained to its end")
+        parts = images.split(max(1, 1_024_000 // images.shape[-1] ** 2))    # as DiffusionTask does
+        return torch.cat([stage.encode(data.to_float(x.to(config.device))).half().cpu()
+                          for x in parts])
+    path = config.data.removeprefix("folder:")
     if path != config.data:
-        paths, *said, _ = read_folder(path, side, skip_bad=config.skip_bad, paths_only=True)
-        unread = torch.empty(len(paths), 3, side, side, dtype=torch.uint8, device="meta")
-        dataset = data.Dataset(config.data, unread, *said, flip=False)
-        pictures = (x for _, x in read_parts(paths, side))
+        z, *said, _ = read_folder(path, config.image_size, skip_bad=config.skip_bad, encode=encode)
     else:
-        dataset = load_data(config)
-        pictures = tqdm(dataset.images.split(64), "encoding", disable=None)
-    task = DiffusionTask(settings, describe(dataset, config.model, stage), None, None, stage)
-    if len(task.shape) != 3 or dataset.images.dtype != torch.uint8 or not stage.standardised:
-        raise ValueError("--save-latents needs --data of pictures, --first-stage of numbers, which "
-                         "was trained to its end")
-    z = (task.encode(data.to_float(x.to(config.device))).half()
-         for some in pictures for x in some.split(task.at_once))
-    data.save_latents(out, z, dataset.labels, dataset.captions, dataset.class_names)
-    print(f"{len(dataset):,} latents of {task.shape}; train on them with\n--data latents:{out} "
+        whole = load_data(config)
+        z = torch.cat([encode(x) for x in tqdm(whole.images.split(64), "encoding", disable=None)])
+        said = whole.labels, whole.captions, whole.class_names
+    data.save_latents(out, z, *said)
+    print(f"{len(z):,} latents of {tuple(z.shape[1:])}; train on them with\n--data latents:{out} "
           f"--first-stage {settings.first_stage}")
 
 
