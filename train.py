@@ -60,7 +60,7 @@ def blocks_of(module):
 def make_step(config, dataset, task):
     """One training step as a function: step(s) -> (metrics, gradient norm, 1 if taken else 0).
     Everything that trains a model calls this. step.ema is the averaged model, step.optimizers its
-    optimizers; config.precision becomes what "auto" stands for. Raises ValueError."""
+    optimizers. Raises ValueError."""
     device, model = config.device, task.model.to(config.device)
     (rank, world), size = ranks(), micro_size(config)
     task.check_batch(config.batch_size)
@@ -70,9 +70,8 @@ def make_step(config, dataset, task):
         for block in blocks_of(model):
             block.forward = partial(checkpoint, partial(type(block).forward, block),
                                     use_reentrant=False, preserve_rng_state=False)
-    if config.precision == "auto":
-        config.precision = "bfloat16" if device == "cuda" else "float32"
-    autocast = torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16")
+    low = config.precision == "bfloat16" or (config.precision == "auto" and device == "cuda")
+    autocast = torch.autocast(device, torch.bfloat16, enabled=low)
     generator = torch.Generator(device)
 
     def micro_batch(s, micro):
@@ -246,7 +245,6 @@ def read_flags(argv):
         saved = resumed_flags(given, path, "settings") if path else {
             **start.get("settings", {}), "first_stage": "auto", "model": model}
         flags = {**paper, **PRESETS.get(model, {}), **saved, "resume": False, "out": out}
-        flags |= {} if given.get("device") in (None, flags.get("device")) else {"precision": "auto"}
         flow = {**flags, **given}.get("schedule", "flow") == "flow"
         unread = {"prediction": None, "learn_sigma": False} if flow else {"flow_shift": None}
         return {**flags, **unread}
@@ -272,8 +270,7 @@ def train_first_stage(config, settings, dataset):
     same = {name: getattr(config, name) for name in names.split()}
     loop = Config(**{**PRESETS[model], **same, "steps": settings.first_stage_steps, "model": model,
                      "out": f"{config.out}/first_stage"})
-    read = settings_class(model)
-    flags = read(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(read)})
+    flags = settings_class(model)(**{k: getattr(settings, k) for k in FAMILIES[model].flags})
     if os.path.isfile(path := f"{loop.out}/ckpt.pt"):
         resumed_flags({**same, **vars(flags)}, path, "settings")
         loop.resume = True

@@ -494,15 +494,18 @@ def test_a_flag_on_resume_is_used_or_refused(run, pictures, field, capsys):
         assert json.loads((run / "config.json").read_text())["steps"] == 2   # not what was refused
 
 
-def test_a_run_multiplies_as_before_unless_it_moves_to_another_device(run):
+def test_a_run_multiplies_as_its_flags_said_on_any_device(run):
+    """auto stays auto in the checkpoint: it means another precision on another device."""
     state = load_checkpoint(run / "ckpt.pt")
-    state["config"] |= {"device": "cpu", "precision": "bfloat16"}
-    save_checkpoint(run / "ckpt.pt", state)
-    for flags, precision in ([], "bfloat16"), (["--device", "cpu"], "bfloat16"), (
-            ["--device", "cuda"], "auto"), (["--device", "cuda", "--precision", "float32"],
-                                            "float32"):
-        config, _ = train.read_flags(["--out", str(run), "--resume", *flags])
-        assert config.precision == precision, flags
+    assert state["config"]["device"] == "cpu"
+    for said in (state["config"]["precision"], "bfloat16"):
+        assert said in ("auto", "bfloat16")
+        state["config"]["precision"] = said
+        save_checkpoint(run / "ckpt.pt", state)
+        for flags, precision in ([], said), (["--device", "cuda"], said), (
+                ["--precision", "float32"], "float32"):
+            config, _ = train.read_flags(["--out", str(run), "--resume", *flags])
+            assert config.precision == precision, flags
 
 
 def test_the_same_command_goes_on(run, pictures):
