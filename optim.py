@@ -85,9 +85,6 @@ def make_optimizers(config, model):
                                     weight_decay=config.weight_decay, fused=fused)]
     if matrices:
         optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
     return optimizers
 
 
@@ -136,7 +133,8 @@ def update(config, model, ema, optimizers, step, vectors=None):
     keep = torch.isfinite(norm).float()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * learning_rate(step, config)
+            full = group.setdefault("base_lr", group["lr"])         # as it was made, at first
+            group["lr"] = full * learning_rate(step, config)
         optimizer.found_inf = 1.0 - keep
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

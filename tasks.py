@@ -77,8 +77,8 @@ class DiffusionTask:
         return self.process.loss(net, as_numbers(x), self.model.drop_labels(y, drop), **draws)
 
     @torch.no_grad()
-    def sample(self, model, y, null=None, cfg_scale=None, steps=None, sampler=None, callback=None,
-               **options):
+    def sample(self, model, y, null=None, cfg_scale=None, steps=None, sampler=None,
+               callback=lambda x0: None, **options):
         """Sample one example per condition y, (B,) or (B, L) -> (B, *shape); see to_pictures.
         null: what guidance steers away from, like y (default: nothing asked for); cfg_scale,
         steps, sampler: default to the run's guidance and the process's own; callback(x0 guess)
@@ -93,8 +93,7 @@ class DiffusionTask:
         options |= {"clip": True} if self.on_pixels and self.shape[0] in (1, 3) else {}
         for x, x0 in self.process.trajectory(model, (len(y), *self.shape), y, null, sampler, steps,
                                              cfg_scale=cfg_scale, device=y.device, **options):
-            if callback is not None:
-                callback(x0)
+            callback(x0)
         return x
 
     @torch.no_grad()
@@ -190,7 +189,7 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
     size = batch_size or max(1, min(64, 2 ** 16 // math.prod(task.shape)))
     for first in tqdm(range(0, len(y), size), "sampling", leave=None, disable=None, unit="batch"):
         rows, seen = slice(first, first + size), []
-        watch = (lambda x0: seen.append(task.to_pictures(x0).cpu())) if film else None
+        watch = lambda x0: seen.append(task.to_pictures(x0).cpu()) if film else None
         mine = {name: value[rows] for name, value in dict(per_picture).items()}
         mine["generator"] = seeds(seed + first, len(y[rows]), y.device)
         sampled.append(task.sample(model, y[rows], callback=watch, **mine, **options))

@@ -112,8 +112,8 @@ def test_every_weight_is_in_exactly_one_group(name, world):
     assert not [name for name in of(muon) if any(word in name for word in words)]
     size = lambda optimizer: sum(params[name].numel() for name in of(optimizer))
     assert size(muon) > size(adamw) / 2                             # it trains the blocks
-    assert {g["base_lr"] for g in adamw.param_groups} == {config.lr}
-    assert {g["base_lr"] for g in muon.param_groups} == {config.muon_lr}
+    assert {g["lr"] for g in adamw.param_groups} == {config.lr}
+    assert {g["lr"] for g in muon.param_groups} == {config.muon_lr}
     config.optimizer = "adamw"
     only, = make_optimizers(config, model)
     assert sorted(of(only)) == sorted(of(adamw) + of(muon))
@@ -125,7 +125,7 @@ def test_new_words_have_a_rate_of_their_own():
     model.matrices, config = r"(?!)", Config(lr=0.1, weight_decay=0.3)
     config.word_lr = 0.7
     adamw, = make_optimizers(config, model)
-    assert [(len(g["params"]), g["base_lr"]) for g in adamw.param_groups] == [(2, 0.1), (2, 0.7)]
+    assert [(len(g["params"]), g["lr"]) for g in adamw.param_groups] == [(2, 0.1), (2, 0.7)]
     assert all(g["weight_decay"] == 0.3 for g in adamw.param_groups)
 
 
@@ -177,7 +177,7 @@ class Descent(torch.optim.Optimizer):
 def test_update_is_rate_times_clipped_gradient_then_average(clip, step):
     model = torch.nn.Linear(2, 1, bias=False)
     ema, before = average_of(model), copy.deepcopy(model)
-    descent = Descent(model.parameters(), dict(lr=1.0, base_lr=0.5))
+    descent = Descent(model.parameters(), dict(lr=0.5))
     config = Config(steps=100, warmup=4, lr_decay="constant", grad_clip=clip, ema=0.6)
     model.weight.grad = torch.tensor([[3.0, 4.0]])                          # norm 5
     norm, keep = update(config, model, ema, [descent], step)
@@ -209,7 +209,7 @@ def test_moments_come_back_and_rates_stay():
     for old, new in zip(remembering(0.1), remembering(0.3, steps=0)):
         saved = copy.deepcopy(old.state_dict())
         load_moments(new, saved)
-        assert all(g["lr"] == g["base_lr"] == g["weight_decay"] == 0.3 for g in new.param_groups)
+        assert all(g["lr"] == g["weight_decay"] == 0.3 for g in new.param_groups)
         state = new.state_dict()["state"]
         assert state.keys() == old.state_dict()["state"].keys() and state
         for i, held in old.state_dict()["state"].items():
