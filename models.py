@@ -394,7 +394,7 @@ def resumed_flags(given, path, part):
     state = load_checkpoint(path, "config", part, "opt")
     saved = {**state["config"], **state[part]}
     for name, value in given.items():
-        was = list(saved[name]) if isinstance(saved.get(name), tuple) else saved.get(name)
+        was = saved.get(name)
         stage = value == "new" and str(was).endswith("first_stage/ckpt.pt")     # that in --out
         if name not in MAY_CHANGE and value not in (was, "auto") and not stage:
             raise ValueError(f"--{name.replace('_', '-')} {value}: the run in {path} has {was}; "
@@ -402,7 +402,7 @@ def resumed_flags(given, path, part):
     return saved
 
 
-def check_read(given, config, settings=None):
+def check_read(given, config, settings):
     """Raise ValueError for a flag that nothing reads in this run. given: {flag: value}."""
     kind, stage = config.data.partition(":")[0], getattr(settings, "first_stage", "new")
     read = {
