@@ -81,15 +81,7 @@ class Adapter(nn.Module):
         else:
             self.before = nn.Identity()
             self.down, self.up = nn.Linear(d_in, rank, tapped), nn.Linear(rank, d_out, tapped)
-        self.initialize_weights(init)
-
-    def initialize_weights(self, init):
-        """init "zero" or "official". Source: official code; Houlsby et al. 2019 §2.1; LoRA §4.1.
-        | what | how                          | why                                     |
-        | down | uniform +-1/sqrt(fan_in)     | PyTorch's own                           |
-        | up   | zero: 0; official: as `down` | 0: A(x) = 0 at first, yet `up` learns   |
-        """
-        if init == "zero":
+        if init == "zero":      # A(x) = 0 at first, yet `up` learns (LoRA §4.1); else torch's own
             for parameter in self.up.parameters():
                 nn.init.zeros_(parameter)
 
