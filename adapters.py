@@ -6,15 +6,7 @@ Paper: A Closer Look at Parameter-Efficient Tuning in Diffusion Models (Xiang et
 The idea.  To teach a big model something new, freeze it, and train A(x) = up(act(down(x))) beside
 every block, d -> rank -> d: A reads one tensor of the block, and scale * A(x) is added to another.
 Where? Ten tensors can be read and seven be added to; an adapter can only add to a tensor that is
-computed after the one it reads, and shapes must fit. 20 pairs are left:
-
-    read                       add to                             read       add to
-    sa_in   block's input      sa_in, ca_in, ffn_in, trans_out    ffn_in     ffn_in, trans_out
-    sa_out  self-attention     ca_in, ffn_in, trans_out           ffn_out    trans_out
-    ca_in   sum behind it      ca_in, ffn_in, trans_out           trans_out  trans_out
-    ca_c    the text states    ca_c, as this block sees them      res_in     res_in, res_out
-    ca_out  cross-attention    ffn_in, trans_out                  res_out    res_out
-
+computed after the one it reads, and shapes must fit: LEGAL holds the 20 pairs that are left.
 ca_in = sa_out + sa_in, so adding to sa_out equals adding to ca_in, and the second name is used;
 likewise ca_out and ffn_in, ffn_out and trans_out. The paper's answer: what is read matters most (by
 an analysis of variance), and cross-attention's output is best.
@@ -48,10 +40,16 @@ from train import Config, check_out, load_data, micro_size, run
 from unet import Tapped
 
 LEGAL = {       # read -> add to; Source: Xiang et al. 2023 figure 4
-    "sa_in": ("sa_in", "ca_in", "ffn_in", "trans_out"), "sa_out": ("ca_in", "ffn_in", "trans_out"),
-    "ca_in": ("ca_in", "ffn_in", "trans_out"), "ca_c": ("ca_c",), "ca_out": ("ffn_in", "trans_out"),
-    "ffn_in": ("ffn_in", "trans_out"), "ffn_out": ("trans_out",), "trans_out": ("trans_out",),
-    "res_in": ("res_in", "res_out"), "res_out": ("res_out",)}
+    "sa_in": ("sa_in", "ca_in", "ffn_in", "trans_out"),     # a transformer block's input
+    "sa_out": ("ca_in", "ffn_in", "trans_out"),             # self-attention
+    "ca_in": ("ca_in", "ffn_in", "trans_out"),              # the sum behind it
+    "ca_c": ("ca_c",),                                      # the text states, for this block alone
+    "ca_out": ("ffn_in", "trans_out"),                      # cross-attention
+    "ffn_in": ("ffn_in", "trans_out"),                      # the sum behind it
+    "ffn_out": ("trans_out",),                              # the MLP
+    "trans_out": ("trans_out",),                            # the sum behind it
+    "res_in": ("res_in", "res_out"),                        # a ResBlock's input
+    "res_out": ("res_out",)}                                # and its output
 PLACEMENTS = tuple(f"{read}-{add}" for read in LEGAL for add in LEGAL[read])
 LORA = ("ca_c", "ca_kv")                                # not of the paper: see Adapter
 STREAM = {"sa_out": "ca_in", "ca_out": "ffn_in", "ffn_out": "trans_out"}    # output -> sum it joins
