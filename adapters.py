@@ -333,9 +333,12 @@ def read_flags(argv):
     return options, take_things(options, config) if options.concept else config
 
 
-def learn(argv):
-    """`learn`: train an adapter on --data, or on a --concept."""
-    options, config = read_flags(argv)
+@one_line
+def main(argv):
+    """The command, adapters.py learn ...: train an adapter on --data, or on a --concept."""
+    if argv[:1] != ["learn"]:
+        raise ValueError("say python adapters.py learn ..., or learn --help")
+    options, config = read_flags(argv[1:])
     micro_size(config)
     check_out(config)
     dataset, Task = load_data(config), ThingTask if options.concept else AdapterTask
@@ -343,14 +346,6 @@ def learn(argv):
     task = Task(base_task(options.base, options.bpe, config.image_size), dataset, options, config)
     run(config, task, dataset)
     print(f"python sample.py --ckpt {config.out}/adapter.pt --base {options.base}")
-
-
-@one_line
-def main(argv):
-    """The command line: adapters.py learn ..."""
-    if argv[:1] != ["learn"]:
-        raise ValueError("say python adapters.py learn ..., or learn --help")
-    learn(argv[1:])
 
 
 if __name__ == "__main__":
