@@ -511,17 +511,17 @@ def merge_files(argv):
         raise ValueError("--captions: give a data set that has some, or a file with one a line")
     apply_concept(base.model, base.tokenizer, {}, words)
     encoder = base.model.text, base.tokenizer
-    things = [(W, thing) for W, named in zip(Ws, concepts) for thing in named]
     C_reg = torch.cat(caption_rows(*encoder, captions, "photo of a"))
-    C_n = [prompt_rows(*encoder, thing) for _, thing in things]
-    W, r = merge(W0, [(W, C) for (W, _), C in zip(things, C_n)], C_reg, o.ridge, o.tolerance)
+    things = [(W_n, prompt_rows(*encoder, thing), thing)
+              for W_n, named in zip(Ws, concepts) for thing in named]
+    W, r = merge(W0, [(W_n, C) for W_n, C, _ in things], C_reg, o.ridge, o.tolerance)
     print(f"{r['rows']} target rows ({r['dropped']} dropped as equal), {len(C_reg):,} of captions, "
           f"cond(G) {r['cond_G']:.3g}, cond(D C^T) {r['cond_DCt']:.3g}, ||dW|| {r['dW']:.4g}, of "
           f"the things alone {', '.join(f'{change:.4g}' for change in r['changes'])}; if far "
           "larger, it ruins other prompts: say --ridge 0.1")
     save_concept(o.out, {name: w.float() for name, w in W.items()}, words, sum(concepts, []), unet)
     start = base.model.text(base.tokenizer([""]))[0, :1]                            # (1, D)
-    for (W_n, thing), C in zip(things, C_n):
+    for W_n, C, thing in things:
         print(f"{thing}: keys and values off by {missed(W, W_n, C):.1e} at the rows of its prompts,"
               f" {missed(W, W_n, start):.1e} at the start token; plain captions moved by "
               f"{missed(W, W0, C_reg):.2f}, by it alone {missed(W_n, W0, C_reg):.2f}")
