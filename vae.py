@@ -33,11 +33,13 @@ LATENT_WEIGHT = 1e-4     # of the L2 pull (tiny-ae) and the KL term (kl-ae), per
 
 class FirstStage(nn.Module):
     """What every first stage answers; pictures x are (B, C, H, W), float in [-1, 1].
-    encode(x) -> latents z, standardised; decode(z) -> pictures; objective(x, draw()) -> (training
-    loss, metrics), noisy: reads noise; factor: f, a picture's side over its latents'; matrices:
-    which names are Muon's weights; standardised: False until standardise(x)."""
+    encode(x) -> latents z; decode(z) -> pictures; objective(x, draw()) -> (training loss, metrics),
+    noisy: reads noise; standardise(x) measures the latents of x, and from then on (standardised)
+    encode gives unit variance (LDM appendix G); check_batch(n): ValueError if steps of n pictures
+    are too small; factor: f, a picture's side over its latents'; matrices: Muon's weights."""
     kind, noisy, standardised = "", True, True
     matrices = r"(en|de)coder\.\d+\.conv"               # the convolutions of the residual blocks
+    standardise = check_batch = lambda self, given: None         # nothing to measure, or to check
 
     def __init__(self, **sizes):
         super().__init__()
@@ -65,12 +67,6 @@ class FirstStage(nn.Module):
         """Random numbers of a step of n pictures: {"noise": normal, (n, c, h, w)}, or {}."""
         shape = (n, *self.latent_shape(image_shape))
         return {"noise": randn(shape, generator, device)} if self.noisy else {}
-
-    def standardise(self, x):
-        """Measure the latents of x, so that encode gives unit variance. Source: LDM appendix G."""
-
-    def check_batch(self, batch_size):
-        """Raise ValueError if steps of batch_size pictures are too small to train on."""
 
     def shrink_mask(self, mask):
         """Mask (B, 1, H, W) -> that of the latents: a cell is painted if any of its pixels is."""
