@@ -165,12 +165,9 @@ class DiT(nn.Module):
                  num_heads=16, mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1,
                  learn_sigma=True, conditioning="adaln_zero", qk_norm=False):
         super().__init__()
-        for what, size, unit, divisor in (
-                ("input_size", input_size, "patch_size", patch_size),
-                ("hidden_size", hidden_size, "num_heads", num_heads),
-                ("hidden_size", hidden_size, "sine-cosine parts", 4)):
-            if size % divisor:
-                raise ValueError(f"{what} {size} is not divisible by {unit} {divisor}: change it")
+        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"make input_size {input_size} a multiple of patch_size {patch_size}, "
+                             f"hidden_size {hidden_size} one of num_heads {num_heads} and of 4")
         check_name("conditioning", conditioning, BLOCKS)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
