@@ -290,7 +290,7 @@ def frechet_distance(a, b):
 
 
 def precision_recall(a, b, k=3):
-    """Share of features a (N, D) in a ball of b (M, D), and of b in one of a: round each feature, as
+    """Share of features a (N, D) in a ball of b (M, D), and of b in one of a: round each feature as
     far as its k-th neighbour. Compare at equal N = M. Source: Kynkaanniemi et al. 2019 Eq. 1, 2."""
     def inside(a, b):
         radius = torch.cdist(b, b).kthvalue(min(k + 1, len(b)), 0).values   # (M,), itself is first
@@ -299,7 +299,7 @@ def precision_recall(a, b, k=3):
 
 
 def score_pictures(model, images, real, labels=None):
-    """Classifier-FID, precision and recall of uint8 images (N, C, H, W), and the rate of labels (N,)
+    """Classifier-FID, precision, recall of uint8 images (N, C, H, W), and the rate of labels (N,)
     if given. real: a data.Dataset; N of its pictures are scored in the same way, as what can be
     reached ("floor"), up to 10,000 others stand for it."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
@@ -336,7 +336,8 @@ def make_classifier(channels, classes):
     layers = []
     for c_in, c_out, stride in ((channels, 32, 1), (32, 64, 2), (64, 128, 2), (128, 128, 2)):
         layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes if classes > 1 else 4))
+    answer = nn.Linear(128, classes if classes > 1 else 4)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), answer)
 
 
 @torch.no_grad()
@@ -442,7 +443,8 @@ def main(argv):
         print(f"  {axis:<24}{rate:7.3f} +- {(rate * (1 - rate) / n) ** 0.5:.3f}  of {n}")
     if "fid" in scores:
         print("  classifier-FID  {fid:9.4f}   floor {fid_floor:9.4f}\n  against {n_real} real "
-              "images, with {classifier}, test accuracy {classifier_accuracy:.3f} of {classifier_task}\n"
+              "images, with {classifier}, test accuracy {classifier_accuracy:.3f} of "
+              "{classifier_task}\n"
               "  precision       {precision:9.4f}   of real ones {precision_floor:9.4f}\n"
               "  recall          {recall:9.4f}   of real ones {recall_floor:9.4f}".format(**scores))
     if options.json:

@@ -462,7 +462,7 @@ def test_a_classifier_is_kept_and_found_again(stripes, tmp_path, capsys):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_sheet_shows_the_nearest_training_picture(tmp_path, flip):
-    """Of 300 pictures of noise, and 24 samples: pictures 0, 7, ... with a little noise, mirrored."""
+    """Of 300 pictures of noise; 24 samples: pictures 0, 7, ... with a little noise, mirrored."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(40, 200, (300, 3, 8, 8), generator=generator).byte()
     real = data.Dataset("noise", images, torch.zeros(300).long(), None, [], flip)
