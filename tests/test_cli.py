@@ -259,7 +259,7 @@ def test_numbers_out_of_range(capsys, tmp_path, name, values):
 
 
 @pytest.mark.parametrize("argv,words", [
-    (["--model", "DiT-64x2/3"], "divisible by patch_size 3"),
+    (["--model", "DiT-64x2/3"], "multiple of patch_size 3"),
     (["--batch-size", "10", "--accum", "3"], "does not split"),
     (["--learn-sigma"], "Gaussian schedule"), (["--prediction", "v"], "Gaussian schedule"),
     (["--schedule", "cosine", "--flow-shift", "3"], "--schedule flow"),
