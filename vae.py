@@ -260,8 +260,9 @@ class VQVAE(FirstStage):
         return self.codebook.nearest(z.permute(0, 2, 3, 1).flatten(0, 2)).view(len(x), -1)
 
     def look_up(self, ids):
-        """Tokens (B, N) -> their codes (B, D, h, w)."""
-        return self.codebook.embedding[ids].mT.unflatten(2, (self.grid, self.grid))
+        """Tokens (B, N) -> their codes (B, D, h, w); of [MASK], number K, the mean code: grey."""
+        codes = torch.cat([self.codebook.embedding, self.codebook.embedding.mean(0, True)])
+        return codes[ids].mT.unflatten(2, (self.grid, self.grid))
 
     def decode(self, ids):
         return self.decoder(self.look_up(ids))
