@@ -281,19 +281,20 @@ def _font(letters):
 
 
 def _strips(captions, width):
-    """Captions wrapped to `width` pixels, cut after four lines: (N, h, width, 3) uint8."""
+    """Captions wrapped to `width` pixels, cut after five lines: (N, h, width, 3) uint8."""
     captions = [" ".join(caption.split()) for caption in captions]  # no font measures two lines
     font, texts = _font("".join(sorted(set("".join(captions))))), []
     for caption in captions:
-        letters = int(0.95 * width * len(caption) / max(1, font.getlength(caption)))
-        texts.append(textwrap.wrap(caption, max(1, letters))[:4])
-    strips = []
-    for lines in texts:
-        strip = Image.new("RGB", (width, 12 * max(1, *map(len, texts)) + 3), "white")
-        for i, line in enumerate(lines):
-            ImageDraw.Draw(strip).text((1, 12 * i), line, fill="black", font=font)
-        strips.append(np.array(strip))
-    return np.stack(strips)
+        lines, most = [caption], 2 + int(2 * width * len(caption) / (font.getlength(caption) + 1))
+        while max(map(font.getlength, lines)) > width - 6 and most > 1:             # 6: a gap
+            lines = textwrap.wrap(caption, most := most - 1)[:5]
+        texts.append(lines)
+    height = 12 * max(1, *map(len, texts)) + 3
+    strips = Image.new("RGB", (width, height * len(texts)), "white")    # one below the other
+    for i, lines in enumerate(texts):
+        for j, line in enumerate(lines):
+            ImageDraw.Draw(strips).text((1, height * i + 12 * j), line, fill="black", font=font)
+    return np.array(strips).reshape(len(texts), height, width, 3)
 
 
 def make_grid(images, nrow=8, captions=None, pad=2, scale=None):

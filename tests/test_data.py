@@ -543,6 +543,8 @@ def test_grid_captions():
     assert label[:, 2:66].min() < 128 and label[:, 68:132].min() < 128
     assert label[:, 134:].min() == 255
     assert (long[:, 66:68] == 255).all()                          # nothing enters the next tile
+    wide = data.make_grid(images[:1], captions=["wwww iiii wwwww mmmm iiiii MMMM WWW"])
+    assert (wide[66:, 60:] == 255).all() and wide[66:, 40:60].min() < 128     # a gap at the end
     assert data.make_grid(images, captions=["", "", ""]).shape[1] == plain.shape[1]
 
 
