@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -113,6 +114,9 @@ def one_line(main):
             words, code = "stopped", 128 + (error.args or [signal.SIGINT])[0]
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             words, code = f"error: {in_one_line(error)}", 2
+            if isinstance(error, ValueError) and int(os.environ.get("LOCAL_RANK", 0)):
+                signal.signal(signal.SIGTERM, lambda *_: os._exit(2)), time.sleep(30)
+                raise SystemExit(2) from error      # the first one says it, then torchrun ends all
             if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
                 sys.stdout = open(os.devnull, "w")              # else Python would flush it again
         finally:

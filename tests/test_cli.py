@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import adapters
+import cli
 import custom_diffusion
 import train
 from checkpoint import load_checkpoint
@@ -155,6 +156,23 @@ def test_what_the_user_can_mend_is_one_line(capsys, error, code, words):
     said = capsys.readouterr().err
     assert stopped.value.code == code and words in said and len(said.splitlines()) == 1
     assert not words.startswith("not enough") or "take fewer or smaller pictures" in said
+
+
+@pytest.mark.parametrize("error,said", [(ValueError("x"), ""), (OSError("x"), "error: x\n"),
+                                        (MemoryError("x"), "error: not enough memory")])
+def test_of_many_processes_the_first_says_what_is_wrong_with_the_command(
+        capsys, monkeypatch, error, said):
+    """The others do not repeat it; what one of them alone may meet, such as no memory, is said."""
+    @one_line
+    def main(argv):
+        raise error
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    for rank, words in (("0", "error: "), ("3", said)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            main([])
+        found = capsys.readouterr().err
+        assert stopped.value.code == 2 and found.startswith(words) and bool(found) == bool(words)
 
 
 def test_what_was_asked_for_is_said_where_it_is_known():
