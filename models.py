@@ -32,8 +32,8 @@ from vae import VQVAE, AutoencoderKL, Pixels, TinyAutoencoder, first_stage_from
 from vqdiffusion import VQ_CONFIGS, LearnedNull, MaskReplace, VQTransformer
 
 FLAGS = {
-    "first_stage": (str, flag("auto", "what the model runs on: new (trained first), none (pixels), "
-                              "or a checkpoint; auto: new for shapes, scenes and text, else none")),
+    "first_stage": (str, flag("auto", "what it runs on: new (trained before), none (pixels) or "
+                              "FILE; auto: new for text, worlds, folders from 32 pixels")),
     "first_stage_steps": (int, flag(500, "optimizer steps of --first-stage new", "[1, inf)")),
     "class_dropout": (float, flag(0.1, "share of labels or captions hidden, to guide", "[0, 1)")),
     "cfg_scale": (float, flag(2.0, "guidance when sampling; 1 = none", "[0, inf)")),
@@ -239,6 +239,7 @@ def resolve_first_stage(config, settings):
     if getattr(settings, "first_stage", "") != "auto":
         return
     encode = FAMILIES[find_model(config.model)[0]].always_latent and config.data[:8] != "latents:"
+    encode |= config.data[:7] == "folder:" and config.image_size >= 32      # pixels take hours
     settings.first_stage = "new" if encode or config.data in ("shapes", "scenes") else "none"
     if config.init:
         carried = "first_stage" in load_checkpoint(config.init)

@@ -147,12 +147,15 @@ def test_a_first_stage_of_the_other_kind_is_refused():
 
 def test_auto_is_new_for_drawn_worlds_and_models_that_need_latents_else_none():
     for model, of, expected in (("DiT-S/2", "shapes", "new"), ("DiT-S/2", "cifar10", "none"),
-                                ("unet-tiny", "folder:x", "new"),
+                                ("unet-tiny", "folder:x", "new"), ("DiT-S/2", "folder:x", "new"),
                                 ("unet-tiny", "latents:x", "none"),
                                 ("vq-tiny", "npz:x", "new"), ("DiT-S/2", "npz:x", "none")):
         settings = settings_class(find_model(model)[0])()
         resolve_first_stage(Config(model=model, data=of), settings)
         assert settings.first_stage == expected, (model, of)
+    settings = settings_class("dit")()          # few pixels need no first stage
+    resolve_first_stage(Config(model="DiT-S/2", data="folder:x", image_size=31), settings)
+    assert settings.first_stage == "none"
     settings = settings_class("dit")(first_stage="none")
     resolve_first_stage(Config(model="DiT-S/2", data="shapes"), settings)
     assert settings.first_stage == "none"                               # what is given stays
