@@ -71,8 +71,8 @@ class Options:
     export_as: str = flag(None, "--as: ours (default), an official DiT or U-DiT, or a diffusers "
                           "folder", "", ["ours", "official", "diffusers"], needs="export")
     note: str = flag(None, "--export: a line that travels in the file", "text", needs="export")
-    strip: bool = flag(None, "also NAME-strip.png: ten moments of the denoising", needs="!npz")
-    gif: bool = flag(None, "also NAME.gif: the denoising as a film", needs="!npz")
+    strip: bool = flag(None, "also NAME-strip.png: x_t above the guess at x0", needs="!npz")
+    gif: bool = flag(None, "also NAME.gif: the same as a film", needs="!npz")
     npz: int = flag(None, "write so many pictures as uint8 NHWC arr_0 to NAME.npz", "[1, 1e6]")
     init: str = flag(None, "picture to start from: image-to-image, or inpainting with --mask")
     mask: str = flag(None, "for inpainting: white is painted anew, all else stays", needs="init")
@@ -341,11 +341,12 @@ def write(files, images, x, y, names, film, classes=()):
         with written_whole(files["npz"]) as file:
             np.savez(file, made_by=MADE_BY.encode(), **arrays)
     if "strip" in files:
-        moments = torch.stack([film[round(k * (len(film) - 1) / 9)] for k in range(10)], 1)[:8]
-        save_grid(moments.flatten(0, 1), files["strip"], nrow=10, scale=2, made_by=MADE_BY)
+        said, moments = zip(*(film[round(k * (len(film) - 1) / 9)] for k in range(10)))
+        moments = torch.stack(moments, 1)[:8]                               # (N, 10, C, 2H, W)
+        save_grid(moments.flatten(0, 1), files["strip"], 10, said * len(moments), made_by=MADE_BY)
     if "gif" in files:
-        frames = [make_grid(x, nrow=8, scale=2) for x in [*film, *[film[-1]] * 10]]
-        save_gif(frames, files["gif"], made_by=MADE_BY)
+        frames = [make_grid(x, captions=[said] * len(x)) for said, x in film]
+        save_gif(frames + frames[-1:] * 10, files["gif"], made_by=MADE_BY)
     if "latents" in files:
         data.save_latents(files["latents"], x.cpu(), y)
         print("there is no autoencoder: pictures in false colours, and the latents themselves")

@@ -183,19 +183,29 @@ class AutoencoderTask:
 
 def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=False, **options):
     """Sample for all conditions y, (N,) or (N, L), batch by batch; picture i with seed + i.
-    per_picture: {option: (N, ...) tensor}, cut like y; film: keep every step's x0 guess too; others
-    are of DiffusionTask.sample. Returns (model space (N, ...), uint8 (N, C, H, W), film or [])."""
-    sampled, pictures, states = [], [], []
+    per_picture: {option: (N, ...) tensor}, cut like y; others are of DiffusionTask.sample. Returns
+    model space (N, ...), uint8 (N, C, H, W), and if `film`, of every step and the end, else [],
+    ("step 03 noise 0.88", uint8 (N, C, 2H, W): x_t above the guess at x0)."""
+    sampled, pictures, films, read = [], [], [], []
     size = batch_size or max(1, min(64, 2 ** 16 // math.prod(task.shape)))
+    listen = lambda net, given: read.append(given[:2])          # what the network reads: x_t and t
     for first in tqdm(range(0, len(y), size), "sampling", leave=None, disable=None, unit="batch"):
         rows, seen = slice(first, first + size), []
-        watch = lambda x0: seen.append(task.to_pictures(x0).cpu()) if film else None
+
+        def watch(x0):
+            (xt, t), _ = read[0], read.clear()                  # guidance reads two copies of x_t
+            both = [task.to_pictures(x).cpu() for x in (xt[:len(x0)], x0)]
+            noise = t[0] / getattr(task.process, "steps", 1000)             # a flow has t = 1000 u
+            seen.append((f"step {len(seen):02} noise {noise:.2f}", torch.cat(both, 2)))
         mine = {name: value[rows] for name, value in dict(per_picture).items()}
+        mine |= {"callback": watch} if film else {}
         mine["generator"] = seeds(seed + first, len(y[rows]), y.device)
-        sampled.append(task.sample(model, y[rows], callback=watch, **mine, **options))
+        with model.register_forward_pre_hook(listen) if film else torch.no_grad():
+            sampled.append(task.sample(model, y[rows], **mine, **options))
         pictures.append(task.to_pictures(sampled[-1]).cpu())
-        states.append(seen)
-    return torch.cat(sampled), torch.cat(pictures), [torch.cat(step) for step in zip(*states)]
+        films.append([*seen, ("end: noise 0.00", pictures[-1].repeat(1, 1, 2, 1))] if film else [])
+    film = [(step[0][0], torch.cat([x for _, x in step])) for step in zip(*films)]
+    return torch.cat(sampled), torch.cat(pictures), film
 
 
 def image_shape(info):

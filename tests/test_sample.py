@@ -24,6 +24,7 @@ from conftest import ROOT, fill_by_recipe
 from custom_diffusion import keys_and_values, save_concept
 from dit import DiT
 from models import task_from
+from diffusion import seeds as sample_seeds
 from pretrained import build, read_official, read_weights
 from tasks import DiffusionTask
 from udit import RepMlp, UDiT, fold
@@ -292,18 +293,36 @@ def test_grid_strip_and_film(runs):
     with Image.open(out.with_suffix(".gif")) as film:
         assert film.n_frames >= 3
     with Image.open(out.with_name("x-strip.png")) as strip:
-        assert strip.width > 4 * strip.height                   # ten moments, two pictures
+        assert strip.width > 10 * 64 and strip.height > 4 * 64  # ten moments, two pairs of pictures
     assert out.is_file()
 
 
 @pytest.mark.parametrize("steps", [10, 28, 4])
 def test_a_strip_goes_from_the_first_step_to_the_last_in_even_steps(tmp_path, steps):
     """Step s of the film is a picture of grey 5 s; ten of them, the nearest to even ninths."""
-    film = [torch.full((1, 3, 8, 8), 5 * s, dtype=torch.uint8) for s in range(steps)]
-    sample.write({"strip": tmp_path / "x-strip.png"}, film[-1], None, None, None, film)
+    film = [(f"step {s}", torch.full((1, 3, 8, 8), 5 * s, dtype=torch.uint8)) for s in range(steps)]
+    sample.write({"strip": tmp_path / "x-strip.png"}, film[-1][1], None, None, None, film)
     strip = np.array(Image.open(tmp_path / "x-strip.png"))[:, :, 0]
-    tiles = strip[8, 10::18]            # the middle of ten tiles of 16 pixels, 2 between them
+    tiles = strip[8, 10::66]            # in ten tiles of 64 pixels, 2 between them
     assert tiles.tolist() == [5 * int(k * (steps - 1) / 9 + 0.5) for k in range(10)]
+    words = [strip[66:, 2 + 66 * k:66 + 66 * k] for k in range(10)]     # the step, written below
+    assert not np.array_equal(words[0], words[-1]) and words[0].min() < 128
+
+
+def test_a_film_shows_what_the_network_read_above_its_guess(runs):
+    """x_t is noise at first, the sample at the end; guidance, with its two copies, is no matter."""
+    task, model = opened(runs, "pixel")
+    read, guesses, y = [], [], torch.tensor([0, 1, 0])
+    how = dict(steps=4, cfg_scale=3.0, sampler="ddim")
+    with model.register_forward_pre_hook(lambda net, given: read.append(given[0][:3])):
+        x, pictures, film = sample.sample_all(task, model, y, film=True, **how)
+    task.sample(model, y, generator=sample_seeds(0, 3), callback=guesses.append, **how)
+    noise = [said.split()[-1] for said, _ in film]
+    assert film[2][0] == "step 02 noise 0.33" and noise == ["1.00", "0.67", "0.33", "0.00", "0.00"]
+    for (_, both), xt, x0 in zip(film, read, guesses):
+        assert torch.equal(both, torch.cat([task.to_pictures(xt), task.to_pictures(x0)], 2))
+    assert torch.equal(film[-1][1], torch.cat([pictures, pictures], 2))
+    assert not model._forward_pre_hooks                         # nothing stays behind
 
 
 def test_npz_is_what_the_adm_evaluator_reads(runs):

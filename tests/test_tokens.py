@@ -66,9 +66,13 @@ def test_everything_that_samples(texts, tmp_path):
     assert sampled["plain"] == sampled["again"] and len(set(sampled.values())) == 5
     task, model = sample.load(texts)
     y = task.tokenizer([prompt] * 3)
-    three, _, film = sample.sample_all(task, model, y, seed=0, film=True, steps=5)
+    three, pictures, film = sample.sample_all(task, model, y, seed=0, film=True, steps=5)
     one, _, _ = sample.sample_all(task, model, y[:1], seed=2, steps=5)
-    assert torch.equal(three[2], one[0]) and len(film) == 5
+    assert torch.equal(three[2], one[0]) and len(film) == 6               # and the end
+    assert all(x.shape == (3, 3, 2 * pictures.shape[2], pictures.shape[3]) for _, x in film)
+    assert torch.equal(film[-1][1], pictures.repeat(1, 1, 2, 1))            # x_t above the guess
+    top, _ = film[0][1].float().chunk(2, 2)                 # almost all [MASK]: hardly a picture
+    assert top.std() < 0.5 * pictures.float().std()
     assert three.max() < 32                                                 # and no [MASK]
 
 
