@@ -18,7 +18,6 @@ import copy
 import csv
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -54,8 +53,11 @@ class DiffusionTask:
     @torch.no_grad()
     def prepare(self, dataset, device):
         """Captions to ids, and all pictures to latents at once, so that no step encodes any."""
-        if self.tokenizer is not None:
-            ids = self.tokenizer(dataset.captions)                          # (N, L)
+        if (words := self.tokenizer) is not None:       # of held-out captions, known words alone
+            captions = dataset.captions if words.open else [
+                " ".join([word for word in words.WORD.findall(text.lower()) if word in words.ids]
+                         [:words.max_length - 2]) for text in dataset.captions]
+            ids = words(captions)                                           # (N, L)
             dataset = dataclasses.replace(dataset, labels=ids, captions=None)
         if self.on_pixels or dataset.images.dtype != torch.uint8:       # or latents already
             return dataset
@@ -371,18 +373,19 @@ def add_row(table, row):
 
 
 def plot_loss(table, path):
-    """log.csv -> a picture of the loss of single batches, faint, and of its running mean."""
+    """log.csv -> a picture of the loss of single batches, faint, its mean, and of held-out data."""
     from matplotlib.figure import Figure        # not pyplot, whose backend belongs to the caller
     rows = [*csv.DictReader(pathlib.Path(table).read_text().splitlines())]
-    if not rows:                                # a preview before the first row
-        return
-    steps, losses = zip(*((int(row["step"]), float(row["loss"])) for row in rows))
-    mixed = lambda mean, loss: 0.9 * mean + 0.1 * loss if math.isfinite(mean) else loss
-    means = [*itertools.accumulate(losses, mixed)]
+    steps, losses, held_out = torch.tensor([[float(row.get(name, "nan")) for row in rows]
+        for name in ("step", "loss", "held_out")]).nan_to_num(math.nan, math.nan, math.nan)
+    # of 5 rows before and 5 after, at first of equally fewer: a mean of the past would come late
+    means = [losses[i - min(i, 5):i + min(i, 5) + 1].nanmean() for i in range(len(rows))]
     figure = Figure(figsize=(5, 4), dpi=90, layout="tight")
     axes = figure.subplots()
     axes.plot(steps, losses, alpha=0.3, label="loss of a batch")
     axes.plot(steps, means, label="running mean")
-    axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+    if (there := held_out.isfinite()).any():
+        axes.plot(steps[there], held_out[there], "o-", label="held-out data, averaged weights")
+    axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
     axes.legend()
     figure.savefig(path)

@@ -57,10 +57,10 @@ def blocks_of(module):
         yield from child if isinstance(child, nn.ModuleList) else blocks_of(child)
 
 
-def make_step(config, dataset, task):
+def make_step(config, dataset, task, held_out=None):
     """One training step as a function: step(s) -> (metrics, gradient norm, 1 if taken else 0).
     Everything that trains a model calls this. step.ema is the averaged model, step.optimizers its
-    optimizers. Raises ValueError."""
+    optimizers, step.held_out() its loss on held_out, always with one noise. Raises ValueError."""
     device, model = config.device, task.model.to(config.device)
     (rank, world), size = ranks(), micro_size(config)
     task.check_batch(config.batch_size)
@@ -74,7 +74,7 @@ def make_step(config, dataset, task):
     autocast = torch.autocast(device, torch.bfloat16, enabled=low)
     generator = torch.Generator(device)
 
-    def micro_batch(s, micro):
+    def micro_batch(s, micro, batches=batches):
         generator.manual_seed((config.seed * 1_000_003 + s) % 2 ** 63)
         draws = task.draw(config.batch_size, generator, device)     # of the whole batch,
         first = (micro * world + rank) * size
@@ -107,16 +107,18 @@ def make_step(config, dataset, task):
         seen = torch.cat(vectors) if vectors else None
         return sums, *update(config, model, ema, optimizers, s, seen)
 
+    others = held_out and data.Batches(task.prepare(held_out, device), config.batch_size, device)
+    step.held_out = torch.no_grad()(lambda: task.loss(ema, **micro_batch(0, 0, others))[0].item())
     step.ema, step.optimizers = ema, optimizers
     return step
 
 
-def train(config, dataset, task, caught, bar):
+def train(config, dataset, task, caught, bar, held_out=None):
     """Run a task until config.steps -> path of its checkpoint. caught: list for the number of a
-    signal, after which the run is saved, and ends; bar: tqdm's. Raises ValueError for ten
-    non-finite steps in a row, or a failed save. Source: DiT §4 (recipe)."""
+    signal, after which the run is saved, and ends; bar: tqdm's; held_out: pictures whose loss is
+    logged, or None. Raises ValueError for ten non-finite steps in a row, or a failed save."""
     device, out, (rank, world) = config.device, pathlib.Path(config.out), ranks()
-    step = make_step(config, dataset, task)
+    step = make_step(config, dataset, task, held_out)
     s = resume(out / "ckpt.pt", task, step) if config.resume else 0
     task.at_once = min(task.at_once, micro_size(config))        # of a preview, as in a step
     bad, worst = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -130,7 +132,8 @@ def train(config, dataset, task, caught, bar):
         s += 1
         bar.update()
 
-        due = s % config.log_every == 0 or s == config.steps
+        preview = s == config.steps or (config.sample_every and s % config.sample_every == 0)
+        due = preview or s % config.log_every == 0
         if due or (world == 1 and caught):
             signum = torch.tensor(float(sum(caught[:1])), device=device)
             values = torch.stack([*metrics.values(), norm, worst, signum])
@@ -148,14 +151,13 @@ def train(config, dataset, task, caught, bar):
                            f"{skipped:.0f} step(s) in a row skipped", file=sys.stderr)
             if rank == 0:
                 bar.set_postfix_str(f"loss {values[0]:.4f}", refresh=False)
-                rates = [optimizer.param_groups[0]["lr"] for optimizer in step.optimizers]
-                add_row(out / "log.csv", {"step": s, **dict(zip([*metrics, "grad_norm"], values)),
-                                          **dict(zip(("lr", "muon_lr"), rates)),
-                                          "seconds": time.perf_counter() - started})
+                values += [optimizer.param_groups[0]["lr"] for optimizer in step.optimizers]
+                row = dict(zip(["step", *metrics, "grad_norm", "lr", "muon_lr"], [s, *values]))
+                row |= {"held_out": step.held_out() if preview else math.nan} if held_out else {}
+                add_row(out / "log.csv", {**row, "seconds": time.perf_counter() - started})
         stopping = bool(caught) and (due or world == 1)
         if s == config.steps:
             task.finish(step.ema, dataset, device)
-        preview = s == config.steps or (config.sample_every and s % config.sample_every == 0)
         if rank == 0 and (s % config.save_every == 0 or preview or stopping):
             save(out / "ckpt.pt", config, task, step, s)
         if rank == 0 and preview and not stopping:
@@ -255,10 +257,10 @@ def read_flags(argv):
     return config, settings
 
 
-def load_data(config):
-    """The training split of --data, with --flip as asked."""
-    dataset = data.load(config.data, config.image_size, "train", config.data_dir, seed=config.seed,
-                        hold_out=config.hold_out, skip_bad=config.skip_bad)
+def load_data(config, split="train", count=None):
+    """A split of --data, at most `count` pictures of it, with --flip as asked."""
+    dataset = data.load(config.data, config.image_size, split, config.data_dir, count, config.seed,
+                        config.hold_out, config.skip_bad)
     flip = dataset.flip if config.flip == "auto" else config.flip == "on"
     return dataclasses.replace(dataset, flip=flip)
 
@@ -277,7 +279,7 @@ def train_first_stage(config, settings, dataset):
     return str(run(loop, make_task(loop, flags, dataset), dataset))
 
 
-def run(config, task, dataset):
+def run(config, task, dataset, held_out=None):
     """Say what is trained and what it costs, and train it -> path of the checkpoint."""
     cost, caught, rank = check_fit(config, task), [], ranks()[0]    # before a folder is made
     if rank == 0:
@@ -291,8 +293,9 @@ def run(config, task, dataset):
     before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         with nullcontext() if rank else lock(config.out), tqdm(desc=config.model, unit="step",
-                total=config.steps, disable=rank > 0, dynamic_ncols=True) as bar:
-            return train(config, dataset, task, caught, bar)
+                total=config.steps, disable=rank > 0, dynamic_ncols=True,
+                bar_format="{l_bar}{bar} {n}/{total} {remaining} left {rate_fmt}{postfix}") as bar:
+            return train(config, dataset, task, caught, bar, held_out)
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
@@ -311,13 +314,14 @@ def main(argv):
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dataset = load_data(config)
+    dataset = load_data(config)             # of fewer than 200 pictures, none are held out
+    held_out = rank == 0 and len(dataset) >= 200 and load_data(config, "test", config.batch_size)
     task = make_task(config, settings, dataset)
     if getattr(settings, "first_stage", "") == "new" and not config.resume:
         check_fit(config, task)                                 # raises if the parts do not fit
         settings.first_stage = train_first_stage(config, settings, dataset)
         task = make_task(config, settings, dataset)
-    path = run(config, task, dataset)
+    path = run(config, task, dataset, held_out)
     if rank == 0:
         print(f"done: {path}\nlook at {config.out}/samples; python sample.py --ckpt {path}")
     if world > 1:

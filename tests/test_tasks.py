@@ -1,4 +1,6 @@
 """tasks.py: what a task makes of a data set, and the files of a run."""
+import math
+
 import pytest
 import torch
 from matplotlib.axes import Axes
@@ -45,13 +47,22 @@ def test_latents_that_nothing_decodes_are_shown_in_false_colours():
     assert task.to_pictures(x).flatten(1).tolist() == [[255, 0, 128], [191, 64, 255]]
 
 
-def test_the_plotted_mean_moves_a_tenth_of_the_way_and_forgets_what_is_not_finite(
-        tmp_path, monkeypatch):
+def test_the_plotted_mean_is_not_late_and_leaves_out_what_is_not_finite(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, label, **how: drawn.update({label: y}))
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *how, label, **more: drawn.update(
+        {label: (x.tolist(), torch.stack([*y]))}))
     monkeypatch.setattr(Axes, "legend", lambda self: None)
-    (tmp_path / "log.csv").write_text("step,loss\n1,8\n2,18\n3,0\n4,inf\n5,4\n6,nan\n7,2\n8,12\n")
+    losses = [100.0 - s for s in range(40)]                     # a straight line is its own mean
+    rows = lambda column: "".join(f"{s},{x}{column(s)}\n" for s, x in enumerate(losses))
+    (tmp_path / "log.csv").write_text("step,loss\n" + rows(lambda s: ""))
     plot_loss(tmp_path / "log.csv", tmp_path / "loss.png")
-    means = drawn["running mean"]
-    assert means[:3] == pytest.approx([8, 9, 8.1]) and drawn["loss of a batch"][:3] == (8, 18, 0)
-    assert means[4] == 4 and means[6:] == pytest.approx([2, 3])     # begins anew at 4 and at 2
+    assert drawn["running mean"][1][:35].tolist() == pytest.approx(losses[:35])
+    assert len(drawn) == 2
+    losses[10], losses[20] = math.inf, math.nan
+    (tmp_path / "log.csv").write_text("step,loss,held_out\n" + rows(
+        lambda s: ",50.5" if s % 13 == 12 else ",nan"))
+    plot_loss(tmp_path / "log.csv", tmp_path / "loss.png")
+    means = drawn["running mean"][1]
+    assert means.isfinite().all() and means[[10, 20]].tolist() == pytest.approx([90, 80])
+    steps, held_out = drawn["held-out data, averaged weights"]
+    assert steps == [12, 25, 38] and held_out.tolist() == [50.5] * 3

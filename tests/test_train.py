@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -25,7 +26,8 @@ import tasks
 import train
 import vae
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import ONE_THREAD, ROOT, assert_same, write_safetensors
+from conftest import (ONE_THREAD, ROOT, assert_same, fewer_drawn, fill_by_recipe,
+                      write_safetensors)
 from evaluate import sampled
 from models import find_model, make_task, settings_class
 from tasks import begin_files
@@ -396,6 +398,35 @@ def test_paper_recipe_is_the_papers():
     assert (c.ema, c.weight_decay, c.grad_clip, c.lr_decay) == (0.9999, 0.0, 0.0, "constant")
     assert (c.warmup, s.class_dropout) == (0, 0.1)
     assert train.read_flags(["--recipe", "paper", "--lr", "3e-4"])[0].lr == 3e-4
+
+
+def test_the_loss_of_held_out_pictures_is_logged_at_previews(tmp_path, monkeypatch, capfd):
+    fewer_drawn(monkeypatch, 200)
+    argv = [*DIT, "--data", "shapes", "--steps", "5", "--sample-every", "2", "--log-every", "3"]
+    train.main([*argv, "--out", str(tmp_path / "a")])
+    found = {int(row["step"]): float(row["held_out"]) for row in rows(tmp_path / "a")}
+    assert list(found) == [2, 3, 4, 5] and math.isnan(found.pop(3))
+    assert all(map(math.isfinite, found.values())) and len(set(found.values())) == 3
+    assert "5/5 00:00 left" in capfd.readouterr().err           # the bar says what it counts
+    fewer_drawn(monkeypatch, 199)                               # too few to split any off
+    train.main([*argv, "--out", str(tmp_path / "b")])
+    assert "held_out" not in rows(tmp_path / "b")[0]
+
+
+def test_the_held_out_loss_has_fixed_noise_and_reads_known_words_alone(scenes):
+    dataset = data.load(f"folder:{scenes}", 8)
+    config = Config(model="unet-tiny", image_size=8, batch_size=2, device="cpu")
+    task = make_task(config, settings_class("unet")(first_stage="none"), dataset)
+    fill_by_recipe(task.model)                  # its zeros at the start would hide what it reads
+    some = lambda texts, first=0: make_step(config, dataset, task, dataclasses.replace(
+        dataset, images=dataset.images[first:first + 2], labels=dataset.labels[:2],
+        captions=texts)).held_out()
+    plain = some(["a red circle", "a star"])
+    assert plain == some(["a red circle", "a star"])
+    assert plain == some(["a mauve Red circle", "a zebra star"])
+    assert plain != some(["a circle", "a star"])
+    assert plain != some(["a red circle", "a star"], 2)
+    assert math.isfinite(some(["a red circle " * 99, ""]))
 
 
 def test_default_folders_of_two_data_sets_differ():
