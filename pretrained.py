@@ -1,10 +1,10 @@
-"""Other people's weights: what a published file is, and its tensors under our names.
+"""Other people's weights: what a published file is, and its tensors under our names; and back.
 
 Papers: Latent Diffusion Models (Rombach et al. 2022); CLIP (Radford et al. 2021).
 
 The idea. Our modules keep the official names, so loading takes four small steps:
-  read       a file becomes {name: tensor}. The tensors are mapped: a page comes from disk when it
-             is first used, so replace such a file, do not write into it. Nothing is executed.
+  read       a file becomes {name: tensor}, mapped: a page comes from disk when it is first used, so
+             replace such a file, do not write into it. Nothing is executed.
   recognise  names and shapes tell what it is: the first row of KINDS that fits.
   name       one CompVis file holds three models, told apart by a prefix; diffusers counts blocks
              within each level, here they are counted throughout.
@@ -14,9 +14,11 @@ The idea. Our modules keep the official names, so loading takes four small steps
     what, parts, said = read_official("v1-5-pruned-emaonly.safetensors")    # or a diffusers folder
     models = build(parts, torch.float32, said)
     python -m pytest tests/test_pretrained.py"""
+import itertools
 import json
 import pathlib
 import re
+from functools import partial
 
 import torch
 
@@ -62,11 +64,10 @@ def infer_text(state):
     """Arguments of the TextEncoder with this state_dict; width / 64 heads. Source: CLIP §2.4."""
     shape = _shapes(state, "CLIP's text encoder")
     vocab_size, width = shape("text_model.embeddings.token_embedding.weight", 2)
-    mlp_hidden = shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0]
     return dict(vocab_size=vocab_size, hidden_size=width, num_heads=max(1, width // 64),
                 max_length=shape("text_model.embeddings.position_embedding.weight", 2)[0],
                 depth=_count(state, r"text_model\.encoder\.layers\.(\d+)\."),
-                mlp_ratio=mlp_hidden / width)
+                mlp_ratio=shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0] / width)
 
 
 def infer_dit(state):
@@ -75,7 +76,6 @@ def infer_dit(state):
     its weights of the variance never got a gradient and are 0. Source: DiT Table 1; SiT's code."""
     shape = _shapes(state, "an adaln_zero DiT")
     width, in_channels, patch, _ = shape("x_embedder.proj.weight", 4)
-    shape("blocks.0.adaLN_modulation.1.weight", 2)          # it is there
     out_channels = shape("final_layer.linear.weight", 2)[0] // patch ** 2
     learn_sigma, final = out_channels == 2 * in_channels, state["final_layer.linear.weight"]
     variance = final.view(patch ** 2, -1, width)[:, in_channels:]
@@ -153,8 +153,7 @@ def load_first_stage(path):
     if "first_stage" in state:
         return first_stage_from(state["first_stage"], path)
     if state:
-        raise ValueError(f"{path} holds no autoencoder: give a run of tiny-ae, kl-ae or vq-vae, or "
-                         "an official AutoencoderKL")
+        raise ValueError(f"{path} holds no autoencoder: give a run of tiny-ae, kl-ae or vq-vae")
     _, parts, said = read_official(path, "vae")
     return build({"vae": parts["vae"]}, torch.float32, said)["vae"].eval().requires_grad_(False)
 
@@ -166,113 +165,82 @@ PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
 
 
 def split_compvis(state):
-    """Names of a CompVis file -> {"unet": state, "vae": state, "text": state}, what is there. Left
-    out: the EMA copy, the schedule, the first stage's training loss, position_ids. Source: LDM."""
-    named = {part: (_text_names if part == "text" else _plain)({
-        name.removeprefix(prefix): tensor for name, tensor in state.items()
-        if name.startswith(prefix)}) for part, prefix in PREFIXES.items()}
+    """A CompVis file -> {"unet": state, "vae": state, "text": state}, what is there, without its
+    EMA copy and schedule. Source: LDM."""
+    named = {part: _plain({name.removeprefix(prefix): tensor for name, tensor in state.items()
+                           if name.startswith(prefix)}) for part, prefix in PREFIXES.items()}
     return {part: tensors for part, tensors in named.items() if tensors}
 
 
 def _plain(state):
-    """A U-Net or autoencoder without what trains it; attention's 1x1 convolutions, Linear in some
-    files, as such: (C_out, C_in) -> (C_out, C_in, 1, 1)."""
+    """A part without its training loss and averages, and position_ids of old transformers; with
+    `text_model.`, which some files lack; attention's 1x1 convolutions, Linear in some, as such:
+    (C_out, C_in) -> (C_out, C_in, 1, 1)."""
+    text = re.compile(r"^(?=embeddings\.|encoder\.layers\.|final_layer_norm\.)")
     convolution = re.compile(r"(\.proj_in|\.proj_out|\.attn_1\.[qkv])\.weight$")
-    return {name: w[:, :, None, None] if w.dim() == 2 and convolution.search(name) else w
-            for name, w in state.items() if not name.startswith(("loss.", "model_ema."))}
+    return {text.sub("text_model.", name): w[:, :, None, None]
+            if w.dim() == 2 and convolution.search(name) else w for name, w in state.items()
+            if not name.startswith(("loss.", "model_ema.")) and not name.endswith("position_ids")}
 
 
-def _text_names(state):
-    """Without position_ids, a buffer of old transformers; with `text_model.`, which some lack."""
-    return {"text_model." + name.removeprefix("text_model."): tensor
-            for name, tensor in state.items() if not name.endswith("position_ids")}
+# names of others. Of diffusers: layers, {their layer: ours}, of a U-Net and an autoencoder outside
+# blocks, then inside each kind of block; places, {their block: ours}, see layer_names; of a config,
+# arguments, {key: ours}; usable, {key: all values that can be used}; config, schedules: as written
+PUBLISHED = json.loads((pathlib.Path(__file__).parent / "assets/published.json").read_text())
 
 
-# layers: diffusers' name of a layer: ours; of a U-Net and an autoencoder those outside blocks, then
-# those inside each kind of block. config: of a part, values or the arguments that they are
-DIFFUSERS = json.loads((pathlib.Path(__file__).parent / "assets/diffusers.json").read_text())
+def layer_names(part, blocks, levels, attends):
+    """{diffusers' layer: ours} of a U-Net or AutoencoderKL. There a block has a level and a number
+    in it. In our U-Net one number counts all, down-samplers too; an up-sampler ends the last block
+    of its level. Our decoder counts levels from the highest resolution. blocks: of a level, up has
+    one more; attends: levels of up_blocks with attention. Source: diffusers'
+    convert_diffusers_to_original_stable_diffusion.py."""
+    kinds = PUBLISHED["layers"][part]
+    names = {**kinds[""]}
+    for level, j in itertools.product(range(levels), range(blocks + 1)):
+        first = level * (blocks + 1)                # in our U-Net, of this level
+        numbers = dict(level=level, j=j, up=first + j, last=first + blocks, down=first + j + 1,
+                       half=first + blocks + 1, above=levels - 1 - level,
+                       after=1 + (level in attends))
+        for theirs, ours in PUBLISHED["places"][part].items():
+            theirs, ours = theirs.format(**numbers), ours.format(**numbers)
+            names |= {f"{theirs}.{layer}": f"{ours}.{new}"
+                      for layer, new in kinds[theirs.split(".")[-2]].items()}
+    return names
 
 
-def unet_names(blocks, attends):
-    """{layer of diffusers' UNet2DConditionModel, down_blocks.LEVEL.resnets.J: layer of UNet, one
-    running number}. A down-sampler is a block by itself, an up-sampler the last layer of its
-    level's last block. blocks: of a level, up has one more; attends: the levels of up_blocks that
-    have attention. Source: diffusers' convert_diffusers_to_original_stable_diffusion.py."""
-    places = {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-              "mid_block.resnets.1": "middle_block.2"}
-    for level in range(8):                              # no published U-Net has more levels
-        down, up = f"down_blocks.{level}", f"up_blocks.{level}"
-        first = level * (blocks + 1)                    # number of the level's first block
-        for j, layer in ((j, k) for j in range(blocks + 1) for k in ("resnets", "attentions")):
-            k = int(layer == "attentions")              # input block 0: the first convolution
-            places[f"{down}.{layer}.{j}"] = f"input_blocks.{first + j + 1}.{k}"
-            places[f"{up}.{layer}.{j}"] = f"output_blocks.{first + j}.{k}"
-        places[f"{down}.downsamplers.0"] = f"input_blocks.{first + blocks + 1}.0"
-        places[f"{up}.upsamplers.0"] = f"output_blocks.{first + blocks}.{1 + (level in attends)}"
-    return _layers(places, "unet")
-
-
-def vae_names(blocks, levels):
-    """The same of AutoencoderKL. diffusers numbers up_blocks as they run, ours from the highest
-    resolution. Source: the same."""
-    places = {f"{half}.mid_block.{theirs}": f"{half}.mid.{ours}" for half in ("encoder", "decoder")
-              for theirs, ours in (("resnets.0", "block_1"), ("attentions.0", "attn_1"),
-                                   ("resnets.1", "block_2"))}
-    for level in range(levels):
-        down, up, above = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{level}", levels - 1
-        for j in range(blocks + 1):
-            places[f"{down}.resnets.{j}"] = f"encoder.down.{level}.block.{j}"
-            places[f"{up}.resnets.{j}"] = f"decoder.up.{above - level}.block.{j}"
-        places[f"{down}.downsamplers.0"] = f"encoder.down.{level}.downsample"
-        places[f"{up}.upsamplers.0"] = f"decoder.up.{above - level}.upsample"
-    return _layers(places, "vae")
-
-
-def _layers(places, part):
-    """{their layer: our layer} of {their block: our block}, and of the layers outside blocks."""
-    kinds = DIFFUSERS["layers"][part]
-    return kinds[""] | {f"{theirs}.{leaf}": f"{ours}.{new}" for theirs, ours in places.items()
-                        for leaf, new in kinds[theirs.split(".")[-2]].items()}
-
-
-def rename_unet(state):
-    """{diffusers' name: tensor} -> {our name: tensor}. An unknown one stays: build refuses it."""
-    attends = {level for level in range(8) if _count(state, rf"up_blocks\.({level})\.att")}
-    blocks = _count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
-    return renamed(state, unet_names(blocks, attends))
-
-
-def rename_vae(state):
-    """The same of an AutoencoderKL, before and after diffusers 0.17."""
-    blocks, levels = (_count(state, pattern) for pattern in (
-        r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", r"decoder\.up_blocks\.(\d+)\."))
-    return renamed(state, vae_names(blocks, levels))
+def from_diffusers(part, state):
+    """{diffusers' name: tensor} of a U-Net or AutoencoderKL, also before diffusers 0.17, -> {our
+    name: tensor}. An unknown name stays: build refuses it."""
+    blocks = _count(state, r"(?:encoder\.)?down_blocks\.0\.(?:resnets|attentions)\.(\d+)\.")
+    levels = [k for k in range(8) if _count(state, rf"(.*)(?:down|up)_blocks\.{k}\.")]
+    attends = [k for k in levels if _count(state, rf"(.*)up_blocks\.{k}\.attentions\.")]
+    return renamed(state, layer_names(part, blocks, 1 + max(levels, default=0), attends))
 
 
 def to_diffusers(part, module):
-    """A U-Net, autoencoder or text encoder of ours -> ({diffusers' name: tensor}, its config).
-    Raises ValueError for a U-Net that diffusers does not have."""
-    found = lambda key: next((vars(m)[key] for m in module.modules() if key in vars(m)), None)
+    """A U-Net, autoencoder or text encoder of ours -> {file of a folder of diffusers: {diffusers'
+    name: tensor}, and its config}. Raises ValueError for another module."""
     s = PARTS[part][0](state := module.state_dict())
+    found = lambda key: next((vars(m)[key] for m in module.modules() if key in vars(m)), None)
     s |= {key: found(key) for key in ("num_heads", "num_groups", "scale")}
     mult, width = s.get("multipliers") or s.get("channel_mult", ()), s.get("model_channels")
-    if part == "unet" and mult[0] != 1:
-        raise ValueError(f"diffusers has no U-Net with channel_mult {mult}: it begins with 1 there")
     kinds = ["CrossAttn" * (2 ** k in s.get("attention_resolutions", ())) for k in range(len(mult))]
     down, up = ("DownEncoder", "UpDecoder") if part == "vae" else ("Down", "Up")
     s |= {"widths": [int(m * (width or s["channels"])) for m in mult],
           "down": [f"{kind}{down}Block2D" for kind in kinds],
           "up": [f"{kind}{up}Block2D" for kind in kinds[::-1]],
           "mlp_hidden": int(s.get("mlp_ratio", 0) * s.get("hidden_size", 0))}
-    layers = {"unet": lambda: unet_names(s["num_res_blocks"],
-                                         {k for k, kind in enumerate(kinds[::-1]) if kind}),
-              "vae": lambda: vae_names(s["res_blocks"], len(mult)), "text": dict}[part]()
-    state = renamed(state, {ours: theirs for theirs, ours in layers.items()})
-    linear = lambda name, w: w[:, :, 0, 0] if part == "vae" and "attentions" in name and (
-        w.dim() == 4) else w                                                    # (C_out, C_in)
-    config = {key: s[value] if isinstance(value, str) and value in s else value
-              for key, value in DIFFUSERS["config"][part].items()}
-    return {name: linear(name, w) for name, w in state.items()}, config
+    names = layer_names(part, s.get("res_blocks") or s.get("num_res_blocks", 0), len(mult),
+                        [level for level, kind in enumerate(kinds[::-1]) if kind])
+    theirs = renamed(state, {ours: theirs for theirs, ours in names.items()})
+    # attention of an autoencoder: 1x1 convolutions here, Linear there
+    theirs = {name: w.flatten(1) if part == "vae" and ".attentions." in name and w.dim() == 4 else w
+              for name, w in theirs.items()}
+    folder, stem = ("text_encoder", "model") if part == "text" else (part, STEMS[0])
+    return {f"{folder}/{stem}.safetensors": theirs, f"{folder}/config.json": {
+        key: s[value] if isinstance(value, str) and value in s else value
+        for key, value in PUBLISHED["config"][part].items()}}
 
 
 def renamed(state, layers):
@@ -285,16 +253,17 @@ def rename_dit(state):
     """Names of diffusers' DiT, where q, k, v are apart and positions are not saved, -> those of
     DiT. What all blocks share has no number here, there each block has a copy. Source: diffusers'
     convert_dit_to_diffusers.py."""
-    ours, layers = {}, DIFFUSERS["layers"]["dit"]
+    ours, layers = {}, PUBLISHED["layers"]["dit"]
     for name, tensor in state.items():
         block, end = re.match(r"(?:transformer_(blocks\.\d+)\.)?(.*)", name, re.S).groups()
         end, _, kind = end.rpartition(".")
-        new = f"{layers.get(end, end)}.{kind}".replace("blocks", block or "blocks")
+        if end in ("attn1.to_k", "attn1.to_v"):
+            continue
         if end == "attn1.to_q":
             k, v = (state.get(name.replace("to_q", to), tensor[:0]) for to in ("to_k", "to_v"))
             tensor = torch.cat([tensor, k, v])                                  # (3D, D) or (3D,)
-        if end not in ("attn1.to_k", "attn1.to_v") and not torch.equal(
-                ours.setdefault(new, tensor), tensor):
+        new = f"{layers.get(end, end)}.{kind}".replace("blocks", block or "blocks")
+        if not torch.equal(ours.setdefault(new, tensor), tensor):
             raise ValueError(f"{name} is not that of block 0: DiT has one for all blocks")
     return ours
 
@@ -312,10 +281,8 @@ def read_delta(state):
         elif ".attn2." in name:
             given[end] = w
     if any(".attentions." in name for name in given):           # diffusers' names
-        # rename_unet counts ResBlocks, of which one is beside every attention
-        beside = [re.sub(r"attentions\.(\d+)\..*", r"resnets.\1.conv1.weight", n) for n in given]
-        names = rename_unet(dict.fromkeys([*given, *beside], torch.empty(0)))
-        given = dict(zip(names, given.values()))
+        ours = from_diffusers("unet", dict.fromkeys(given, torch.empty(0)))
+        given = dict(zip(ours, given.values()))
     return given, {token: row.float().flatten() for token, row in rows.items()}     # (D,)
 
 
@@ -334,20 +301,9 @@ def read_word(state, stem):
 # what it is; a pattern in its tensors, listed in lines like "out.2.bias (4,)", the first that fits;
 # its reader, (tensors, file's stem) -> {part: tensors}, or a sentence: why it is not read
 only = lambda part, rename=dict: lambda tensors, stem: {part: rename(tensors)}
-V1 = "of Stable Diffusion, version 1 alone is"
+renumbered = lambda part: only(part, partial(from_diffusers, part))
 KINDS = (
-    ("a LoRA, a change to a model", "(?i)lora|hada_w1|lokr_w1", "merge it into its model first"),
-    ("a part of Stable Diffusion XL", r"^conditioner\.|add_embedding|label_emb\.|^text_projection|"
-     r"^clip_g |attn2\.to_k\.weight \(\d+, 2048\)", V1),
-    ("a part of Stable Diffusion 2", r"^cond_stage_model\.model\.|"
-     r"(token_embedding|attn2\.to_k)\.weight \(\d+, 1024\)", V1),
-    ("Stable Diffusion that predicts v", "^v_pred ", "give it as a diffusers folder"),
-    *((f"a U-Net for {task}", rf"(\binput_blocks\.0\.0|^conv_in)\.weight \(\d+, {channels},",
-       f"it has {channels} channels in: give a plain text-to-image model")
-      for channels, task in ((9, "inpainting"), (8, "pix2pix"), (7, "upscaling"), (5, "depth"))),
-    ("VQ-Diffusion", r"\bcontent_emb\.|^content_codec\.", "train one with --model vq-tiny"),
-    ("an adapter of unet-finetune", r"^(adp\.)?0\.weight |\badapter(_inout)?\.", "it does not say "
-     "where it stands: learn it anew with adapters.py"),
+    *PUBLISHED["refused"],
     ("a concept of Custom Diffusion", r"^unet\.|^modifier_token\.|^embed |_custom_diffusion\.|"
      r"\A(.*\.attn2\..*\n)+\Z", only("concept", read_delta)),
     ("a word of textual inversion", r"^string_to_param\.|^emb_params |\A\S+ \((\d+, )?\d+,?\)\n\Z",
@@ -359,17 +315,17 @@ KINDS = (
      r"transformer)\.", lambda tensors, stem: split_compvis(tensors)),
     ("a U-Net", r"^input_blocks\.0\.0\.", only("unet", _plain)),
     ("an autoencoder", r"^encoder\.down\.0\.block\.0\.", only("vae", _plain)),
-    ("a U-Net of diffusers", r"^down_blocks\.0\.resnets\.0\.", only("unet", rename_unet)),
-    ("an autoencoder of diffusers", r"^encoder\.down_blocks\.0\.resn", only("vae", rename_vae)),
-    ("CLIP's text encoder", r"^(text_model\.)?embeddings\.token_em", only("text", _text_names)))
+    ("a U-Net of diffusers", r"^down_blocks\.0\.resnets\.0\.", renumbered("unet")),
+    ("an autoencoder of diffusers", r"^encoder\.down_blocks\.0\.resn", renumbered("vae")),
+    ("CLIP's text encoder", r"^(text_model\.)?embeddings\.token_em", only("text", _plain)))
 
 
 def recognise(tensors, path):
     """What a file is by its {name: tensor}, and its reader, see KINDS. ValueError if not read."""
     lines = "".join(f"{name} {tuple(tensor.shape)}\n" for name, tensor in tensors.items())
     found = ((what, read) for what, mark, read in KINDS if re.search(mark, lines, re.MULTILINE))
-    names = ", ".join(list(tensors)[:3])[:200]
-    what, read = next(found, ("of no kind known here", f"it has names such as {names}"))
+    some = f"it has names such as {', '.join(list(tensors)[:3])[:200]}"
+    what, read = next(found, ("of no kind known here", some))
     if isinstance(read, str):
         raise ValueError(f"{path} is {what}, which is not read here: {read}")
     return what, read
@@ -404,19 +360,7 @@ def read_official(path, wanted=""):
 # ---- diffusers: configs, and which file ----------------------------------------------------------
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-BETAS = ["scaled_linear", 0.00085, 0.012], ["linear", 0.0001, 0.02]
-# of all configs of a diffusers folder: the values that can be used, the first if nothing is said
-USABLE = {
-    "num_train_timesteps": [1000], "trained_betas": [None], "rescale_betas_zero_snr": [False],
-    "timestep_spacing": ["leading", "linspace", "trailing"], "steps_offset": [0, 1], "act_fn":
-    ["silu"], "norm_eps": [1e-5], "norm_num_groups": [32], "class_embed_type": [None],
-    "prediction_type": list(PREDICTIONS), "shift_factor": [None], "hidden_act": ["quick_gelu"],
-    "layer_norm_eps": [1e-5], "activation_fn": ["gelu-approximate"], "clip_sample": [False]}
-# of part: {key of its config: argument of its module}
-ARGUMENTS = {"unet": {"attention_head_dim": "num_heads", "num_attention_heads": "num_heads",
-                      "norm_num_groups": "norm_groups"},
-             "vae": {"scaling_factor": "scale"}, "text": {"num_attention_heads": "num_heads"},
-             "dit": {"num_attention_heads": "num_heads", "sample_size": "input_size"}}
+SPACING = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
 
 
 def read_config(path, part):
@@ -425,40 +369,37 @@ def read_config(path, part):
     try:
         said = json.loads(path.read_bytes()) if path.is_file() else {}
         said = {key: value for key, value in said.items() if value is not None}
-        wrong = [key for key in USABLE if key not in ARGUMENTS.get(part, ())
-                 and said.get(key, USABLE[key][0]) not in USABLE[key]]
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no config of diffusers") from error
-    names = {key: new for key, new in ARGUMENTS.get(part, {}).items() if key in said}
-    wrong += [k for k in names if type(said[k]) not in (int, float) or not 0 < said[k] < 1000]
-    if part == "process" and said:
-        said["betas"] = [said.get(key) for key in ("beta_schedule", "beta_start", "beta_end")]
-        wrong += ["betas"] * (said["betas"] not in BETAS)
+    if schedule := bool(part == "process" and said):
+        said["betas"] = [said.get(f"beta_{key}") for key in ("schedule", "start", "end")]
+    names, usable = (PUBLISHED[key].get(part, {}) for key in ("arguments", "usable"))
+    wrong = [k for k in usable if k in said and said[k] not in usable[k]] + [
+        k for k in names if k in said and not (
+            type(said[k]) in (int, float) and 0 < said[k] < 1000)]
     for key in wrong:
-        usable = {**USABLE, "betas": BETAS}.get(key, "one positive number")
-        raise ValueError(f"{path} says {key} {str(said[key])[:60]}, and only {usable} can be read")
-    spacing = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
-    return {new: said[key] for key, new in names.items()} if "betas" not in said else dict(
-        schedule=said["betas"][0], prediction=PREDICTIONS[said.get("prediction_type", "epsilon")],
-        spacing=tuple(said.get(key, value) for key, value in spacing.items()))
+        raise ValueError(f"{path} says {key} {str(said[key])[:60]}, and only "
+                         f"{usable.get(key, 'one positive number')} can be read")
+    return {names[key]: said[key] for key in names if key in said} if not schedule else {
+        "schedule": said["betas"][0], "spacing": tuple({**SPACING, **said}[k] for k in SPACING),
+        "prediction": PREDICTIONS[said.get("prediction_type", "epsilon")]}
 
 
 def scheduler(settings, process):
     """scheduler_config.json of a flow, whose times and velocities are diffusers' own, or of a
     Gaussian process. Raises ValueError for a schedule that diffusers does not have."""
-    configs, betas = DIFFUSERS["config"], [b for b in BETAS if b[0] == settings.schedule]
-    if settings.schedule == "flow":
-        return configs["flow"]
-    if not betas:
+    if settings.schedule not in PUBLISHED["schedules"]:
         raise ValueError(f"diffusers has no schedule equal to our {settings.schedule}")
+    config = PUBLISHED["schedules"][settings.schedule]
+    if settings.schedule == "flow":
+        return config
     predicts = next(name for name, ours in PREDICTIONS.items() if ours == process.prediction)
-    keys = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "timestep_spacing",
-            "steps_offset", "set_alpha_to_one")
-    return {**configs["gaussian"], **dict(zip(keys, (*betas[0], predicts, *process.spacing)))}
+    return {**config, **dict(zip(SPACING, process.spacing)), "prediction_type": predicts}
 
 
 CUSTOM = "pytorch_custom_diffusion_weights"
-STEMS = "diffusion_pytorch_model", "model", "pytorch_model", CUSTOM, "learned_embeds"
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", CUSTOM, "learned_embeds",
+         "pytorch_lora_weights", "adapter_model")           # the last two: LoRA, refused by name
 
 
 def find_weights(folder):
@@ -490,10 +431,11 @@ def read_weights(path):
 def _flat(content, before=""):
     """{dotted name: tensor} of nested dicts, and of what stands for torch's ParameterDict."""
     content = getattr(content, "_parameters", content)
-    named = content.items() if isinstance(content, dict) else ()
-    return {key: tensor for name, value in named if isinstance(name, str) for key, tensor in (
-        {before + name: value} if torch.is_tensor(value) else
-        _flat(value, f"{before}{name}.")).items()}
+    if torch.is_tensor(content):
+        return {before[:-1]: content}
+    items = content.items() if isinstance(content, dict) else ()
+    return {key: tensor for name, value in items if isinstance(name, str)
+            for key, tensor in _flat(value, f"{before}{name}.").items()}
 
 
 def is_official(path):

@@ -6,11 +6,10 @@
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --strength 0.6        # image-to-image
     python sample.py --ckpt out/mine/ckpt.pt --init photo.png --mask mask.png       # inpainting
     python sample.py --ckpt out/mine/ckpt.pt --npz 50000        # to score elsewhere, see README.md
-    python sample.py --ckpt adapter.pt --base assets/unet-scenes.pt --scale 0.7     # adapters.py
     python sample.py --ckpt assets/unet-scenes.pt --concept concept.pt --prompt "a <new1> circle"
     python sample.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "an astronaut riding a horse"
     python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse.safetensors --class 207
-    python sample.py --ckpt assets/unet-scenes.pt --export FOLDER --as diffusers  # or official"""
+    python sample.py --ckpt assets/unet-scenes.pt --export FOLDER --as diffusers    # or official"""
 import copy
 import dataclasses
 import difflib
@@ -25,14 +24,13 @@ from PIL import Image, ImageOps
 
 import data
 from adapters import load_adapters, set_scale
-from checkpoint import (built_from, load_checkpoint, save_checkpoint, write_safetensors,
-                        written_whole)
+from checkpoint import load_checkpoint, save_checkpoint, write_safetensors, written_whole
 from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, keys_and_values, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from models import MERGES, base_task, find_model, official_task, task_from
-from pretrained import (PREFIXES, infer_dit, infer_udit, is_official, load_first_stage, scheduler,
-                        to_diffusers)
+from pretrained import (PREFIXES, infer_dit, infer_udit, is_official, load_first_stage,
+                        scheduler, to_diffusers)
 from tasks import sample_all
 from udit import fold
 
@@ -127,101 +125,93 @@ def add_concept(path, task):
 # ---------------------------------------------------------------- files for others
 
 def export(path, out, note="", form="ours", command="", base=None):
-    """Write the model in a checkpoint of ours to `out`, as form: "ours", for sampling and --init
-    alone, in half precision; "official", a file of a DiT or U-DiT; "diffusers", a folder of all
-    else. Or what was learned beside `base`: see learned. note, command: lines inside. Raises
-    ValueError for what that form does not have."""
+    """Write what a checkpoint of ours holds to `out`. form: "ours", for sampling and --init alone,
+    in half precision; "official", as the official code reads it; "diffusers", a folder. base: what
+    a concept or adapter was learned on. note, command: lines inside. Raises ValueError."""
     state = load_checkpoint(path)
-    if not {"opt", "ema"} <= state.keys() and not base and (form == "ours" or "task" not in state):
-        raise ValueError(f"{path} is not the checkpoint of a run: there is nothing to export")
+    if not base and not {"opt", "ema"} <= state.keys() and (form == "ours" or "task" not in state):
+        raise ValueError(f"{path} is not the checkpoint of a run: for others say --as and --base")
     if form == "ours":
-        half = lambda weights: {name: w.half() if w.is_floating_point() else w
-                                for name, w in weights.items()}
-        small = {k: v for k, v in state.items() if k not in ("model", "opt")}
-        if "first_stage" in state:
-            small["first_stage"] |= {"model": half(state["first_stage"]["model"])}
-        with built_from(path):
-            small["ema"] = half(state["ema"])
+        small = halved({k: v for k, v in state.items() if k not in ("model", "opt")})
         return save_checkpoint(out, {"made_by": EXPORTED, **small, "note": note})
+    files = learned(path, state, form, base) if base else of_others(path, state, form)
     about = {"format": "pt", "made_by": EXPORTED, "licence": LICENCE, "note": note,
-             "command": command}
-    files = learned(path, state, form, base) if base else (
-        official if form == "official" else folder)(path, state)
-    for file, (tensors, config) in files:
-        with written_whole(pathlib.Path(out, file)) as target:
-            if tensors is None:
-                target.write(json.dumps(config, indent=1).encode())
-            elif config is None:                        # delta.ckpt, which torch.load reads there
-                torch.save({"state_dict": tensors, **about}, target)
+             "command": command, "config": json.dumps(files.pop("config"))}
+    for name, content in files.items():
+        end = ".ckpt" if "state_dict" in content else ".safetensors"
+        if not name and pathlib.Path(out).suffix != end:
+            raise ValueError(f"--export {out}: give a name that ends in {end}")
+        with written_whole(pathlib.Path(out, name)) as file:
+            if name.endswith(".json"):
+                file.write(json.dumps(content, indent=1).encode())
+            elif end == ".ckpt":                            # the official code reads no other
+                torch.save({**content, **about}, file)
             else:
-                write_safetensors(target, tensors, {**about, "config": json.dumps(config)})
+                write_safetensors(file, content, about)
 
 
-def official(path, state):
-    """[("", ({name: tensor}, arguments of the official class))] of a DiT or U-DiT, whose names are
-    ours. Raises ValueError if the official code would compute or sample something else."""
+def halved(x):
+    """Nested dicts with their numbers in half precision."""
+    if isinstance(x, dict):
+        return {key: halved(value) for key, value in x.items()}
+    return x.half() if torch.is_tensor(x) and x.is_floating_point() else x
+
+
+def of_others(path, state, form):
+    """A DiT or U-DiT, whose names are ours, and the arguments of its official class; a U-Net with
+    text encoder, schedule and AutoencoderKL, or an AutoencoderKL, as folders of diffusers -> {file
+    in --export, "" = itself: {name: tensor} or a config, "config": for the metadata}. Raises
+    ValueError for a model without that form, or that the official code would draw otherwise."""
+    if "sizes" in state and form == "diffusers":            # the run of an autoencoder
+        return {**to_diffusers("vae", load_first_stage(path)), "config": {}}
     task = task_from(state, path)
-    if task.family not in (infer := {"dit": infer_dit, "udit": infer_udit}):
-        raise ValueError(f"{path} holds no DiT or U-DiT: say --as diffusers")
+    has = {"dit": "official", "udit": "official", "unet": "diffusers"}.get(task.family, "ours")
+    if form != has:
+        raise ValueError(f"{path} holds a {task.family}, which has no such form: say --as {has}")
+    if form == "diffusers":
+        parts = {"unet": task.model.denoiser, "text": task.model.text}
+        parts |= {"vae": task.first_stage} if hasattr(task.first_stage, "quant_conv") else {}
+        files = {"scheduler/scheduler_config.json": scheduler(task.settings, task.process)}
+        for part, module in parts.items():
+            files |= to_diffusers(part, module)
+        return {**files, "config": {}}
     tensors = task.model.state_dict()
-    there = {"conditioning": "adaln_zero", "qk_norm": False, "schedule": "linear",
-             "prediction": "eps", "input_size": task.model.input_size,
-             **infer[task.family](tensors)}
+    there = {"conditioning": "adaln_zero", "qk_norm": False, "schedule": "linear", "prediction":
+             "eps", "input_size": task.model.input_size,
+             **{"dit": infer_dit, "udit": infer_udit}[task.family](tensors)}
     here = {**vars(task.settings), **find_model(state["config"]["model"])[1],
             "num_classes": task.model.num_classes}
-    for key in [k for k in there if here.get(k) is not None and here[k] != there[k]]:
+    for key in [k for k in there if here.get(k) not in (None, there[k])]:
         raise ValueError(f"{path} has {key} {here[key]}, and the official code {there[key]}: it "
                          "would draw something else")
-    return [("", (tensors, there))]
-
-
-def folder(path, state):
-    """[(file in a folder of diffusers, ({name: tensor} or None, its config))] of a U-Net with its
-    text encoder and AutoencoderKL, or of an AutoencoderKL. Raises ValueError for others."""
-    if "sizes" in state:                                # the run of an autoencoder
-        task, parts = None, {"vae": load_first_stage(path)}
-    else:
-        task = task_from(state, path)
-        if task.tokenizer is None:
-            raise ValueError(f"diffusers has no such model as {path}: say --as official")
-        parts = {"unet": task.model.denoiser, "text": task.model.text}
-        parts |= {"vae": task.first_stage} if task.first_stage.kind in ("kl-ae",) else {}
-    files = []
-    for part, module in parts.items():
-        name = "model" if part == "text" else "diffusion_pytorch_model"
-        where = "text_encoder" if part == "text" else part
-        tensors, config = to_diffusers(part, module)
-        files += [(f"{where}/{name}.safetensors", (tensors, config)),
-                  (f"{where}/config.json", (None, config))]
-    return files + ([("scheduler/scheduler_config.json", (None, scheduler(
-        task.settings, task.process)))] if task else [])
+    return {"": tensors, "config": there}
 
 
 def learned(path, state, form, base):
-    """The files, as of `folder`, of an adapter, its tensors with its spec; of a concept, the
-    delta.ckpt of the official code, or what diffusers' load_attn_procs and load_textual_inversion
-    read. Raises ValueError if it does not belong to `base`. Source: get_deltas.py; diffusers."""
+    """The same of an adapter, with its spec, or a concept, as the delta.ckpt of the official code
+    or as diffusers' load_attn_procs and load_textual_inversion read it. Raises ValueError if it
+    does not belong to `base`. Source: get_deltas.py; diffusers."""
     task = base_task(base)
     if "adapter" in state:
-        load_adapters(task.model, state)                # it fits
-        return [("", (state["adapter"], {**state["spec"], "base": state["base"]}))]
+        load_adapters(task.model, state)                    # it fits
+        return {"": state["adapter"], "config": {**state["spec"], "base": state["base"]}}
     unet = task.model.denoiser.state_dict()
     W, rows, things = load_concept(path, unet)
     if form == "official":
-        embed = {"embed": torch.stack([*rows.values()])} if rows else {}        # (words, D)
-        return [("", ({PREFIXES["unet"] + name: w for name, w in W.items()} | embed, None))]
-    config = {"concepts": things}                       # of a word, what can be no file name: -
-    words = [(re.sub(r"[/\\\0]", "-", word) + ".safetensors", ({word: row}, config))
-             for word, row in rows.items()]
+        W = {PREFIXES["unet"] + name: w for name, w in W.items()}
+        W |= {"embed": torch.stack([*rows.values()])} if rows else {}           # (words, D)
+        return {"": {"state_dict": W}, "config": {"concepts": things}}
+    files = {re.sub(r"[/\\\0]", "-", word) + ".safetensors": {word: row}        # a word is no path
+             for word, row in rows.items()}
     if W and not keys_and_values(unet).keys() <= W.keys() <= {k for k in unet if ".attn2." in k}:
         raise ValueError(f"{path}: diffusers takes concepts of --part kv or crossattn alone")
-    theirs = to_diffusers("unet", task.model.denoiser)[0]
-    names = dict(zip(unet, theirs))                     # both in the order of the U-Net
-    named = {re.sub(r"\.(to_[a-z]+)", r".processor.\1_custom_diffusion", names[name]): w
-             for name, w in W.items()}
-    named |= {name.replace(".to_q.weight", ".processor"): torch.empty(0)   # it stays as it is
+    theirs, _ = to_diffusers("unet", task.model.denoiser).values()      # in the order of the U-Net
+    named = {re.sub(r"\.(to_[a-z]+)", r".processor.\1_custom_diffusion", name): W[ours]
+             for ours, name in zip(unet, theirs) if ours in W}
+    named |= {name.replace(".to_q.weight", ".processor"): torch.empty(0)    # it stays as it is
               for name in theirs if name.endswith(".attn1.to_q.weight")}
-    return words + [("pytorch_custom_diffusion_weights.safetensors", (named, config))] * bool(W)
+    files |= {"pytorch_custom_diffusion_weights.safetensors": named} if W else {}
+    return files | {"config": {"concepts": things}}
 
 
 # ---------------------------------------------------------------- what to sample
@@ -230,11 +220,9 @@ def choose_classes(text, names, count):
     """"3,red circle" -> [3, 0]; a name comes before a number. Raises ValueError."""
     chosen = []
     for item in map(str.strip, text.split(",") if text else ()):
-        if item in names:
-            chosen.append(names.index(item))
-        elif item.isdecimal() and int(item) < count:
-            chosen.append(int(item))
-        else:
+        number = int(item) if item.isdecimal() else count
+        chosen.append(names.index(item) if item in names else number)
+        if chosen[-1] >= count:
             near = difflib.get_close_matches(item, names, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {count}, numbered from 0"
             raise ValueError(f"unknown class {item!r}: {hint}")
@@ -243,7 +231,7 @@ def choose_classes(text, names, count):
 
 def held_out(task, config, count):
     """`count` captions of the test split of config["data"], again from the first if it has fewer ->
-    (ids (N, L), captions). Words that no training caption has share a free row; long ones are cut."""
+    (ids (N, L), captions). Words that no training caption has share a row; long ones are cut."""
     where = {key: config[key] for key in ("image_size", "data_dir", "seed", "skip_bad")}
     found = data.load(config["data"], split="test", count=count, **where).captions
     if found is None:
@@ -356,13 +344,13 @@ def write(files, images, x, y, names, film, classes=()):
 @one_line
 def main(argv):
     """The command: options -> files."""
-    argv = [re.sub("^--as(?=$|=)", "--export-as", re.sub("^--class(?=$|=)", "--classes", word))
-            for word in argv]
-    options, = parse(argv, __doc__, Options)
+    words = [re.sub("^--as(?=$|=)", "--export-as", re.sub("^--class(?=$|=)", "--classes", word))
+             for word in argv]
+    options, = parse(words, __doc__, Options)
     if options.export:
-        beside = {"ckpt", "export", "note", "export_as", *["base"] * bool(options.export_as)}
-        unread = sorted(vars(options).keys() - beside)
-        refuse(options, " ".join(unread), "is not read beside --export: leave one of them out")
+        read = {"ckpt", "export", "note", "export_as", *["base"] * bool(options.export_as)}
+        refuse(options, " ".join(sorted(vars(options).keys() - read)),
+               "is not read beside --export: leave one of them out")
         data.check_target(options.export, EXPORTED.encode())
         export(options.ckpt, options.export, options.note or "", options.export_as or "ours",
                f"python sample.py {shlex.join(argv)}", options.base)

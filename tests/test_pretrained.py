@@ -418,12 +418,12 @@ def test_bad_diffusers_folders(tmp_path, states):
     unet, vae = unet_to_diffusers(states["unet"]), vae_to_diffusers(states["vae"])
     for name in ("down_blocks.0.resnets.0.conv3.weight", "x",
                  "down_blocks.0.oddities.0.x.bias", "down_blocks.0.downsamplers.0.norm.weight"):
-        renamed = pretrained.rename_unet(unet | {name: torch.ones(2, 3)})
+        renamed = pretrained.from_diffusers("unet", unet | {name: torch.ones(2, 3)})
         with pytest.raises(ValueError, match=r"unet: 1 .*: file \(2, 3\), model has none"):
             pretrained.build({"unet": renamed})
     for name in ("encoder.conv_mid.weight", "encoder.mid_block.attentions.0.to_r.weight",
                  "quant_conv", "x"):
-        renamed = pretrained.rename_vae(vae | {name: torch.ones(2, 3)})
+        renamed = pretrained.from_diffusers("vae", vae | {name: torch.ones(2, 3)})
         with pytest.raises(ValueError, match=r"vae: 1 .*: file \(2, 3\), model has none"):
             pretrained.build({"vae": renamed})
 
@@ -445,7 +445,7 @@ def test_all_686_names_of_the_real_unet_one_to_one_from_diffusers():
                         "time_embedding.linear_2.weight": (1280, 1280)}.items():
         assert tuple(theirs[name].shape) == shape
     assert sum(".conv_shortcut." in name for name in theirs) == 2 * 14
-    back = pretrained.rename_unet(theirs)
+    back = pretrained.from_diffusers("unet", theirs)
     assert back.keys() == official.keys()
     assert all(back[name] is official[name] for name in official)   # the tensor itself
     assert pretrained.infer_unet(back) == dict(
@@ -461,7 +461,7 @@ def test_a_unet_under_diffusers_names(sizes, blocks):
     """By the tables above; the config is that of unet/config.json of Stable Diffusion v1.5."""
     with torch.device("meta"):
         unet = UNet(**sizes)
-    theirs, config = pretrained.to_diffusers("unet", unet)
+    theirs, config = pretrained.to_diffusers("unet", unet).values()
     want = unet_to_diffusers(unet.state_dict(), blocks)
     assert {name: w.shape for name, w in theirs.items()} == {n: w.shape for n, w in want.items()}
     cross = ["CrossAttnDownBlock2D", "CrossAttnUpBlock2D"]
@@ -480,13 +480,13 @@ def test_parts_under_diffusers_names_come_back(tmp_path, models, states):
     want = {"unet": unet_to_diffusers(states["unet"]), "vae": vae_to_diffusers(states["vae"]),
             "text": states["text"]}
     for part, model in models.items():
-        same({part: pretrained.to_diffusers(part, model)[0]}, {part: want[part]})
+        same({part: [*pretrained.to_diffusers(part, model).values()][0]}, {part: want[part]})
     few = dict(UNET, num_heads=4, norm_groups=8)
     odd = {"unet": fill_by_recipe(UNet(**few)), "text": fill_by_recipe(TextEncoder(
         **{**TEXT, "num_heads": 2})), "vae": fill_by_recipe(AutoencoderKL(**VAE, scale=2.5))}
     for part, model in odd.items():
         folder = tmp_path / {"text": "text_encoder"}.get(part, part)
-        theirs, config = pretrained.to_diffusers(part, model)
+        theirs, config = pretrained.to_diffusers(part, model).values()
         name = "model" if part == "text" else "diffusion_pytorch_model"
         write(folder / f"{name}.safetensors", theirs)
         (folder / "config.json").write_text(json.dumps(config))
@@ -494,15 +494,13 @@ def test_parts_under_diffusers_names_come_back(tmp_path, models, states):
     built = pretrained.build(parts, None, said)
     for (name, got), wanted in zip(outputs(built).items(), outputs(odd).values()):
         assert torch.equal(got, wanted), name
-    assert pretrained.to_diffusers("vae", odd["vae"])[1] == {
+    assert pretrained.to_diffusers("vae", odd["vae"])["vae/config.json"] == {
         "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
         "layers_per_block": 1, "scaling_factor": 2.5, "norm_num_groups": 32,
         "block_out_channels": [32, 64, 64], "down_block_types": ["DownEncoderBlock2D"] * 3,
         "up_block_types": ["UpDecoderBlock2D"] * 3}
-    config = pretrained.to_diffusers("text", odd["text"])[1]
+    config = pretrained.to_diffusers("text", odd["text"])["text_encoder/config.json"]
     assert (config["num_attention_heads"], config["intermediate_size"]) == (2, 256)
-    with pytest.raises(ValueError, match="no U-Net with channel_mult .* begins with 1 there"):
-        pretrained.to_diffusers("unet", UNet(**{**UNET, "channel_mult": (2, 2, 2)}))
 
 
 @pytest.mark.parametrize("schedule, predicts, spacing", [
@@ -764,7 +762,19 @@ OTHERS = {      # published beside Stable Diffusion v1: names and shapes of some
     "a U-Net for inpainting": {"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)},
     "a U-Net for pix2pix": {"conv_in.weight": (320, 8, 3, 3)},
     "a U-Net for depth": {"input_blocks.0.0.weight": (320, 5, 3, 3)},
-    "VQ-Diffusion": {"transformer.transformer.content_emb.emb.weight": (9, 8)},
+    "VQ-Diffusion or its codec": {"transformer.transformer.content_emb.emb.weight": (9, 8)},
+    "Stable Diffusion 3 or FLUX": {"context_embedder.weight": (8, 8),
+                                   "transformer_blocks.0.norm1.linear.bias": (8,)},
+    "Stable Diffusion 3 or FLUX, ": {"model.diffusion_model.joint_blocks.0.x.weight": (2,)},
+    "a ControlNet": {"controlnet_cond_embedding.conv_in.bias": (16,),
+                     "down_blocks.0.resnets.0.norm1.weight": (320,)},
+    "VQ-Diffusion or its codec, which": {"quantize.embed.weight": (9, 8),
+                                         "encoder.down.0.block.0.norm1.bias": (32,)},
+    "VQ-Diffusion or its codec, ": {"latent_image_embedding.emb.weight": (9, 8),
+                                    "transformer_blocks.0.norm1.emb.weight": (9, 8)},
+    "a concept with a text encoder of its own": {
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": (8, 8),
+        "text_encoder.text_model.final_layer_norm.bias": (8,)},
     "an adapter of unet-finetune": {f"adp.{k}.{kind}": shape for k, kind, shape in (
         (0, "weight", (60, 320)), (0, "bias", (60,)), (2, "weight", (320, 60)))}}
 
@@ -776,6 +786,11 @@ def test_files_of_other_kinds_are_refused_by_name(what, tmp_path):
     with pytest.raises(ValueError, match=f"x.safetensors is {what}.* not read here: ") as error:
         parts_of(path)
     assert "\n" not in str(error.value)
+    for name in ("pytorch_lora_weights.safetensors", "adapter_model.bin"):      # in a folder alone
+        write(tmp_path / what / name, {"x.lora_A.weight": torch.ones(1)})
+        with pytest.raises(ValueError, match="is a LoRA"):
+            parts_of(tmp_path / what)
+        (tmp_path / what / name).unlink()
 
 
 # --------------------------------------------------------------------------------------------------

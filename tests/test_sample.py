@@ -28,6 +28,7 @@ from diffusion import seeds as sample_seeds
 from pretrained import build, read_official, read_weights
 from tasks import DiffusionTask
 from udit import RepMlp, UDiT, fold
+from vae import AutoencoderKL
 
 BASE = str(ROOT / "assets" / "unet-scenes.pt")
 
@@ -432,6 +433,16 @@ def test_a_folder_for_diffusers(tmp_path, capsys):
     states = built[1]["text"](y)
     assert torch.equal(built[0]["unet"](x, torch.tensor([3, 900]), states),
                        model(x, torch.tensor([3, 900]), y))
+    vae, state = fill_by_recipe(AutoencoderKL(32, (1, 2, 2), 1, 3, task.shape[0], 0.5)), (
+        load_checkpoint(BASE))                              # with an autoencoder that diffusers has
+    state["first_stage"] = {"kind": "kl-ae", "sizes": vae.sizes, "model": vae.state_dict()}
+    save_checkpoint(tmp_path / "kl.pt", state)
+    sample.main(["--ckpt", str(tmp_path / "kl.pt"), "--export", str(tmp_path / "kl"), "--as",
+                 "diffusers"])
+    _, parts, said = read_official(tmp_path / "kl/vae")
+    assert {*tree(tmp_path / "kl")} == {*tree(out), "vae/config.json",
+                                        "vae/diffusion_pytorch_model.safetensors"}
+    assert torch.equal(build(parts, None, said)["vae"].decode(x[:1]), vae.decode(x[:1]))
     before = tree(tmp_path)
     with pytest.raises(SystemExit):                         # it is there already
         sample.main(["--ckpt", BASE, "--export", str(out), "--as", "diffusers"])
@@ -442,7 +453,7 @@ def test_a_folder_for_diffusers(tmp_path, capsys):
     ("latent", "official", "has schedule flow, and the official code linear"),
     ("pixel", "diffusers", "say --as official"), (BASE, "official", "say --as diffusers"),
     ("ae", "official", "does not sample"), ("ae", "diffusers", "not the state_dict of an Autoenc"),
-    (str(ROOT / "assets" / "vq-scenes.pt"), "diffusers", "not the state_dict of a U-Net")])
+    (str(ROOT / "assets" / "vq-scenes.pt"), "diffusers", "holds a vq, which has no such form")])
 def test_what_another_program_does_not_have_is_refused(runs, tmp_path, capsys, name, form, words):
     path = name if name.endswith(".pt") else str(runs / name / "ckpt.pt")
     with pytest.raises(SystemExit):
@@ -479,6 +490,9 @@ def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
     assert [*tree(tmp_path / "word")] == ["-..-<x>.safetensors"]
     save_concept(concept, {**W, "out.0.bias": unet["out.0.bias"]}, {}, [], unet)
     go(concept, "no-word.ckpt", "official")
+    with pytest.raises(SystemExit):                         # its name would lie
+        go(concept, "x.safetensors", "official")
+    assert "give a name that ends in .ckpt" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         go(concept, "other", "diffusers")
     assert "takes concepts of --part kv or crossattn" in capsys.readouterr().err
