@@ -424,8 +424,9 @@ def read_weights(path):
         return {name: tensor for shard in sorted({*listed})
                 for name, tensor in read_weights(path.with_name(shard)).items()}
     content = read_safetensors(path) if is_safetensors(path) else read_torch(path)
-    wrapped = isinstance(content, dict) and {"ema", "model", "state_dict"} & content.keys()
-    return named_tensors(content if wrapped else _flat(content), path)
+    inner = [content[key] for key in ("ema", "model", "state_dict")
+             if isinstance(content, dict) and isinstance(content.get(key), dict)]
+    return named_tensors(_flat([*inner, content][0]), path)
 
 
 def _flat(content, before=""):

@@ -904,6 +904,17 @@ def test_custom_diffusion_as_diffusers_saves_it(end, tmp_path, states):
     assert not W and [*rows] == ["<new1>"]
 
 
+def test_a_compressed_delta_of_the_official_code(tmp_path):
+    """Its compress.py puts {"u", "v"} in place of a matrix, beside what it leaves whole."""
+    name, u, v, rows = "input_blocks.1.1.x.attn2.to_k.weight", torch.ones(4, 1), torch.ones(1, 3), (
+        torch.randn(2, 3))
+    torch.save({"state_dict": {f"model.diffusion_model.{name}": {"u": u, "v": v}, "embed": rows}},
+               tmp_path / "compressed_delta.ckpt")
+    W, words = parts_of(tmp_path / "compressed_delta.ckpt")["concept"]
+    same({"": W.pop(name)}, {"": {"u": u, "v": v}})
+    assert not W and torch.equal(torch.stack([words["<new1>"], words["<new2>"]]), rows)
+
+
 def unet_names(state):
     """diffusers' name of each of our U-Net's names, in order."""
     numbered = {name: torch.full((1,), float(k)) for k, name in enumerate(state)}
