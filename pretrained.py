@@ -22,7 +22,8 @@ from functools import partial
 
 import torch
 
-from checkpoint import check_tensors, load_checkpoint, named_tensors, read_safetensors, read_torch
+from checkpoint import (built_from, check_tensors, load_checkpoint, named_tensors,
+                        read_safetensors, read_torch)
 from dit import DIT_CONFIGS
 from text import TextEncoder
 from unet import UNet
@@ -294,6 +295,27 @@ def read_word(state, stem):
         word = f"<{re.sub('[^0-9A-Za-z]+', '-', stem)}>"
     rows = torch.atleast_2d(rows.float()).flatten(0, -2)                            # (n, D)
     return {f"{word}_{k}" if k else word: row for k, row in enumerate(rows)}
+
+
+def read_adapter(path):
+    """A folder of unet-finetune, a file per block and the config of its run -> {"spec", "adapter"}
+    of adapters.py; None for other paths. Raises ValueError without the config: the files do not say
+    where they stand. Source: its save_adapter_to_dir; its README, "Notation"."""
+    files, names = sorted(pathlib.Path(path).glob("*.adapter*.pt")), PUBLISHED["unet-finetune"]
+    if not files:
+        return None
+    if len(configs := [*files[0].parent.glob("*.yaml")]) != 1:
+        raise ValueError(f"{path} is an adapter of unet-finetune: put the config of its run there, "
+                         "one .yaml such as attn2o-ffni.yaml, which says where it stands")
+    config = configs[0].read_text("utf-8", "replace").partition("adapter_config:")[2]
+    said = re.findall(r"""^[ -]*(\w+): *["']?([\w.]+)""", config, re.MULTILINE)
+    said = {key: names.get(value, value) for key, value in said[::-1]}      # the first counts
+    ours = lambda name: re.sub(r"adapter[\w.]*\d", lambda layer: names.get(layer[0], ""), name)
+    with built_from(path):
+        return {"adapter": {"denoiser." + ours(f"{file.stem}.{name}"): w for file in files
+                            for name, w in read_weights(file).items()},
+                "spec": dict(read=said["din"], add=said["dout"], activation=said["method"],
+                             rank=int(said["mid_dim"]), scale=float(said["scale"]))}
 
 
 # ---- what a file is ------------------------------------------------------------------------------

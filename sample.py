@@ -23,14 +23,14 @@ import torch
 from PIL import Image, ImageOps
 
 import data
-from adapters import load_adapters, set_scale
+from adapters import base_hash, load_adapters, set_scale
 from checkpoint import load_checkpoint, save_checkpoint, write_safetensors, written_whole
 from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, keys_and_values, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from models import MERGES, base_task, find_model, official_task, task_from
 from pretrained import (PREFIXES, infer_dit, infer_udit, is_official, load_first_stage,
-                        scheduler, to_diffusers)
+                        read_adapter, scheduler, to_diffusers)
 from tasks import sample_all
 from udit import fold
 
@@ -82,7 +82,8 @@ class Options:
 def load(path, device="cpu", options=None):
     """Checkpoint -> (task, model in eval mode on the device). options: for what files do not say.
     Official files are known by their tensors. Raises ValueError for files that sample nothing."""
-    options, state = options or Options(), None if is_official(path) else load_checkpoint(path)
+    options, state = options or Options(), read_adapter(path)
+    state = state or (None if is_official(path) else load_checkpoint(path))
     if state is None:
         refuse(options, "weights base scale", f"is not for {path}, an official file")
         dtype = options.dtype or ("float16" if device == "cuda" else "float32")
@@ -101,7 +102,8 @@ def load(path, device="cpu", options=None):
     else:
         task, model = load(options.base, device, dataclasses.replace(
             options, base=None, scale=None))
-        load_adapters(model, state)
+        # one of unet-finetune does not say on which base: it must fit
+        load_adapters(model, state if "base" in state else {**state, "base": base_hash(model)})
         set_scale(model, state["spec"]["scale"] if options.scale is None else options.scale)
         if words := state.get("modifiers"):
             refuse(options, "concept", f"is not read: {path} brings new words of its own")

@@ -14,8 +14,9 @@ import torch
 
 import checkpoint
 import pretrained
+from adapters import base_hash, load_adapters
 from checkpoint import save_checkpoint
-from conftest import fill_by_recipe, write_safetensors
+from conftest import fill_by_recipe, golden_case, write_safetensors
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DIT_CONFIGS, DiT
 from models import find_model, official_task
@@ -913,6 +914,48 @@ def test_a_compressed_delta_of_the_official_code(tmp_path):
     W, words = parts_of(tmp_path / "compressed_delta.ckpt")["concept"]
     same({"": W.pop(name)}, {"": {"u": u, "v": v}})
     assert not W and torch.equal(torch.stack([words["<new1>"], words["<new2>"]]), rows)
+
+
+@pytest.mark.parametrize("case", ["attn1i_transo", "attn2c_attn2c", "attn2o_ffni", "resi_reso"])
+def test_a_folder_of_unet_finetune_computes_the_official_numbers(case, tmp_path):
+    """A file per block as its save_adapter_to_dir makes them, twice for a transformer block, and
+    the part of its config that counts; the output is that of the official code."""
+    d, g = golden_case(f"adapter_unet_{case}")
+    (kind, said), state = next(iter(d["config"]["adapter_config"].items())), {}
+    fill_by_recipe(types.SimpleNamespace(
+        state_dict=lambda: {name: torch.zeros(shape) for name, shape in d["params"]},
+        load_state_dict=lambda filled, strict: state.update(filled)))
+    folder, files = tmp_path / "500-adapters", {}
+    for name in [name for name in state if "adapter" in name]:
+        for end in ("adapter_inout", "adapter_inout.adp", "adapter"):
+            if f".{end}." in name:
+                block, rest = name.split(f".{end}.")
+                files.setdefault(f"{block}.{end}.pt", {})[rest] = state[name]
+    for file, tensors in files.items():
+        write(folder / file, tensors)
+    with pytest.raises(ValueError, match="500-adapters is an adapter .* put the config"):
+        pretrained.read_adapter(folder)
+    config = folder / "config.yaml"
+    lines = [f"        {key}: {value!r}  # a" if key == "method" else f"        {key}: {value}"
+             for key, value in said.items()]
+    config.write_text("\n".join(["model:", "  scale: 9", "  adapter_config: ", "    x_adp_config:",
+                                 "      - type: inout # a", *lines, "  first: ", "    scale: 7"]))
+    unet = UNet(**{key: d["config"][key] for key in (
+        "in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks",
+        "attention_resolutions", "num_heads", "context_dim")})
+    unet.load_state_dict({name: w for name, w in state.items() if "adapter" not in name})
+    model, found = torch.nn.ModuleDict({"denoiser": unet}), pretrained.read_adapter(folder)
+    assert found["spec"]["scale"] == said["scale"]
+    load_adapters(model, {**found, "base": base_hash(model)})
+    with torch.no_grad():
+        got = unet(g["in_x"], g["in_t"], g["in_context"])
+    assert (got - g["out_out"]).abs().max() < 1e-3 * g["out_out"].abs().max()
+    for content, words in (("", "nothing can be built by .*KeyError"), (config.read_text().replace(
+            said["din"], "attn3"), "attn3")):
+        config.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            load_adapters(model, {**pretrained.read_adapter(folder), "base": ""})
+    assert pretrained.read_adapter(tmp_path) is pretrained.read_adapter(config) is None
 
 
 def unet_names(state):
