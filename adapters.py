@@ -184,7 +184,6 @@ def remove_adapters(unet):
 
 
 # ---- files: adapter tensors only, and the base to which they belong ------------------------------
-
 def base_hash(unet):
     """Identity of a model without its adapters, see tasks.fingerprint."""
     return fingerprint({name: tensor for name, tensor in unet.state_dict().items()
@@ -221,7 +220,6 @@ def load_adapters(unet, state):
 
 
 # ---- analysis of variance ------------------------------------------------------------------------
-
 def anova(groups):
     """One-way analysis of variance -> (F, p): do groups differ by more than their inner scatter?
     groups: one sequence of numbers per level of a factor. F = MSB / MSE, the mean squares between
@@ -253,7 +251,6 @@ def incomplete_beta(x, a, b):
 
 
 # ---- the tasks, and the command ------------------------------------------------------------------
-
 @dataclasses.dataclass
 class Options:
     """flags of adapters.py learn"""

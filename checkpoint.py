@@ -151,7 +151,6 @@ def named_tensors(state, path):
 
 
 # ---- files. safetensors: 8 bytes, a JSON's length; JSON {name: {dtype, shape, data_offsets}}; data
-
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}

@@ -93,7 +93,6 @@ def apply_concept(model, tokenizer, W, rows):
 
 
 # ---- merge ---------------------------------------------------------------------------------------
-
 def merge_map(C, C_reg, ridge=1e-6):
     """What Eq. 5 shares between layers, of C (s, d), C_reg (r, d) float64: (D C^T)^-1 D (s, d), and
     condition numbers. Raises ValueError if rows of C are dependent, or C_reg spans too little."""
@@ -182,7 +181,6 @@ def compress(W, W0, ratio=0.6):
 
 
 # ---- pictures and captions, and what a step is ---------------------------------------------------
-
 RARE = ("ktn", "pll", "ucd</w>")        # CLIP's ids 42170, 47629, 43514. Source: official code
 # prefix of a caption: none if unscaled, 1 or 2 if shrunk, 3 or 4 if enlarged. Source: official code
 SIZE_WORDS = ("", "a far away ", "very small ", "zoomed in ", "close up ")
@@ -370,7 +368,6 @@ class ConceptTask(DiffusionTask):
 
 
 # ---- files and commands --------------------------------------------------------------------------
-
 def save_concept(path, W, rows, concepts, unet):
     """Write W {name in the U-Net: tensor, or (u, v) of compress}, rows {token: row (D,)}, concepts
     ["<new1> dog", ...], and the base's hash, of state_dict unet. Source: get_deltas.py."""

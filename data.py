@@ -152,7 +152,6 @@ def _take(whole, image_size, split, count, seed):
 
 
 # ---------------------------------------------------------------- official files
-
 # {name: (address, {file: md5}, class names)}
 OFFICIAL = json.loads((Path(__file__).parent / "assets/official.json").read_text())
 
@@ -194,7 +193,6 @@ def _official_bytes(name, file, data_dir):
 
 
 # ---------------------------------------------------------------- arrays and latents
-
 LATENTS = ("latents", "labels", "captions", "class_names")  # all in a file of latents, empty = none
 LATENTS_MARK = b"latents.npy"           # so begins the file: no other command writes such an array
 FORMS = {"latents": (LATENTS, "finite floats (N, C, h, h)"),
@@ -263,7 +261,6 @@ def check_target(path, mark):
 
 
 # ---------------------------------------------------------------- looking at results
-
 @functools.lru_cache
 def _font(letters):
     """A font of 10 pixels: Pillow's, or for other letters the installed one with most of them."""

@@ -39,7 +39,6 @@ def modulate(x, shift, scale):
 
 
 # ---- the four blocks -----------------------------------------------------------------------------
-
 class Block(nn.Module):
     """The standard ViT block, block(x (B, N, D), c (B, D), tokens (B, 2, D)) -> (B, N, D).
     c = emb(t) + emb(y), tokens = [emb(t), emb(y)]. This block reads neither: it is "in_context",
@@ -105,7 +104,6 @@ BLOCKS = {"in_context": Block, "cross_attention": CrossAttentionBlock, "adaln": 
 
 
 # ---- layers of a block ---------------------------------------------------------------------------
-
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D). Source: Vaswani et al. 2017 Eq. 1.
     qk_norm: RMSNorm of each query and each key over its head width d, one learned weight (d,) for
@@ -152,7 +150,6 @@ def make_modulation(width, count):
 
 
 # ---- the model -----------------------------------------------------------------------------------
-
 class DiT(nn.Module):
     """Diffusion transformer. The defaults are DiT-XL/2.
     input_size: side of x, in pixels or latent cells; num_classes: 0 = no classes, y is always the
@@ -267,7 +264,6 @@ class FinalLayer(nn.Module):
 
 
 # ---- embedders: timestep, class, position --------------------------------------------------------
-
 class TimestepEmbedder(nn.Module):
     """t (B,) -> (B, D): a sinusoid of 256 numbers, then an MLP. Source: DiT appendix A."""
 
@@ -303,7 +299,6 @@ def sincos_positions(hidden_size, grid_size):
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
-
 # the twelve of the paper (Table 1); the number after the slash is the patch size
 DIT_CONFIGS = {
     f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)

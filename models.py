@@ -75,7 +75,6 @@ def readers_of(flag_name):
 
 
 # ---- builders: (sizes of the model, settings, info, first stage) -> task -------------------------
-
 def gaussian_or_flow(settings):
     """The process of a continuous model. Raises ValueError for a flag its schedule ignores."""
     flow = settings.schedule == "flow"
@@ -370,7 +369,6 @@ def official_task(path, vae, dtype, bpe, image_size):
 
 
 # ---- what adapters.py and custom_diffusion.py build on -------------------------------------------
-
 def base_task(path, bpe=None, image_size=512):
     """A text-to-image checkpoint of ours, or Stable Diffusion v1 -> its task, in float32."""
     official = is_official(path)

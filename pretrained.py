@@ -30,7 +30,6 @@ from unet import UNet
 from vae import AutoencoderKL, first_stage_from
 
 # ---- sizes, and the modules ----------------------------------------------------------------------
-
 def infer_unet(state):
     """Arguments of the UNet with this state_dict; 8 heads, as in SD v1. Source: LDM table 15."""
     shape = _shapes(state, "a U-Net of the Stable Diffusion family")
@@ -160,7 +159,6 @@ def load_first_stage(path):
 
 
 # ---- names: CompVis, diffusers -------------------------------------------------------------------
-
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
             "text": "cond_stage_model.transformer."}
 
@@ -319,7 +317,6 @@ def read_adapter(path):
 
 
 # ---- what a file is ------------------------------------------------------------------------------
-
 # what it is; a pattern in its tensors, listed in lines like "out.2.bias (4,)", the first that fits;
 # its reader, (tensors, file's stem) -> {part: tensors}, or a sentence: why it is not read
 only = lambda part, rename=dict: lambda tensors, stem: {part: rename(tensors)}
@@ -380,7 +377,6 @@ def read_official(path, wanted=""):
 
 
 # ---- diffusers: configs, and which file ----------------------------------------------------------
-
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SPACING = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
 
@@ -434,7 +430,6 @@ def find_weights(folder):
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
 def read_weights(path):
     """{name: tensor} of a file, safetensors or torch by its first bytes, or of all shards that an
     index.json lists; inside dicts, names with dots. Raises ValueError."""

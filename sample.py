@@ -78,7 +78,6 @@ class Options:
 
 
 # ---------------------------------------------------------------- checkpoints
-
 def load(path, device="cpu", options=None):
     """Checkpoint -> (task, model in eval mode on the device). options: for what files do not say.
     Official files are known by their tensors. Raises ValueError for files that sample nothing."""
@@ -125,7 +124,6 @@ def add_concept(path, task):
 
 
 # ---------------------------------------------------------------- files for others
-
 def export(path, out, note="", form="ours", command="", base=None):
     """Write what a checkpoint of ours holds to `out`. form: "ours", for sampling and --init alone,
     in half precision; "official", as the official code reads it; "diffusers", a folder. base: what
@@ -217,7 +215,6 @@ def learned(path, state, form, base):
 
 
 # ---------------------------------------------------------------- what to sample
-
 def choose_classes(text, names, count):
     """"3,red circle" -> [3, 0]; a name comes before a number. Raises ValueError."""
     chosen = []
@@ -302,7 +299,6 @@ def sampling_options(options, task, model):
 
 
 # ---------------------------------------------------------------- files, and the command
-
 def targets(options):
     """{kind: file that will be written}. The grid: --out; or samples.png beside a run's checkpoint;
     or, for other files, out/NAME.png. Raises ValueError if one cannot be written."""

@@ -233,7 +233,6 @@ def macs(task):
 
 
 # ---- what belongs together -----------------------------------------------------------------------
-
 IDENTITY = ("name", "class_names", "words", "image_size", "channels", "base", "data", "first_stage")
 
 
@@ -266,7 +265,6 @@ def check_same(was, now, path, cure, keys=IDENTITY):
 
 
 # ---- the files of a run: its folder, checkpoint, log, plot ---------------------------------------
-
 def default_out(model, data_name):
     """out/MODEL-DATA; letters of all alphabets stay, and other signs add a checksum of the name."""
     name = re.sub(r"\W+", "-", data_name).strip("-")

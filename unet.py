@@ -32,7 +32,6 @@ from diffusion import timestep_embedding
 
 
 # ---- attention and the transformer ---------------------------------------------------------------
-
 class CrossAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v in heads, x (B, N, query_dim) -> like x. q comes from x, k and v
     from context (B, L, context_dim), x if self-attention. Source: LDM §3.3; Vaswani 2017 Eq. 1."""
@@ -128,7 +127,6 @@ class SpatialTransformer(nn.Module):
 
 
 # ---- convolutions --------------------------------------------------------------------------------
-
 class ResBlock(Tapped):
     """Two convolutions, t added between: x (B, C, H, W), emb (B, E) -> (B, C_out, H, W).
     Taps: res_in, the input of both branches, and res_out, their sum. Source: DDPM appendix B."""
@@ -165,7 +163,6 @@ class Stage(nn.Sequential):
 
 
 # ---- the model -----------------------------------------------------------------------------------
-
 class UNet(nn.Module):
     """The conditional U-Net. The defaults are Stable Diffusion v1.
     channel_mult: width of each level in units of model_channels, the largest map first;

@@ -235,7 +235,6 @@ def race(p, u):
 
 
 # --- the network
-
 class AdaLayerNorm(nn.Module):
     """LayerNorm of x (B, N, D); scale and shift depend on an index (B,), a step or a class, below
     count: a table has a learned vector for each. Source: VQ-Diffusion §4.3 (AdaLN)."""

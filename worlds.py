@@ -19,7 +19,6 @@ import re
 import torch
 
 # ---------------------------------------------------------------- the vocabulary
-
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {
     "red": (230, 40, 40), "green": (50, 180, 60), "blue": (60, 100, 255), "yellow": (250, 220, 40),
@@ -55,7 +54,6 @@ OBJECTS = [{"shape": shape, "color": color} for shape in SHAPES for color in COL
 CANVAS = 32.0  # cx, cy, r are pixels of a 32-pixel picture, whatever the image size
 
 # ---------------------------------------------------------------- outlines to pixels
-
 def _star(x, y):
     # Fold the plane into one wedge of 36 degrees: there the outline is a single straight edge.
     tip, notch, wedge = 1.05, 0.55, math.pi / 5
@@ -127,7 +125,6 @@ def render_shapes(shape, color, cx, cy, r, background, image_size=32):
 
 
 # ---------------------------------------------------------------- facts to a caption, and back
-
 def caption_of(objects, relation=None, background=None):
     """The caption of a scene, e.g. "a red circle left of a blue square on gray".
     objects: one or two dicts with shape, optionally color and, for a single object, size and place;
@@ -161,7 +158,6 @@ def parse_caption(caption):
 
 
 # ---------------------------------------------------------------- a whole data set
-
 def draw_scene(scene, image_size=32):
     """The pictures (N, 3, H, W) uint8 of what plan_world planned."""
     palette = torch.tensor(list(COLORS.values()), dtype=torch.uint8)                 # (8, 3)
