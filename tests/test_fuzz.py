@@ -308,7 +308,7 @@ def limited(seconds):
 # --------------------------------------------------------------------------------------------------
 # what must hold
 
-OUTPUTS = ("--out", "--json", "--sheet", "--export", "--save-latents", "--save_latents")
+OUTPUTS = ("--out", "--json", "--export", "--save-latents", "--save_latents")
 INNER = re.compile(      # what a user cannot mend, as it names no flag, file or value of theirs
     r"values to unpack|^error: invalid literal|^error: could not convert|^error: Expecting|"
     r"object is not|has no attribute|index out of|^error: '\w+' codec|must be (str|real|int)|"
