@@ -390,17 +390,6 @@ def kept_classifier(real, folder="out", steps=1000, device="cpu"):
     return model.to(device), saved["accuracy"], path
 
 
-def save_sheet(path, images, real):
-    """A PNG of the first 24 pictures (N, C, H, W) uint8, each beside the nearest of a data.Dataset,
-    by thumbnails of at most 16 x 16 pixels, mirrored too if training may mirror."""
-    small = lambda x: F.adaptive_avg_pool2d(data.to_float(x), min(16, x.shape[-1])).flatten(1)
-    known = torch.cat([small(x) for x in real.images.split(256)])           # (M, D)
-    views = [images[:24], images[:24].flip(-1)][:1 + real.flip]
-    nearest = torch.stack([torch.cdist(small(x), known) for x in views]).amin(0).argmin(1)  # (24,)
-    pairs = torch.stack([images[:24], real.images[nearest]], 1).flatten(0, 1)       # (48, C, H, W)
-    data.save_grid(pairs, path, scale=max(1, 64 // images.shape[-1]), made_by=MADE_BY)
-
-
 @dataclasses.dataclass
 class Options:
     """what is scored, and against what"""
@@ -416,7 +405,6 @@ class Options:
     device: str = cli.flag(None, "where to compute", "", ["auto", "cpu", "cuda", "mps"])
     classifier_steps: int = cli.flag(None, "its training steps; default: 1000", "[1, inf)")
     json: str = cli.flag(None, "also write the numbers to this file (default: not)")
-    sheet: str = cli.flag(None, "also a PNG: samples, each beside its nearest training picture")
 
 
 def sampled(path, n, config=None, device="cpu", **options):
@@ -435,8 +423,8 @@ def main(argv):
     options, = cli.parse(argv, __doc__, Options)
     if not options.ckpt and not options.images:
         raise ValueError("give --ckpt FILE, to sample from, or --images FILE, an npz")
-    for path in filter(None, (options.json, options.sheet)):
-        data.check_target(path, MADE_BY.encode())
+    if options.json:
+        data.check_target(options.json, MADE_BY.encode())
     scores = _score(options)
     print(f"{scores['source']}: {scores['n']} images of {scores['data']}")
     for axis, (rate, n) in scores.get("rates", {}).items():
@@ -455,7 +443,7 @@ def main(argv):
 def _imitated(options, config):
     """The run's config with the flags that say what is imitated. Raises ValueError."""
     flags = {key: getattr(options, key) for key in ("data", "data_dir", "skip_bad")}
-    config = {"data": "", "data_dir": "data", "skip_bad": False, "seed": 0, **config}
+    config = {"data": "", "data_dir": "data", "skip_bad": False, **config}
     config |= {key: value for key, value in flags.items() if value is not None}
     name, drawn = config["data"], config["data"] in ("shapes", "scenes")
     if not name:
@@ -475,34 +463,31 @@ def _score(options):
         raise ValueError(f"{path} is no run of train.py: use sample.py --npz, then --images FILE")
     config, name, drawn = _imitated(options, saved.get("config", {}))
     if options.images:
-        *samples, theirs = data.read_arrays(path, "npz")
+        *samples, _ = data.read_arrays(path, "npz")
         n, side, draw = len(samples[0]), samples[0].shape[-1], lambda n: samples
     else:
         asked = {"cfg_scale": options.cfg_scale, "steps": options.steps, "seed": options.seed or 0}
-        info, n = saved["info"], options.n or 480
-        side, theirs = info["image_size"], info["class_names"]
+        n, side = options.n or 480, saved["info"]["image_size"]
         draw = lambda n: sampled(path, n, config, device, **asked)
-    real = data.load(name, side, data_dir=config["data_dir"], seed=config["seed"],
-                     skip_bad=config["skip_bad"]) if options.sheet or not drawn else None
+    real = None if drawn else data.load(name, side, data_dir=config["data_dir"],
+                                        skip_bad=config["skip_bad"])
     images, labels, captions = draw(1)          # what is wrong is said before all are sampled
     if drawn:
         rates(name, images, labels, captions)
-    if real:
+    else:
         check_comparable((n, *images.shape[1:]), real)
     names = worlds.CLASS_NAMES if drawn else real.class_names
-    other = labels is not None and ((theirs or names) != names or labels.max() >= len(names))
-    if other and name != "scenes":
+    theirs = saved["info"]["class_names"] if saved else names
+    if name != "scenes" and labels is not None and (theirs != names or labels.max() >= len(names)):
         raise ValueError(f"{path}: its classes must be those of {name}, in the same order")
-    if not drawn:
+    if real:
         steps = options.classifier_steps or 1000
         model, accuracy, file = kept_classifier(real, steps=steps, device=device)
         found = {"classifier": str(file), "classifier_accuracy": accuracy, "classifier_task":
                  "classes" if real.num_classes > 1 else "four quarter turns (no classes)"}
     images, labels, captions = draw(n)
-    found |= {"rates": rates(name, images, labels, captions)} if drawn else (
-        score_pictures(model, images, real, labels))
-    if options.sheet:
-        save_sheet(options.sheet, images, real)
+    found |= score_pictures(model, images, real, labels) if real else {
+        "rates": rates(name, images, labels, captions)}
     return {"source": path, "data": name, "n": len(images), **asked, **found}
 
 

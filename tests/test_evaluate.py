@@ -19,7 +19,7 @@ import evaluate
 import sample
 import worlds
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import ROOT, fewer_drawn
+from conftest import ROOT
 from text import WordTokenizer
 
 DRAW = inspect.signature(evaluate.sampled)
@@ -393,7 +393,7 @@ def test_classifier_learns_and_its_distance_sees(stripes):
 
 def test_mirrored_copies_only_where_the_data_set_allows_them():
     # Two classes that are each other's mirror image: with mirrored copies nobody can learn them.
-    for seed in range(2):
+    for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         labels = torch.arange(400) % 2
         images = torch.randint(0, 100, (400, 1, 8, 8), generator=generator).byte()
@@ -460,26 +460,6 @@ def test_a_classifier_is_kept_and_found_again(stripes, tmp_path, capsys):
     assert "training" not in capsys.readouterr().out.split("1 steps")[-1]
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_a_sheet_shows_the_nearest_training_picture(tmp_path, flip):
-    """Of 300 pictures of noise; 24 samples: pictures 0, 7, ... with a little noise, mirrored."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(40, 200, (300, 3, 8, 8), generator=generator).byte()
-    real = data.Dataset("noise", images, torch.zeros(300).long(), None, [], flip)
-    asked = images[::7][:30]
-    samples = (asked.flip(-1) if flip else asked) + torch.randint(9, asked.shape,
-                                                                  generator=generator).byte()
-    evaluate.save_sheet(tmp_path / "s.png", samples, real)
-    sheet = np.array(Image.open(tmp_path / "s.png"))
-    for i in range(24):
-        for picture, place in ((samples[i], 2 * i), (asked[i], 2 * i + 1)):
-            top, left = (2 + place // 8 * 66, 2 + place % 8 * 66)
-            tile = sheet[top:top + 64:8, left:left + 64:8]
-            assert np.array_equal(tile, picture.permute(1, 2, 0)), (i, place)
-    assert sheet.shape[0] == 6 * 66 + 2                         # no more than 24
-    data.check_target(tmp_path / "s.png", evaluate.MADE_BY.encode())
-
-
 # ---------------------------------------------------------------- command line
 
 
@@ -543,11 +523,8 @@ def test_command_line_on_drawn_worlds(tmp_path, capsys, monkeypatch):
     evaluate.main(["--images", file, "--data", "scenes"])
     assert "two objects: relation" in capsys.readouterr().out
     file = save(tmp_path / "c.npz", scene.images)
-    fewer_drawn(monkeypatch, 200)
-    evaluate.main(["--images", file, "--data", "scenes", "--json", out, "--sheet",
-                   str(tmp_path / "s.png")])
+    evaluate.main(["--images", file, "--data", "scenes", "--json", out])
     assert json.load(open(out))["rates"] == {"legible": [1.0, 60]}      # nothing was asked for
-    assert Image.open(tmp_path / "s.png").width == 8 * 66 + 2
 
     ckpt = run_of(tmp_path / "ckpt.pt", drawn.images, data="shapes")
     sampled(monkeypatch, drawn.images, drawn.labels, path=ckpt, cfg_scale=2.0, steps=None,
@@ -597,26 +574,6 @@ def test_command_line_on_pictures(tmp_path, capsys, monkeypatch, stripes):
         key: first[key] for key in ("fid", "rates", "classifier")}
 
 
-def test_captioned_photographs_are_scored(tmp_path, capsys, monkeypatch, stripes):
-    """A folder with captions and no classes: distances, precision, recall, and the sheet."""
-    monkeypatch.chdir(tmp_path)
-    for i, image in enumerate(stripes.images[:60, 0]):
-        (tmp_path / "real").mkdir(exist_ok=True)
-        Image.fromarray(image.numpy()).convert("RGB").save(f"real/{i}.png")
-        (tmp_path / "real" / f"{i}.txt").write_text(f"stripes {i}")
-    fake = stripes.images[300:310].expand(-1, 3, -1, -1)
-    sampled(monkeypatch, fake, None, [f"stripes {i}" for i in range(10)])
-    ckpt = run_of("ckpt.pt", fake, data="folder:real", skip_bad=False)
-    call = ["--ckpt", ckpt, "--n", "10", "--classifier-steps", "1", "--json", "s.json", "--sheet"]
-    evaluate.main([*call, "s.png"])
-    scores, said = json.load(open("s.json")), capsys.readouterr().out
-    assert "precision" in said and "recall" in said and "quarter turns" in said
-    assert 0 <= scores["precision"] <= 1 and "rates" not in scores
-    assert Image.open("s.png").width == 8 * 66 + 2
-    Image.new("L", (1, 1)).save("mine.png")
-    assert "mine.png exists" in refuse(capsys, *call, "mine.png")
-
-
 def test_skip_bad_and_data_dir_are_handed_on(tmp_path, capsys, monkeypatch, stripes):
     monkeypatch.chdir(tmp_path)
     fake = stripes.images[300:310].expand(-1, 3, -1, -1)
@@ -632,7 +589,7 @@ def test_skip_bad_and_data_dir_are_handed_on(tmp_path, capsys, monkeypatch, stri
 
     asked = []
 
-    def load(name, image_size, data_dir, skip_bad, seed):
+    def load(name, image_size, data_dir, skip_bad):
         asked.append((name, image_size, data_dir, skip_bad))
         return dataclasses.replace(stripes, images=stripes.images.expand(-1, 3, -1, -1))
     monkeypatch.setattr(data, "load", load)
@@ -710,8 +667,6 @@ def test_classes_must_be_those_of_the_data(tmp_path, capsys, monkeypatch, stripe
     fake = fake.expand(-1, 3, -1, -1)
     many = torch.arange(10) * 9
     file = save("s.npz", fake, labels=many.numpy())
-    assert "classes" in refuse(capsys, "--images", file, "--data", name)
-    file = save("s.npz", fake, labels=many.numpy() % 2, class_names=np.array(["b", "a"]))
     assert "classes" in refuse(capsys, "--images", file, "--data", name)
     for classes, data_name in ((["b", "a"], name), (["circle", "square"], "shapes")):
         info = {"name": "", "channels": 3, "image_size": 16, "class_names": classes}
