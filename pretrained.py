@@ -1,4 +1,4 @@
-"""Other people's weights: what a published file is, and its tensors under our names; and back.
+"""Other people's weights: what a published file is, and its tensors under our names.
 
 Papers: Latent Diffusion Models (Rombach et al. 2022); CLIP (Radford et al. 2021).
 
@@ -22,8 +22,8 @@ from functools import partial
 
 import torch
 
-from checkpoint import (built_from, check_tensors, load_checkpoint, named_tensors,
-                        read_safetensors, read_torch)
+from checkpoint import (check_tensors, load_checkpoint, named_tensors, read_safetensors,
+                        read_torch)
 from dit import DIT_CONFIGS
 from text import TextEncoder
 from unet import UNet
@@ -184,7 +184,7 @@ def _plain(state):
 
 # names of others. Of diffusers: layers, {their layer: ours}, of a U-Net and an autoencoder outside
 # blocks, then inside each kind of block; places, {their block: ours}, see layer_names; of a config,
-# arguments, {key: ours}; usable, {key: all values that can be used}; config, schedules: as written
+# arguments, {key: ours}; usable, {key: all values that can be used}
 PUBLISHED = json.loads((pathlib.Path(__file__).parent / "assets/published.json").read_text())
 
 
@@ -215,31 +215,6 @@ def from_diffusers(part, state):
     levels = [k for k in range(8) if _count(state, rf"(.*)(?:down|up)_blocks\.{k}\.")]
     attends = [k for k in levels if _count(state, rf"(.*)up_blocks\.{k}\.attentions\.")]
     return renamed(state, layer_names(part, blocks, 1 + max(levels, default=0), attends))
-
-
-def to_diffusers(part, module):
-    """A U-Net, autoencoder or text encoder of ours -> {file of a folder of diffusers: {diffusers'
-    name: tensor}, and its config}. Raises ValueError for another module."""
-    s = PARTS[part][0](state := module.state_dict())
-    found = lambda key: next((vars(m)[key] for m in module.modules() if key in vars(m)), None)
-    s |= {key: found(key) for key in ("num_heads", "num_groups", "scale")}
-    mult, width = s.get("multipliers") or s.get("channel_mult", ()), s.get("model_channels")
-    kinds = ["CrossAttn" * (2 ** k in s.get("attention_resolutions", ())) for k in range(len(mult))]
-    down, up = ("DownEncoder", "UpDecoder") if part == "vae" else ("Down", "Up")
-    s |= {"widths": [int(m * (width or s["channels"])) for m in mult],
-          "down": [f"{kind}{down}Block2D" for kind in kinds],
-          "up": [f"{kind}{up}Block2D" for kind in kinds[::-1]],
-          "mlp_hidden": int(s.get("mlp_ratio", 0) * s.get("hidden_size", 0))}
-    names = layer_names(part, s.get("res_blocks") or s.get("num_res_blocks", 0), len(mult),
-                        [level for level, kind in enumerate(kinds[::-1]) if kind])
-    theirs = renamed(state, {ours: theirs for theirs, ours in names.items()})
-    # attention of an autoencoder: 1x1 convolutions here, Linear there
-    theirs = {name: w.flatten(1) if part == "vae" and ".attentions." in name and w.dim() == 4 else w
-              for name, w in theirs.items()}
-    folder, stem = ("text_encoder", "model") if part == "text" else (part, STEMS[0])
-    return {f"{folder}/{stem}.safetensors": theirs, f"{folder}/config.json": {
-        key: s[value] if isinstance(value, str) and value in s else value
-        for key, value in PUBLISHED["config"][part].items()}}
 
 
 def renamed(state, layers):
@@ -293,27 +268,6 @@ def read_word(state, stem):
         word = f"<{re.sub('[^0-9A-Za-z]+', '-', stem)}>"
     rows = torch.atleast_2d(rows.float()).flatten(0, -2)                            # (n, D)
     return {f"{word}_{k}" if k else word: row for k, row in enumerate(rows)}
-
-
-def read_adapter(path):
-    """A folder of unet-finetune, a file per block and the config of its run -> {"spec", "adapter"}
-    of adapters.py; None for other paths. Raises ValueError without the config: the files do not say
-    where they stand. Source: its save_adapter_to_dir; its README, "Notation"."""
-    files, names = sorted(pathlib.Path(path).glob("*.adapter*.pt")), PUBLISHED["unet-finetune"]
-    if not files:
-        return None
-    if len(configs := [*files[0].parent.glob("*.yaml")]) != 1:
-        raise ValueError(f"{path} is an adapter of unet-finetune: put the config of its run there, "
-                         "one .yaml such as attn2o-ffni.yaml, which says where it stands")
-    config = configs[0].read_text("utf-8", "replace").partition("adapter_config:")[2]
-    said = re.findall(r"""^[ -]*(\w+): *["']?([\w.]+)""", config, re.MULTILINE)
-    said = {key: names.get(value, value) for key, value in said[::-1]}      # the first counts
-    ours = lambda name: re.sub(r"adapter[\w.]*\d", lambda layer: names.get(layer[0], ""), name)
-    with built_from(path):
-        return {"adapter": {"denoiser." + ours(f"{file.stem}.{name}"): w for file in files
-                            for name, w in read_weights(file).items()},
-                "spec": dict(read=said["din"], add=said["dout"], activation=said["method"],
-                             rank=int(said["mid_dim"]), scale=float(said["scale"]))}
 
 
 # ---- what a file is ------------------------------------------------------------------------------
@@ -401,18 +355,6 @@ def read_config(path, part):
     return {names[key]: said[key] for key in names if key in said} if not schedule else {
         "schedule": said["betas"][0], "spacing": tuple({**SPACING, **said}[k] for k in SPACING),
         "prediction": PREDICTIONS[said.get("prediction_type", "epsilon")]}
-
-
-def scheduler(settings, process):
-    """scheduler_config.json of a flow, whose times and velocities are diffusers' own, or of a
-    Gaussian process. Raises ValueError for a schedule that diffusers does not have."""
-    if settings.schedule not in PUBLISHED["schedules"]:
-        raise ValueError(f"diffusers has no schedule equal to our {settings.schedule}")
-    config = PUBLISHED["schedules"][settings.schedule]
-    if settings.schedule == "flow":
-        return config
-    predicts = next(name for name, ours in PREDICTIONS.items() if ours == process.prediction)
-    return {**config, **dict(zip(SPACING, process.spacing)), "prediction_type": predicts}
 
 
 CUSTOM = "pytorch_custom_diffusion_weights"

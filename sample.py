@@ -23,14 +23,13 @@ import torch
 from PIL import Image, ImageOps
 
 import data
-from adapters import base_hash, load_adapters, set_scale
+from adapters import load_adapters, set_scale
 from checkpoint import load_checkpoint, save_checkpoint, write_safetensors, written_whole
 from cli import flag, one_line, parse, refuse, resolve_device
-from custom_diffusion import apply_concept, keys_and_values, load_concept
+from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from models import MERGES, base_task, find_model, official_task, task_from
-from pretrained import (PREFIXES, infer_dit, infer_udit, is_official, load_first_stage,
-                        read_adapter, scheduler, to_diffusers)
+from pretrained import PREFIXES, infer_dit, infer_udit, is_official
 from tasks import sample_all
 from udit import fold
 
@@ -66,8 +65,8 @@ class Options:
                       ["float32", "float16", "bfloat16"])
     out: str = flag(None, "file for the grid (default: samples.png beside a run's checkpoint)")
     export: str = flag(None, "write a small checkpoint here instead of sampling, or see --as")
-    export_as: str = flag(None, "--as: ours (default), an official DiT or U-DiT, or a diffusers "
-                          "folder", "", ["ours", "official", "diffusers"], needs="export")
+    export_as: str = flag(None, "--as: ours, for sampling here (default), or as the official code "
+                          "reads it", "", ["ours", "official"], needs="export")
     note: str = flag(None, "--export: a line that travels in the file", "text", needs="export")
     strip: bool = flag(None, "also NAME-strip.png: x_t above the guess at x0", needs="!npz")
     gif: bool = flag(None, "also NAME.gif: the same as a film", needs="!npz")
@@ -81,8 +80,7 @@ class Options:
 def load(path, device="cpu", options=None):
     """Checkpoint -> (task, model in eval mode on the device). options: for what files do not say.
     Official files are known by their tensors. Raises ValueError for files that sample nothing."""
-    options, state = options or Options(), read_adapter(path)
-    state = state or (None if is_official(path) else load_checkpoint(path))
+    options, state = options or Options(), None if is_official(path) else load_checkpoint(path)
     if state is None:
         refuse(options, "weights base scale", f"is not for {path}, an official file")
         dtype = options.dtype or ("float16" if device == "cuda" else "float32")
@@ -101,8 +99,7 @@ def load(path, device="cpu", options=None):
     else:
         task, model = load(options.base, device, dataclasses.replace(
             options, base=None, scale=None))
-        # one of unet-finetune does not say on which base: it must fit
-        load_adapters(model, state if "base" in state else {**state, "base": base_hash(model)})
+        load_adapters(model, state)
         set_scale(model, state["spec"]["scale"] if options.scale is None else options.scale)
         if words := state.get("modifiers"):
             refuse(options, "concept", f"is not read: {path} brings new words of its own")
@@ -126,28 +123,25 @@ def add_concept(path, task):
 # ---------------------------------------------------------------- files for others
 def export(path, out, note="", form="ours", command="", base=None):
     """Write what a checkpoint of ours holds to `out`. form: "ours", for sampling and --init alone,
-    in half precision; "official", as the official code reads it; "diffusers", a folder. base: what
-    a concept or adapter was learned on. note, command: lines inside. Raises ValueError."""
+    in half precision; "official", as the official code reads it. base: what a concept or adapter
+    was learned on. note, command: lines inside. Raises ValueError."""
     state = load_checkpoint(path)
     if not base and not {"opt", "ema"} <= state.keys() and (form == "ours" or "task" not in state):
         raise ValueError(f"{path} is not the checkpoint of a run: for others say --as and --base")
     if form == "ours":
         small = halved({k: v for k, v in state.items() if k not in ("model", "opt")})
         return save_checkpoint(out, {"made_by": EXPORTED, **small, "note": note})
-    files = learned(path, state, form, base) if base else of_others(path, state, form)
+    tensors, config = learned(path, state, base) if base else official(path, state)
     about = {"format": "pt", "made_by": EXPORTED, "licence": LICENCE, "note": note,
-             "command": command, "config": json.dumps(files.pop("config"))}
-    for name, content in files.items():
-        end = ".ckpt" if "state_dict" in content else ".safetensors"
-        if not name and pathlib.Path(out).suffix != end:
-            raise ValueError(f"--export {out}: give a name that ends in {end}")
-        with written_whole(pathlib.Path(out, name)) as file:
-            if name.endswith(".json"):
-                file.write(json.dumps(content, indent=1).encode())
-            elif end == ".ckpt":                            # the official code reads no other
-                torch.save({**content, **about}, file)
-            else:
-                write_safetensors(file, content, about)
+             "command": command, "config": json.dumps(config)}
+    end = ".ckpt" if "state_dict" in tensors else ".safetensors"
+    if pathlib.Path(out).suffix != end:
+        raise ValueError(f"--export {out}: give a name that ends in {end}")
+    with written_whole(out) as file:
+        if end == ".ckpt":                                  # the official code reads no other
+            torch.save({**tensors, **about}, file)
+        else:
+            write_safetensors(file, tensors, about)
 
 
 def halved(x):
@@ -157,61 +151,34 @@ def halved(x):
     return x.half() if torch.is_tensor(x) and x.is_floating_point() else x
 
 
-def of_others(path, state, form):
-    """A DiT or U-DiT, whose names are ours, and the arguments of its official class; a U-Net with
-    text encoder, schedule and AutoencoderKL, or an AutoencoderKL, as folders of diffusers -> {file
-    in --export, "" = itself: {name: tensor} or a config, "config": for the metadata}. Raises
-    ValueError for a model without that form, or that the official code would draw otherwise."""
-    if "sizes" in state and form == "diffusers":            # the run of an autoencoder
-        return {**to_diffusers("vae", load_first_stage(path)), "config": {}}
+def official(path, state):
+    """A DiT or U-DiT, whose names are ours -> ({name: tensor}, arguments of its official class).
+    Raises ValueError for another model, or one that the official code would draw otherwise."""
     task = task_from(state, path)
-    has = {"dit": "official", "udit": "official", "unet": "diffusers"}.get(task.family, "ours")
-    if form != has:
-        raise ValueError(f"{path} holds a {task.family}, which has no such form: say --as {has}")
-    if form == "diffusers":
-        parts = {"unet": task.model.denoiser, "text": task.model.text}
-        parts |= {"vae": task.first_stage} if hasattr(task.first_stage, "quant_conv") else {}
-        files = {"scheduler/scheduler_config.json": scheduler(task.settings, task.process)}
-        for part, module in parts.items():
-            files |= to_diffusers(part, module)
-        return {**files, "config": {}}
+    if task.family not in (infer := {"dit": infer_dit, "udit": infer_udit}):
+        raise ValueError(f"{path} holds a {task.family}, which has no such form: say --as ours")
     tensors = task.model.state_dict()
     there = {"conditioning": "adaln_zero", "qk_norm": False, "schedule": "linear", "prediction":
-             "eps", "input_size": task.model.input_size,
-             **{"dit": infer_dit, "udit": infer_udit}[task.family](tensors)}
+             "eps", "input_size": task.model.input_size, **infer[task.family](tensors)}
     here = {**vars(task.settings), **find_model(state["config"]["model"])[1],
             "num_classes": task.model.num_classes}
     for key in [k for k in there if here.get(k) not in (None, there[k])]:
         raise ValueError(f"{path} has {key} {here[key]}, and the official code {there[key]}: it "
                          "would draw something else")
-    return {"": tensors, "config": there}
+    return tensors, there
 
 
-def learned(path, state, form, base):
-    """The same of an adapter, with its spec, or a concept, as the delta.ckpt of the official code
-    or as diffusers' load_attn_procs and load_textual_inversion read it. Raises ValueError if it
-    does not belong to `base`. Source: get_deltas.py; diffusers."""
+def learned(path, state, base):
+    """The same of an adapter, with its spec, or a concept, as the delta.ckpt of the official code.
+    Raises ValueError if it does not belong to `base`. Source: get_deltas.py."""
     task = base_task(base)
     if "adapter" in state:
         load_adapters(task.model, state)                    # it fits
-        return {"": state["adapter"], "config": {**state["spec"], "base": state["base"]}}
-    unet = task.model.denoiser.state_dict()
-    W, rows, things = load_concept(path, unet)
-    if form == "official":
-        W = {PREFIXES["unet"] + name: w for name, w in W.items()}
-        W |= {"embed": torch.stack([*rows.values()])} if rows else {}           # (words, D)
-        return {"": {"state_dict": W}, "config": {"concepts": things}}
-    files = {re.sub(r"[/\\\0]", "-", word) + ".safetensors": {word: row}        # a word is no path
-             for word, row in rows.items()}
-    if W and not keys_and_values(unet).keys() <= W.keys() <= {k for k in unet if ".attn2." in k}:
-        raise ValueError(f"{path}: diffusers takes concepts of --part kv or crossattn alone")
-    theirs, _ = to_diffusers("unet", task.model.denoiser).values()      # in the order of the U-Net
-    named = {re.sub(r"\.(to_[a-z]+)", r".processor.\1_custom_diffusion", name): W[ours]
-             for ours, name in zip(unet, theirs) if ours in W}
-    named |= {name.replace(".to_q.weight", ".processor"): torch.empty(0)    # it stays as it is
-              for name in theirs if name.endswith(".attn1.to_q.weight")}
-    files |= {"pytorch_custom_diffusion_weights.safetensors": named} if W else {}
-    return files | {"config": {"concepts": things}}
+        return state["adapter"], {**state["spec"], "base": state["base"]}
+    W, rows, things = load_concept(path, task.model.denoiser.state_dict())
+    W = {PREFIXES["unet"] + name: w for name, w in W.items()}
+    W |= {"embed": torch.stack([*rows.values()])} if rows else {}               # (words, D)
+    return {"state_dict": W}, {"concepts": things}
 
 
 # ---------------------------------------------------------------- what to sample

@@ -14,10 +14,9 @@ import torch
 
 import checkpoint
 import pretrained
-from adapters import base_hash, load_adapters
 from checkpoint import save_checkpoint
-from conftest import fill_by_recipe, golden_case, write_safetensors
-from diffusion import GaussianDiffusion, RectifiedFlow
+from conftest import fill_by_recipe, write_safetensors
+from diffusion import GaussianDiffusion
 from dit import DIT_CONFIGS, DiT
 from models import find_model, official_task
 from text import TextEncoder
@@ -455,69 +454,7 @@ def test_all_686_names_of_the_real_unet_one_to_one_from_diffusers():
 
 
 # --------------------------------------------------------------------------------------------------
-# out: the same names, turned round
-
-@pytest.mark.parametrize("sizes, blocks", [(UNET, BLOCKS), ({}, SD_BLOCKS)])
-def test_a_unet_under_diffusers_names(sizes, blocks):
-    """By the tables above; the config is that of unet/config.json of Stable Diffusion v1.5."""
-    with torch.device("meta"):
-        unet = UNet(**sizes)
-    theirs, config = pretrained.to_diffusers("unet", unet).values()
-    want = unet_to_diffusers(unet.state_dict(), blocks)
-    assert {name: w.shape for name, w in theirs.items()} == {n: w.shape for n, w in want.items()}
-    cross = ["CrossAttnDownBlock2D", "CrossAttnUpBlock2D"]
-    assert config == {
-        "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4,
-        "layers_per_block": 1 if sizes else 2, "cross_attention_dim": 64 if sizes else 768,
-        "attention_head_dim": 8, "norm_num_groups": 32,
-        "block_out_channels": [32, 64, 64] if sizes else [320, 640, 1280, 1280],
-        "down_block_types": [cross[0]] * (2 if sizes else 3) + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + [cross[1]] * (2 if sizes else 3)}
-
-
-def test_parts_under_diffusers_names_come_back(tmp_path, models, states):
-    """Names by the tables above, and the folder is read again: the same outputs, also with sizes
-    that the tensors do not show."""
-    want = {"unet": unet_to_diffusers(states["unet"]), "vae": vae_to_diffusers(states["vae"]),
-            "text": states["text"]}
-    for part, model in models.items():
-        same({part: [*pretrained.to_diffusers(part, model).values()][0]}, {part: want[part]})
-    few = dict(UNET, num_heads=4, norm_groups=8)
-    odd = {"unet": fill_by_recipe(UNet(**few)), "text": fill_by_recipe(TextEncoder(
-        **{**TEXT, "num_heads": 2})), "vae": fill_by_recipe(AutoencoderKL(**VAE, scale=2.5))}
-    for part, model in odd.items():
-        folder = tmp_path / {"text": "text_encoder"}.get(part, part)
-        theirs, config = pretrained.to_diffusers(part, model).values()
-        name = "model" if part == "text" else "diffusion_pytorch_model"
-        write(folder / f"{name}.safetensors", theirs)
-        (folder / "config.json").write_text(json.dumps(config))
-    _, parts, said = pretrained.read_official(tmp_path)
-    built = pretrained.build(parts, None, said)
-    for (name, got), wanted in zip(outputs(built).items(), outputs(odd).values()):
-        assert torch.equal(got, wanted), name
-    assert pretrained.to_diffusers("vae", odd["vae"])["vae/config.json"] == {
-        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
-        "layers_per_block": 1, "scaling_factor": 2.5, "norm_num_groups": 32,
-        "block_out_channels": [32, 64, 64], "down_block_types": ["DownEncoderBlock2D"] * 3,
-        "up_block_types": ["UpDecoderBlock2D"] * 3}
-    config = pretrained.to_diffusers("text", odd["text"])["text_encoder/config.json"]
-    assert (config["num_attention_heads"], config["intermediate_size"]) == (2, 256)
-
-
-@pytest.mark.parametrize("schedule, predicts, spacing", [
-    ("scaled_linear", "eps", ("leading", 1, False)), ("linear", "v", ("linspace", 0, True))])
-def test_a_schedule_as_diffusers_writes_it(tmp_path, schedule, predicts, spacing):
-    """Read again it is the same, and what no config can say is refused."""
-    settings = types.SimpleNamespace(schedule=schedule)
-    args = dict(schedule=schedule, prediction=predicts, spacing=spacing)
-    said = pretrained.scheduler(settings, GaussianDiffusion(**args))
-    (tmp_path / "x.json").write_text(json.dumps(said))
-    assert pretrained.read_config(tmp_path / "x.json", "process") == args
-    flow = pretrained.scheduler(types.SimpleNamespace(schedule="flow"), RectifiedFlow(3.0))
-    assert flow["_class_name"] == "FlowMatchEulerDiscreteScheduler" and flow["shift"] == 1
-    with pytest.raises(ValueError, match="no schedule equal to our cosine"):
-        pretrained.scheduler(types.SimpleNamespace(schedule="cosine"), None)
-
+# out
 
 def test_safetensors_that_we_write(tmp_path):
     """Every dtype and layout comes back; the header has the lines, and data begins aligned."""
@@ -914,48 +851,6 @@ def test_a_compressed_delta_of_the_official_code(tmp_path):
     W, words = parts_of(tmp_path / "compressed_delta.ckpt")["concept"]
     same({"": W.pop(name)}, {"": {"u": u, "v": v}})
     assert not W and torch.equal(torch.stack([words["<new1>"], words["<new2>"]]), rows)
-
-
-@pytest.mark.parametrize("case", ["attn1i_transo", "attn2c_attn2c", "attn2o_ffni", "resi_reso"])
-def test_a_folder_of_unet_finetune_computes_the_official_numbers(case, tmp_path):
-    """A file per block as its save_adapter_to_dir makes them, twice for a transformer block, and
-    the part of its config that counts; the output is that of the official code."""
-    d, g = golden_case(f"adapter_unet_{case}")
-    (kind, said), state = next(iter(d["config"]["adapter_config"].items())), {}
-    fill_by_recipe(types.SimpleNamespace(
-        state_dict=lambda: {name: torch.zeros(shape) for name, shape in d["params"]},
-        load_state_dict=lambda filled, strict: state.update(filled)))
-    folder, files = tmp_path / "500-adapters", {}
-    for name in [name for name in state if "adapter" in name]:
-        for end in ("adapter_inout", "adapter_inout.adp", "adapter"):
-            if f".{end}." in name:
-                block, rest = name.split(f".{end}.")
-                files.setdefault(f"{block}.{end}.pt", {})[rest] = state[name]
-    for file, tensors in files.items():
-        write(folder / file, tensors)
-    with pytest.raises(ValueError, match="500-adapters is an adapter .* put the config"):
-        pretrained.read_adapter(folder)
-    config = folder / "config.yaml"
-    lines = [f"        {key}: {value!r}  # a" if key == "method" else f"        {key}: {value}"
-             for key, value in said.items()]
-    config.write_text("\n".join(["model:", "  scale: 9", "  adapter_config: ", "    x_adp_config:",
-                                 "      - type: inout # a", *lines, "  first: ", "    scale: 7"]))
-    unet = UNet(**{key: d["config"][key] for key in (
-        "in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks",
-        "attention_resolutions", "num_heads", "context_dim")})
-    unet.load_state_dict({name: w for name, w in state.items() if "adapter" not in name})
-    model, found = torch.nn.ModuleDict({"denoiser": unet}), pretrained.read_adapter(folder)
-    assert found["spec"]["scale"] == said["scale"]
-    load_adapters(model, {**found, "base": base_hash(model)})
-    with torch.no_grad():
-        got = unet(g["in_x"], g["in_t"], g["in_context"])
-    assert (got - g["out_out"]).abs().max() < 1e-3 * g["out_out"].abs().max()
-    for content, words in (("", "nothing can be built by .*KeyError"), (config.read_text().replace(
-            said["din"], "attn3"), "attn3")):
-        config.write_text(content)
-        with pytest.raises(ValueError, match=words):
-            load_adapters(model, {**pretrained.read_adapter(folder), "base": ""})
-    assert pretrained.read_adapter(tmp_path) is pretrained.read_adapter(config) is None
 
 
 def unet_names(state):

@@ -25,10 +25,9 @@ from custom_diffusion import keys_and_values, save_concept
 from dit import DiT
 from models import task_from
 from diffusion import seeds as sample_seeds
-from pretrained import build, read_official, read_weights
+from pretrained import read_official, read_weights
 from tasks import DiffusionTask
 from udit import RepMlp, UDiT, fold
-from vae import AutoencoderKL
 
 BASE = str(ROOT / "assets" / "unet-scenes.pt")
 
@@ -417,43 +416,10 @@ def test_an_official_file_draws_the_same(runs, tmp_path, name, Model):
         assert torch.equal(model(x, t, y), sample.load(str(path))[1](x, t, y))
 
 
-def test_a_folder_for_diffusers(tmp_path, capsys):
-    """Tables of names are in test_pretrained.py. Loaded by diffusers 0.42 and transformers 5.24,
-    text states are equal, the U-Net's output differs by 5e-7 of its norm, and ten steps with
-    guidance and the folder's own scheduler by 1e-6."""
-    out = tmp_path / "folder"
-    sample.main(["--ckpt", BASE, "--export", str(out), "--as", "diffusers"])
-    assert {*tree(out)} == {
-        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
-        "text_encoder/model.safetensors", "scheduler/scheduler_config.json"}
-    task, model = sample.load(BASE)
-    x, y = torch.randn(2, *task.shape), task.tokenizer(task.info["examples"][:2])
-    built = [build(*read_official(out / name)[1:2], None, read_official(out / name)[2])
-             for name in ("unet", "text_encoder")]
-    states = built[1]["text"](y)
-    assert torch.equal(built[0]["unet"](x, torch.tensor([3, 900]), states),
-                       model(x, torch.tensor([3, 900]), y))
-    vae, state = fill_by_recipe(AutoencoderKL(32, (1, 2, 2), 1, 3, task.shape[0], 0.5)), (
-        load_checkpoint(BASE))                              # with an autoencoder that diffusers has
-    state["first_stage"] = {"kind": "kl-ae", "sizes": vae.sizes, "model": vae.state_dict()}
-    save_checkpoint(tmp_path / "kl.pt", state)
-    sample.main(["--ckpt", str(tmp_path / "kl.pt"), "--export", str(tmp_path / "kl"), "--as",
-                 "diffusers"])
-    _, parts, said = read_official(tmp_path / "kl/vae")
-    assert {*tree(tmp_path / "kl")} == {*tree(out), "vae/config.json",
-                                        "vae/diffusion_pytorch_model.safetensors"}
-    assert torch.equal(build(parts, None, said)["vae"].decode(x[:1]), vae.decode(x[:1]))
-    before = tree(tmp_path)
-    with pytest.raises(SystemExit):                         # it is there already
-        sample.main(["--ckpt", BASE, "--export", str(out), "--as", "diffusers"])
-    assert "exists and was not made by" in capsys.readouterr().err and tree(tmp_path) == before
-
-
 @pytest.mark.parametrize("name, form, words", [
     ("latent", "official", "has schedule flow, and the official code linear"),
-    ("pixel", "diffusers", "say --as official"), (BASE, "official", "say --as diffusers"),
-    ("ae", "official", "does not sample"), ("ae", "diffusers", "not the state_dict of an Autoenc"),
-    (str(ROOT / "assets" / "vq-scenes.pt"), "diffusers", "holds a vq, which has no such form")])
+    (BASE, "official", "holds a unet, which has no such form: say --as ours"),
+    ("ae", "official", "does not sample"), ("pixel", "diffusers", "choose from")])
 def test_what_another_program_does_not_have_is_refused(runs, tmp_path, capsys, name, form, words):
     path = name if name.endswith(".pt") else str(runs / name / "ckpt.pt")
     with pytest.raises(SystemExit):
@@ -462,8 +428,7 @@ def test_what_another_program_does_not_have_is_refused(runs, tmp_path, capsys, n
 
 
 def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
-    """A concept as delta.ckpt of the official code, and as diffusers' files: loaded by diffusers
-    0.42, the U-Net's output differs by 5e-7 of its norm. An adapter with its spec."""
+    """A concept as delta.ckpt of the official code. An adapter with its spec."""
     task, model = sample.load(BASE)
     unet = {name: w.clone() for name, w in model.denoiser.state_dict().items()}
     W = {name: w + 0.1 for name, w in keys_and_values(unet).items()}
@@ -475,27 +440,14 @@ def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
     delta = torch.load(tmp_path / "delta.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(delta.pop("embed"), row[None]) and delta.keys() == {
         f"model.diffusion_model.{name}" for name in W}
-    go(concept, "folder", "diffusers")
-    theirs = read_weights(tmp_path / "folder" / "pytorch_custom_diffusion_weights.safetensors")
-    block = "mid_block.attentions.0.transformer_blocks.0"
-    assert torch.equal(theirs[f"{block}.attn2.processor.to_k_custom_diffusion.weight"],
-                       W["middle_block.1.transformer_blocks.0.attn2.to_k.weight"])
-    assert theirs[f"{block}.attn1.processor"].shape == (0,) and len(theirs) == len(W) * 3 / 2
-    for out in ("delta.ckpt", "folder"):
-        again, rows = read_official(tmp_path / out)[1]["concept"]
-        assert_close(again, W, rtol=0, atol=0)
-        assert torch.equal(rows["<new1>"], row)
-    save_concept(concept, {}, {"/../<x>": row}, ["/../<x> circle"], unet)
-    go(concept, "word", "diffusers")                        # a word is no path
-    assert [*tree(tmp_path / "word")] == ["-..-<x>.safetensors"]
+    again, rows = read_official(tmp_path / "delta.ckpt")[1]["concept"]
+    assert_close(again, W, rtol=0, atol=0)
+    assert torch.equal(rows["<new1>"], row)
     save_concept(concept, {**W, "out.0.bias": unet["out.0.bias"]}, {}, [], unet)
     go(concept, "no-word.ckpt", "official")
     with pytest.raises(SystemExit):                         # its name would lie
         go(concept, "x.safetensors", "official")
     assert "give a name that ends in .ckpt" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        go(concept, "other", "diffusers")
-    assert "takes concepts of --part kv or crossattn" in capsys.readouterr().err
     add_adapters(model, "ca_out", "ffn_in", rank=1)
     save_checkpoint(tmp_path / "adapter.pt", state := adapter_state(model))
     go(tmp_path / "adapter.pt", "adapter.safetensors", "official")
@@ -503,35 +455,6 @@ def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
     about = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
     assert json.loads(about["config"]) == {**state["spec"], "base": state["base"]}
     assert_close(read_weights(tmp_path / "adapter.safetensors"), state["adapter"], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("read, add", [("ca_out", "ffn_in"), ("res_in", "res_out")])
-def test_an_adapter_of_unet_finetune_beside_its_base(tmp_path, capsys, read, add):
-    """As its code saves it, see test_pretrained.py: --base, and --scale as for one of ours."""
-    task, model = sample.load(BASE)
-    x, t, y = torch.randn(2, *task.shape), torch.tensor([3, 900]), task.tokenizer(["a circle"] * 2)
-    before = model(x, t, y)
-    add_adapters(model, read, add, rank=2, activation="silu", scale=2.0, init="official")
-    layers = {"down": "adapter_inout.adp.0", "up": "adapter_inout.adp.2"} if add == "ffn_in" else {
-        "before.0": "adapter.0", "down": "adapter.2", "up": "adapter.4"}
-    files = {}
-    for name, w in adapter_state(model)["adapter"].items():
-        ours = next(layer for layer in layers if f".{layer}." in name)
-        block, kind = name.removeprefix("denoiser.").split(f".{ours}.")
-        stem, _, layer = layers[ours].partition(".")
-        files.setdefault(f"{block}.{stem}.pt", {})[f"{layer}.{kind}"] = w
-    for file, tensors in files.items():
-        torch.save(tensors, tmp_path / file)
-    theirs = {"ca_out": "attn2o", "ffn_in": "ffni", "res_in": "resi", "res_out": "reso"}
-    (tmp_path / "x.yaml").write_text(f"adapter_config:\n  din: {theirs[read]}\n  dout: "
-                                     f"{theirs[add]}\n  mid_dim: 2\n  method: silu\n  scale: 2.0")
-    got = sample.load(str(tmp_path), options=sample.Options(base=BASE))[1](x, t, y)
-    assert torch.equal(got, model(x, t, y)) and not torch.equal(got, before)
-    plain = sample.load(str(tmp_path), options=sample.Options(base=BASE, scale=0.0))[1](x, t, y)
-    assert torch.equal(plain, before)
-    with pytest.raises(SystemExit):
-        sample.main(["--ckpt", str(tmp_path), "--out", str(tmp_path / "x.png")])
-    assert "is an adapter: give the --base" in capsys.readouterr().err
 
 
 def test_a_concept_brings_its_word_and_its_matrices(tmp_path, capsys, monkeypatch):
