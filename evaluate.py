@@ -13,7 +13,7 @@ it is good, the picture is "legible". Read rates beside that: a smear's shape is
     mean of two shapes of one colour                     49       -              8       -
 For photographs, a small classifier learns the data set's classes, or without classes by how many
 quarter turns a picture was turned. Its 128 features of samples and of real pictures are compared:
-mean and covariance (Heusel et al. 2017), and who is near whom (Kynkaanniemi et al. 2019).
+mean and covariance (Heusel et al. 2017).
     python evaluate.py --ckpt out/dit/ckpt.pt --n 480 --cfg-scale 2         # samples, then scores
     python evaluate.py --images samples.npz --data shapes --json scores.json    # of sample.py --npz
 
@@ -289,26 +289,13 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + S1.trace() + S2.trace() - 2 * cross).item()
 
 
-def precision_recall(a, b, k=3):
-    """Share of features a (N, D) in a ball of b (M, D), and of b in one of a: round each feature as
-    far as its k-th neighbour. Compare at equal N = M. Source: Kynkaanniemi et al. 2019 Eq. 1, 2."""
-    def inside(a, b):
-        radius = torch.cdist(b, b).kthvalue(min(k + 1, len(b)), 0).values   # (M,), itself is first
-        return (torch.cdist(a, b) <= radius).any(1).double().mean().item()
-    return inside(a, b), inside(b, a)
-
-
 def score_pictures(model, images, real, labels=None):
-    """Classifier-FID, precision, recall of uint8 images (N, C, H, W), and the rate of labels (N,)
-    if given. real: a data.Dataset; N of its pictures are scored in the same way, as what can be
-    reached ("floor"), up to 10,000 others stand for it."""
+    """Classifier-FID of uint8 images (N, C, H, W), and the rate of labels (N,) if given.
+    real: a data.Dataset; N of its pictures make the floor, up to 10,000 others stand for it."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     floor, rest = order[:len(images)], order[len(images):][:10_000]     # enough for 128 x 128
     f, g, r = (features(model, x) for x in (images, real.images[floor], real.images[rest]))
     scores = {"fid": frechet_distance(f, r), "fid_floor": frechet_distance(g, r), "n_real": len(r)}
-    for end, x in (("", f), ("_floor", g)):
-        found = precision_recall(x[:len(r)], r[:len(x)])
-        scores |= zip(("precision" + end, "recall" + end), found)
     if labels is not None and real.num_classes > 1:
         right = model[-1](f).argmax(1).cpu() == labels.cpu()
         scores["rates"] = {"class": (right.double().mean().item(), len(right))}
@@ -432,9 +419,7 @@ def main(argv):
     if "fid" in scores:
         print("  classifier-FID  {fid:9.4f}   floor {fid_floor:9.4f}\n  against {n_real} real "
               "images, with {classifier}, test accuracy {classifier_accuracy:.3f} of "
-              "{classifier_task}\n"
-              "  precision       {precision:9.4f}   of real ones {precision_floor:9.4f}\n"
-              "  recall          {recall:9.4f}   of real ones {recall_floor:9.4f}".format(**scores))
+              "{classifier_task}".format(**scores))
     if options.json:
         with written_whole(options.json) as file:
             file.write(json.dumps({"made_by": MADE_BY, **scores}, indent=1).encode())
@@ -443,7 +428,7 @@ def main(argv):
 def _imitated(options, config):
     """The run's config with the flags that say what is imitated. Raises ValueError."""
     flags = {key: getattr(options, key) for key in ("data", "data_dir", "skip_bad")}
-    config = {"data": "", "data_dir": "data", "skip_bad": False, **config}
+    config = {"data": "", "data_dir": "data", "skip_bad": False, "seed": 0, **config}
     config |= {key: value for key, value in flags.items() if value is not None}
     name, drawn = config["data"], config["data"] in ("shapes", "scenes")
     if not name:
@@ -463,22 +448,23 @@ def _score(options):
         raise ValueError(f"{path} is no run of train.py: use sample.py --npz, then --images FILE")
     config, name, drawn = _imitated(options, saved.get("config", {}))
     if options.images:
-        *samples, _ = data.read_arrays(path, "npz")
+        *samples, theirs = data.read_arrays(path, "npz")
         n, side, draw = len(samples[0]), samples[0].shape[-1], lambda n: samples
     else:
         asked = {"cfg_scale": options.cfg_scale, "steps": options.steps, "seed": options.seed or 0}
-        n, side = options.n or 480, saved["info"]["image_size"]
+        info, n = saved["info"], options.n or 480
+        side, theirs = info["image_size"], info["class_names"]
         draw = lambda n: sampled(path, n, config, device, **asked)
     real = None if drawn else data.load(name, side, data_dir=config["data_dir"],
-                                        skip_bad=config["skip_bad"])
+                                        seed=config["seed"], skip_bad=config["skip_bad"])
     images, labels, captions = draw(1)          # what is wrong is said before all are sampled
     if drawn:
         rates(name, images, labels, captions)
     else:
         check_comparable((n, *images.shape[1:]), real)
     names = worlds.CLASS_NAMES if drawn else real.class_names
-    theirs = saved["info"]["class_names"] if saved else names
-    if name != "scenes" and labels is not None and (theirs != names or labels.max() >= len(names)):
+    other = labels is not None and ((theirs or names) != names or labels.max() >= len(names))
+    if name != "scenes" and other:
         raise ValueError(f"{path}: its classes must be those of {name}, in the same order")
     if real:
         steps = options.classifier_steps or 1000

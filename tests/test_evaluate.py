@@ -330,20 +330,6 @@ def test_frechet_distance_general():
     assert evaluate.frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
 
 
-def test_precision_and_recall_by_hand():
-    """On a line: b has balls of its 3rd neighbour's distance, a one point far away, one near."""
-    b = torch.tensor([[0.0], [1], [2], [3], [100]])         # radii 3, 2, 2, 3, 99
-    a = torch.tensor([[-2.9], [6.5], [198.9], [-4], [199.1]])
-    assert evaluate.precision_recall(a, b, 3)[0] == pytest.approx(3 / 5)
-    assert evaluate.precision_recall(b, a, 3)[1] == pytest.approx(3 / 5)
-    assert evaluate.precision_recall(a[:1], b[:4], 1) == (0, 0)     # a ball of radius 0
-    generator = torch.Generator().manual_seed(0)
-    wide, narrow = (torch.randn(300, 8, generator=generator) * s for s in (1, 0.2))
-    precision, recall = evaluate.precision_recall(narrow, wide)     # few modes, all of them good
-    assert precision > 0.9 and recall < 0.1
-    assert evaluate.precision_recall(wide, wide) == (1, 1)
-
-
 # ---------------------------------------------------------------- the classifier
 
 
@@ -383,8 +369,6 @@ def test_classifier_learns_and_its_distance_sees(stripes):
     assert wrong["rates"]["class"][0] == pytest.approx(1 - same["rates"]["class"][0])
     assert same["fid_floor"] == half["fid_floor"] and same["fid"] < 3 * same["fid_floor"]
     assert half["fid"] > 10 * same["fid_floor"]
-    assert min(same["precision"], same["recall"], same["recall_floor"], half["precision"]) > 0.8
-    assert half["recall"] < 0.6 and same["precision_floor"] == half["precision_floor"]
     # the floor is other pictures than the reference: together they are the data set, once each
     order = torch.randperm(450, generator=torch.Generator().manual_seed(0))
     floor, rest = (evaluate.features(model, real.images[i]) for i in (order[:150], order[150:]))
@@ -418,7 +402,7 @@ def test_without_classes_the_classifier_tells_quarter_turns(stripes):
     same, upside = (evaluate.score_pictures(model, x[:100], real, some)
                     for x in (images, images.flip(2)))
     assert same["fid"] < 3 * same["fid_floor"] and upside["fid"] > 10 * same["fid_floor"]
-    assert same["precision"] > 0.8 and upside["precision"] < 0.2 and "rates" not in same
+    assert "rates" not in same
     x = torch.arange(8.0).view(2, 1, 2, 2)
     seen = {}
     for seed in range(20):
@@ -589,7 +573,7 @@ def test_skip_bad_and_data_dir_are_handed_on(tmp_path, capsys, monkeypatch, stri
 
     asked = []
 
-    def load(name, image_size, data_dir, skip_bad):
+    def load(name, image_size, data_dir, skip_bad, seed):
         asked.append((name, image_size, data_dir, skip_bad))
         return dataclasses.replace(stripes, images=stripes.images.expand(-1, 3, -1, -1))
     monkeypatch.setattr(data, "load", load)
