@@ -391,24 +391,6 @@ def test_mirrored_copies_only_where_the_data_set_allows_them():
             assert chance > 0.8 if not flip else chance < 0.7, (seed, flip, chance)
 
 
-def test_without_classes_the_classifier_tells_quarter_turns(stripes):
-    """Pictures that are brighter at the top: other means, the same turns, far in features."""
-    shade = torch.linspace(40, -40, 16).view(1, 1, 16, 1)
-    images = (stripes.images[:300, :, ::2, ::2].float() / 2 + 60 + shade[:, :, ::2]).byte()
-    bare = data.Dataset("bare", images, torch.zeros(300).long(), None, [], False)
-    model, accuracy = evaluate.train_classifier(bare, steps=20)
-    assert accuracy >= 0.9 and model[-1].out_features == 4
-    real, some = rows(bare, slice(100, None)), torch.zeros(100, dtype=torch.int64)
-    same, upside = (evaluate.score_pictures(model, x[:100], real, some)
-                    for x in (images, images.flip(2)))
-    assert same["fid"] < 3 * same["fid_floor"] and upside["fid"] > 10 * same["fid_floor"]
-    assert "rates" not in same
-    x = torch.arange(8.0).view(2, 1, 2, 2)
-    seen = {}
-    for seed in range(20):
-        for picture, n in zip(*evaluate.turned(x[:1], torch.Generator().manual_seed(seed))):
-            seen[n.item()] = picture.flatten().tolist()
-    assert seen == {0: [0, 1, 2, 3], 1: [1, 3, 0, 2], 2: [3, 2, 1, 0], 3: [2, 0, 3, 1]}
 
 
 def test_only_like_is_compared_with_like(stripes):
