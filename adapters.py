@@ -19,8 +19,7 @@ Differences from the official code (Xiang-cd/unet-finetune; equal numbers with i
 1. `up` starts at zero, so a new adapter changes nothing. There, it changes the output.
 2. An impossible placement is refused; every parameter is listed once (there: twice).
 3. In a ResBlock the norm has as many groups as the block's; the rank may follow from a budget.
-4. A thing has a new word, whose row learns too. There, a rare word that stays as it is.
-"""
+4. A thing has a new word, whose row learns too. There, a rare word that stays as it is."""
 import dataclasses
 import math
 import re

@@ -21,8 +21,7 @@ Differences from the official code (adobe-research/custom-diffusion):
 2. The masked loss is a mean over valid numbers. There, it is a sum over channels: C times as much.
 3. A shrunk picture always has valid cells. There, its border of one cell can leave none (0/0).
 4. Pictures are not mirrored, as captions say left and right.
-5. merge: in float64, with a small ridge; nearly equal text states count once.
-"""
+5. merge: in float64, with a small ridge; nearly equal text states count once."""
 import copy
 import dataclasses
 import os

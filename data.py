@@ -45,19 +45,15 @@ class Dataset:
         if len(set(counts)) > 1:
             raise ValueError(f"{self.name}: images, labels and captions must agree, not {counts}")
         if len(self) and self.labels.ndim == 1:
-            low, high, top = *self.labels.aminmax(), max(0, self.num_classes - 1)
+            low, high, top = *self.labels.aminmax(), max(0, len(self.class_names) - 1)
             if low < 0 or high > top:
                 raise ValueError(f"{self.name}: labels {low} to {high}, class names for 0 to {top}")
-
-    @property
-    def num_classes(self):
-        return len(self.class_names)
 
     @property
     def about(self):
         """One line: how many pictures, classes and captions, and what was left out."""
         captions = "no" if self.captions is None else f"{len(self):,}"
-        return (f"{self.name}: {len(self):,} pictures, {self.num_classes or 'no'} classes, "
+        return (f"{self.name}: {len(self):,} pictures, {len(self.class_names) or 'no'} classes, "
                 f"{captions} captions" + f"; left out: {self.left_out}" * bool(self.left_out))
 
     def __len__(self):

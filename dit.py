@@ -21,8 +21,7 @@ Differences from the official code (facebookresearch/DiT; same state_dict names,
 2. Label dropout draws no random numbers in forward: the caller passes them to `drop_labels`, so a
    training step is a function of its inputs (it compiles, resumes, and splits over GPUs).
 3. Guidance (CFG: Ho & Salimans 2022) is diffusion.guided for all models; it guides all channels.
-4. An argument that the paper does not have, off by default: qk_norm.
-"""
+4. An argument that the paper does not have, off by default: qk_norm."""
 from collections import OrderedDict
 
 import torch

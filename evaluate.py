@@ -4,13 +4,9 @@ The idea. The worlds of worlds.py are drawn by a known program. The reader runs 
 without a network: take what differs from the background, split it into connected objects, fit every
 known shape by least squares, then all pairs of colours and all parts. The best fit names them; if
 it is good, the picture is "legible". Read rates beside that: a smear's shape is right 1 time in 6.
-    1,000 test renders each, percent       caption right: shapes, scenes  legible: shapes, scenes
-    clean                                               100     100            100     100
-    noise of sigma 0.1 on the 0..1 scale                100     99.9           100      86
-    3 x 3 box blur                                      100      91            100      89
-    5 x 5 box blur                                      100      55             30       5
-    9 x 9 box blur                                       36      12              0       0
-    mean of two shapes of one colour                     49       -              8       -
+Of 1,000 test renders it reads all right, and of shapes and scenes 100 and 99.9 % with noise of 0.1,
+100 and 91 % after a 3 x 3 box blur, 100 and 55 % (legible: 30 and 5 %) after 5 x 5, 36 and 12 %
+(none legible) after 9 x 9; and 49 % (8 %) of means of two shapes of one colour.
 For photographs, a small classifier learns the data set itself, and mean and covariance of its 128
 features over samples are compared with those over real pictures (Heusel et al. 2017).
     python evaluate.py --ckpt out/dit/ckpt.pt --n 480 --cfg-scale 2         # samples, then scores
@@ -327,12 +323,12 @@ def features(model, images):
 def train_classifier(dataset, steps=1000, device="cpu", seed=0):
     """Train on nine tenths of a data.Dataset, test on the rest. Returns (model, test accuracy), on
     CIFAR-10 62 % in 2.5 minutes on one core. Raises ValueError without classes."""
-    if dataset.num_classes < 2 or dataset.images.dtype != torch.uint8:
+    if len(dataset.class_names) < 2 or dataset.images.dtype != torch.uint8:
         raise ValueError(f"the classifier needs pictures with classes, and {dataset.name} has none")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):                 # initialisation uses the global one
         torch.manual_seed(seed)
-        model = make_classifier(dataset.images.shape[1], dataset.num_classes).to(device)
+        model = make_classifier(dataset.images.shape[1], len(dataset.class_names)).to(device)
     test, train = torch.randperm(len(dataset), generator=generator).tensor_split(
         [max(1, len(dataset) // 10)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
@@ -352,7 +348,7 @@ def train_classifier(dataset, steps=1000, device="cpu", seed=0):
 
 def kept_classifier(real, folder="out", steps=1000, device="cpu"):
     """A data.Dataset's (classifier, test accuracy, path): read, or else trained and written."""
-    trained_on = f"{real.name} {real.num_classes} {list(real.images.shape)} {steps}"
+    trained_on = f"{real.name} {len(real.class_names)} {list(real.images.shape)} {steps}"
     words = re.sub(r"\W", "-", real.name)[-40:]             # letters of any alphabet stay
     path = pathlib.Path(folder) / f"classifier-{words}-{zlib.crc32(trained_on.encode()):08x}.pt"
     if not path.exists():
@@ -361,7 +357,7 @@ def kept_classifier(real, folder="out", steps=1000, device="cpu"):
         model, accuracy = train_classifier(real, steps, device)
         save_checkpoint(path, {"model": model.state_dict(), "accuracy": accuracy})
     saved = load_checkpoint(path, "model", "accuracy")
-    model = make_classifier(real.images.shape[1], real.num_classes)
+    model = make_classifier(real.images.shape[1], len(real.class_names))
     load_weights(model, saved["model"], path)
     return model.to(device), saved["accuracy"], path
 

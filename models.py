@@ -6,8 +6,7 @@ and add one row here; tests/test_registry.py then tests it without another word:
 
     "mine": Family(CONTINUOUS, class_conditional(MyModel), {"mine-tiny": dict(width=64)}, "tiny-ae")
 
-    python train.py --model mine-tiny
-"""
+    python train.py --model mine-tiny"""
 import dataclasses
 import difflib
 import functools

@@ -21,8 +21,7 @@ Differences from the official code (openai/CLIP; CLIPTextModel of transformers):
 1. Python's `re` instead of the package `regex`; letters and numbers come from unicodedata.
 2. Without the package ftfy: text is brought into Unicode's NFC form and not repaired otherwise.
 3. Initialisation for training from scratch: each layer starts as the identity.
-4. No pooled vector and no projection, which Stable Diffusion does not use.
-"""
+4. No pooled vector and no projection, which Stable Diffusion does not use."""
 import difflib
 import gzip
 import html

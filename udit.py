@@ -19,8 +19,7 @@ Differences from the official code (YuchuanTian/U-DiT; state_dict names, order, 
 1. A dropped label is dropped in all three label tables, by the caller. The official code draws for
    each: all are dropped, as guidance needs, in 1 of 1,000 samples. Guidance acts on all channels.
 2. RepMlp trains on its summed weights (all its branches are linear): same function and gradients.
-3. `fold` returns a new model. The official one folds in .eval() and changes the trained kernels.
-"""
+3. `fold` returns a new model. The official one folds in .eval() and changes the trained kernels."""
 import copy
 import math
 from collections import OrderedDict

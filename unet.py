@@ -20,8 +20,7 @@ Differences from the official code (CompVis/latent-diffusion; same names, order 
 2. channel_mult may hold fractions and begin with any number (official: 1).
 3. attention_resolutions are checked: given pixel sizes, the official code builds no attention.
 4. norm_groups may be below the published 32: with 32 groups for 32 channels each group is one
-   channel, and normalising it removes the constant that t adds, so the block would ignore t.
-"""
+   channel, and normalising it removes the constant that t adds, so the block would ignore t."""
 from collections import OrderedDict
 
 import torch

@@ -16,8 +16,7 @@ Differences from the official code:
 2. TinyAutoencoder: latent noise and an L2 pull instead of the KL term; one scale per channel.
 3. VQ-VAE: k-means starts the codes after a warm-up, unused codes are moved, and beta also weighs
    the commitment loss of averaged codes.
-4. AutoencoderKL.encode returns the mean; the official code samples with the predicted variance.
-"""
+4. AutoencoderKL.encode returns the mean; the official code samples with the predicted variance."""
 from collections import OrderedDict
 from functools import partial
 

@@ -86,7 +86,7 @@ def yardstick(name, out, count):
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     rest, floor = (features(classifier, real.images[rows])
                    for rows in (order[count:][:10_000], order[:count]))
-    return classifier, rest, floor, real.num_classes
+    return classifier, rest, floor, len(real.class_names)
 
 
 def quality_of(world, task, ema, name, out, count):

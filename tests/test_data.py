@@ -187,7 +187,7 @@ def test_idx(tmp_path, monkeypatch, name):
     images, labels = official(tmp_path, monkeypatch, name)
     for i, split in enumerate(("train", "test")):
         got = data.load(name, 32, split, tmp_path)
-        assert got.num_classes == 10 and got.flip == (name == "fashion") and len(got) == 5
+        assert len(got.class_names) == 10 and got.flip == (name == "fashion") and len(got) == 5
         assert np.array_equal(got.images[:, 0, 2:30, 2:30], images + i)
         assert got.images.sum() == (images + i).sum(dtype=np.int64)      # the border is black
         assert got.labels.tolist() == labels.tolist()
