@@ -9,7 +9,7 @@
     python sample.py --ckpt assets/unet-scenes.pt --concept concept.pt --prompt "a <new1> circle"
     python sample.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "an astronaut riding a horse"
     python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse.safetensors --class 207
-    python sample.py --ckpt assets/unet-scenes.pt --export FOLDER --as diffusers    # or official"""
+    python sample.py --ckpt out/mine/ckpt.pt --export mine.safetensors --official   # for others"""
 import copy
 import dataclasses
 import difflib
@@ -64,9 +64,8 @@ class Options:
     dtype: str = flag(None, "official files (default: float16 on cuda, else float32)", "",
                       ["float32", "float16", "bfloat16"])
     out: str = flag(None, "file for the grid (default: samples.png beside a run's checkpoint)")
-    export: str = flag(None, "write a small checkpoint here instead of sampling, or see --as")
-    export_as: str = flag(None, "--as: ours, for sampling here (default), or as the official code "
-                          "reads it", "", ["ours", "official"], needs="export")
+    export: str = flag(None, "write a small checkpoint here instead of sampling")
+    official: bool = flag(None, "--export as the official code reads it", needs="export")
     note: str = flag(None, "--export: a line that travels in the file", "text", needs="export")
     strip: bool = flag(None, "also NAME-strip.png: x_t above the guess at x0", needs="!npz")
     gif: bool = flag(None, "also NAME.gif: the same as a film", needs="!npz")
@@ -121,14 +120,14 @@ def add_concept(path, task):
 
 
 # ---------------------------------------------------------------- files for others
-def export(path, out, note="", form="ours", command="", base=None):
-    """Write what a checkpoint of ours holds to `out`. form: "ours", for sampling and --init alone,
-    in half precision; "official", as the official code reads it. base: what a concept or adapter
-    was learned on. note, command: lines inside. Raises ValueError."""
+def export(path, out, note="", for_others=False, command="", base=None):
+    """Write what a checkpoint of ours holds to `out`, in half precision, for sampling and --init; or
+    for_others, as the official code reads it, and what was learned on a `base` beside it. note,
+    command: lines inside. Raises ValueError."""
     state = load_checkpoint(path)
-    if not base and not {"opt", "ema"} <= state.keys() and (form == "ours" or "task" not in state):
-        raise ValueError(f"{path} is not the checkpoint of a run: for others say --as and --base")
-    if form == "ours":
+    if not base and not ({"opt", "ema"} <= state.keys() or for_others and "task" in state):
+        raise ValueError(f"{path} is not the checkpoint of a run: for others say --official and --base")
+    if not for_others:
         small = halved({k: v for k, v in state.items() if k not in ("model", "opt")})
         return save_checkpoint(out, {"made_by": EXPORTED, **small, "note": note})
     tensors, config = learned(path, state, base) if base else official(path, state)
@@ -156,7 +155,7 @@ def official(path, state):
     Raises ValueError for another model, or one that the official code would draw otherwise."""
     task = task_from(state, path)
     if task.family not in (infer := {"dit": infer_dit, "udit": infer_udit}):
-        raise ValueError(f"{path} holds a {task.family}, which has no such form: say --as ours")
+        raise ValueError(f"{path} holds a {task.family}, which has no such form: leave --official out")
     tensors = task.model.state_dict()
     there = {"conditioning": "adaln_zero", "qk_norm": False, "schedule": "linear", "prediction":
              "eps", "input_size": task.model.input_size, **infer[task.family](tensors)}
@@ -309,15 +308,14 @@ def write(files, images, x, y, names, film, classes=()):
 @one_line
 def main(argv):
     """The command: options -> files."""
-    words = [re.sub("^--as(?=$|=)", "--export-as", re.sub("^--class(?=$|=)", "--classes", word))
-             for word in argv]
+    words = [re.sub("^--class(?=$|=)", "--classes", word) for word in argv]
     options, = parse(words, __doc__, Options)
     if options.export:
-        read = {"ckpt", "export", "note", "export_as", *["base"] * bool(options.export_as)}
+        read = {"ckpt", "export", "note", "official", *["base"] * bool(options.official)}
         refuse(options, " ".join(sorted(vars(options).keys() - read)),
                "is not read beside --export: leave one of them out")
         data.check_target(options.export, EXPORTED.encode())
-        export(options.ckpt, options.export, options.note or "", options.export_as or "ours",
+        export(options.ckpt, options.export, options.note or "", options.official or False,
                f"python sample.py {shlex.join(argv)}", options.base)
         return print(f"exported to {options.export}")
     device, files = resolve_device(options.device or "auto"), targets(options)

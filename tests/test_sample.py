@@ -399,7 +399,7 @@ def test_an_official_file_draws_the_same(runs, tmp_path, name, Model):
     ckpt, path = tmp_path / "ckpt.pt", tmp_path / "x.safetensors"
     state = load_checkpoint(runs / name / "ckpt.pt")
     save_checkpoint(ckpt, {**state, "settings": {**state["settings"], "schedule": "linear"}})
-    sample.main(["--ckpt", str(ckpt), "--export", str(path), "--as", "official", "--note", "mine"])
+    sample.main(["--ckpt", str(ckpt), "--export", str(path), "--official", "--note", "mine"])
     raw = path.read_bytes()
     about = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
     assert about["note"] == "mine" and "MIT" in about["licence"] and about["command"].startswith(
@@ -416,14 +416,13 @@ def test_an_official_file_draws_the_same(runs, tmp_path, name, Model):
         assert torch.equal(model(x, t, y), sample.load(str(path))[1](x, t, y))
 
 
-@pytest.mark.parametrize("name, form, words", [
-    ("latent", "official", "has schedule flow, and the official code linear"),
-    (BASE, "official", "holds a unet, which has no such form: say --as ours"),
-    ("ae", "official", "does not sample"), ("pixel", "diffusers", "choose from")])
-def test_what_another_program_does_not_have_is_refused(runs, tmp_path, capsys, name, form, words):
+@pytest.mark.parametrize("name, words", [
+    ("latent", "has schedule flow, and the official code linear"), ("ae", "does not sample"),
+    (BASE, "holds a unet, which has no such form: leave --official out")])
+def test_what_the_official_code_does_not_have_is_refused(runs, tmp_path, capsys, name, words):
     path = name if name.endswith(".pt") else str(runs / name / "ckpt.pt")
     with pytest.raises(SystemExit):
-        sample.main(["--ckpt", path, "--export", str(tmp_path / "x"), "--as", form])
+        sample.main(["--ckpt", path, "--export", str(tmp_path / "x"), "--official"])
     assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -434,9 +433,9 @@ def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
     W = {name: w + 0.1 for name, w in keys_and_values(unet).items()}
     concept, row = str(tmp_path / "concept.pt"), torch.randn(64)
     save_concept(concept, W, {"<new1>": row}, ["<new1> circle"], unet)
-    go = lambda path, out, form: sample.main([
-        "--ckpt", str(path), "--base", BASE, "--export", str(tmp_path / out), "--as", form])
-    go(concept, "delta.ckpt", "official")
+    go = lambda path, out: sample.main([
+        "--ckpt", str(path), "--base", BASE, "--export", str(tmp_path / out), "--official"])
+    go(concept, "delta.ckpt")
     delta = torch.load(tmp_path / "delta.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(delta.pop("embed"), row[None]) and delta.keys() == {
         f"model.diffusion_model.{name}" for name in W}
@@ -444,13 +443,13 @@ def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
     assert_close(again, W, rtol=0, atol=0)
     assert torch.equal(rows["<new1>"], row)
     save_concept(concept, {**W, "out.0.bias": unet["out.0.bias"]}, {}, [], unet)
-    go(concept, "no-word.ckpt", "official")
+    go(concept, "no-word.ckpt")
     with pytest.raises(SystemExit):                         # its name would lie
-        go(concept, "x.safetensors", "official")
+        go(concept, "x.safetensors")
     assert "give a name that ends in .ckpt" in capsys.readouterr().err
     add_adapters(model, "ca_out", "ffn_in", rank=1)
     save_checkpoint(tmp_path / "adapter.pt", state := adapter_state(model))
-    go(tmp_path / "adapter.pt", "adapter.safetensors", "official")
+    go(tmp_path / "adapter.pt", "adapter.safetensors")
     raw = (tmp_path / "adapter.safetensors").read_bytes()
     about = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
     assert json.loads(about["config"]) == {**state["spec"], "base": state["base"]}
@@ -500,7 +499,7 @@ GIVEN = {"ckpt": None, "classes": "1", "prompt": "a large red circle", "n": "3",
          "sampler": None, "steps": "3", "truncation": "0.2", "eta": "0.9", "seed": "7",
          "base": BASE, "scale": "0.5", "concept": BASE, "weights": "model", "vae": BASE, "bpe": "x",
          "image_size": "64", "dtype": "float16", "out": None, "export": "e.pt", "note": "x",
-         "export_as": None,
+         "official": True,
          "strip": True, "gif": True, "npz": "2", "init": "init.png",
          "mask": "mask.png", "strength": "0.4"}
 SAME = {"batch_size": "1", "device": "cpu"}                 # these change nothing but the speed
