@@ -121,12 +121,12 @@ def add_concept(path, task):
 
 # ---------------------------------------------------------------- files for others
 def export(path, out, note="", for_others=False, command="", base=None):
-    """Write what a checkpoint of ours holds to `out`, in half precision, for sampling and --init; or
-    for_others, as the official code reads it, and what was learned on a `base` beside it. note,
-    command: lines inside. Raises ValueError."""
+    """Write what a checkpoint of ours holds to `out`, in half precision, for sampling and --init.
+    for_others: as the official code reads it, also what was learned on a `base`. note, command:
+    lines inside. Raises ValueError."""
     state = load_checkpoint(path)
     if not base and not ({"opt", "ema"} <= state.keys() or for_others and "task" in state):
-        raise ValueError(f"{path} is not the checkpoint of a run: for others say --official and --base")
+        raise ValueError(f"{path} is not the checkpoint of a run: say --official --base BASE")
     if not for_others:
         small = halved({k: v for k, v in state.items() if k not in ("model", "opt")})
         return save_checkpoint(out, {"made_by": EXPORTED, **small, "note": note})
@@ -155,7 +155,7 @@ def official(path, state):
     Raises ValueError for another model, or one that the official code would draw otherwise."""
     task = task_from(state, path)
     if task.family not in (infer := {"dit": infer_dit, "udit": infer_udit}):
-        raise ValueError(f"{path} holds a {task.family}, which has no such form: leave --official out")
+        raise ValueError(f"{path} holds a {task.family}, with no such form: leave --official out")
     tensors = task.model.state_dict()
     there = {"conditioning": "adaln_zero", "qk_norm": False, "schedule": "linear", "prediction":
              "eps", "input_size": task.model.input_size, **infer[task.family](tensors)}

@@ -418,7 +418,7 @@ def test_an_official_file_draws_the_same(runs, tmp_path, name, Model):
 
 @pytest.mark.parametrize("name, words", [
     ("latent", "has schedule flow, and the official code linear"), ("ae", "does not sample"),
-    (BASE, "holds a unet, which has no such form: leave --official out")])
+    (BASE, "holds a unet, with no such form: leave --official out")])
 def test_what_the_official_code_does_not_have_is_refused(runs, tmp_path, capsys, name, words):
     path = name if name.endswith(".pt") else str(runs / name / "ckpt.pt")
     with pytest.raises(SystemExit):
@@ -542,7 +542,7 @@ def test_every_option_changes_the_files_or_is_refused(runs, known, tmp_path, mon
             before = files(*ALSO[name]) if name in ALSO else plain
             refused |= {name} if got == 2 else set()
             assert got == 2 or isinstance(got, dict) and got != before, name
-    always = {"base", "scale", "vae", "bpe", "image_size", "dtype", "concept"}
+    always = {"base", "scale", "vae", "bpe", "image_size", "dtype", "concept", "official"}
     none, words = {"cfg_scale", "cfg_channels"}, {"prompt", "negative"}
     expected = {
         "flow": {"truncation", "eta", *words}, "gaussian": {"truncation", *words},
@@ -557,7 +557,7 @@ def test_every_option_changes_the_files_or_is_refused(runs, known, tmp_path, mon
 @pytest.mark.parametrize("flags", [[f"--{name.replace('_', '-')}", *[value] * (value is not True)]
                                    for name, value in {**GIVEN, **SAME, "sampler": "ddim",
                                                        "out": "x.png"}.items()
-                                   if value and name not in ("export", "note")], ids=lambda x: x[0])
+                                   if value and name not in ("export", "note", "official")], ids=lambda x: x[0])
 def test_an_export_reads_nothing_else(runs, tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as stopped:
         sample.main(["--ckpt", str(runs / "latent" / "ckpt.pt"), "--export", str(tmp_path / "e.pt"),
