@@ -557,7 +557,8 @@ def test_every_option_changes_the_files_or_is_refused(runs, known, tmp_path, mon
 @pytest.mark.parametrize("flags", [[f"--{name.replace('_', '-')}", *[value] * (value is not True)]
                                    for name, value in {**GIVEN, **SAME, "sampler": "ddim",
                                                        "out": "x.png"}.items()
-                                   if value and name not in ("export", "note", "official")], ids=lambda x: x[0])
+                                   if value and name not in ("export", "note", "official")],
+                         ids=lambda x: x[0])
 def test_an_export_reads_nothing_else(runs, tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as stopped:
         sample.main(["--ckpt", str(runs / "latent" / "ckpt.pt"), "--export", str(tmp_path / "e.pt"),

@@ -312,7 +312,8 @@ def test_the_report_is_what_the_committed_rows_say():
 def test_readmes_claims_have_the_verdicts_of_the_studies():
     """Of an adapter's claims, which have numbers, the verdict on the part that is drawn counts."""
     here = pathlib.Path(common.__file__).parent
-    said = re.findall(r"^- \*([^*]+)\* \(.+?\): (.+)$", (here.parent / "README.md").read_text(), re.M)
+    readme = (here.parent / "README.md").read_text()
+    said = re.findall(r"^- \*([^*]+)\* \(.+?\): (.+)$", readme, re.M)
     written, found = (here / "README.md").read_text(), {}
     for line in written.splitlines():
         cells = [cell.strip(" *") for cell in line.split("|")]

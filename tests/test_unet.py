@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import fill_by_recipe, golden_case
 from diffusion import timestep_embedding
+from studies.attention import word_attention
 from unet import (UNET_CONFIGS, CrossAttention, ResBlock, SpatialTransformer, Tapped,
                   TransformerBlock, UNet)
 
@@ -383,6 +384,46 @@ def test_an_adapter_is_a_part_of_the_model():
     assert block.adapter.amount == 0.5
     with pytest.raises(TypeError):
         model.middle_block[0].adapter = lambda name, x: x  # would not move, save, or copy
+
+
+# ---- attention of each word ----------------------------------------------------------------------
+
+def test_word_attention_weighs_the_values_as_the_layer_does():
+    """One layer, its map 4 x 2: weights times values, mean over heads, is what the layer makes."""
+    torch.manual_seed(0)
+    model = UNet(**{**TINY, "attention_resolutions": ()})
+    layer, made = model.middle_block[1].transformer_blocks[0].attn2, []
+    with torch.no_grad():
+        layer.to_q.weight.mul_(30)                                      # far from even weights
+        layer.to_v.weight.copy_(layer.to_v.weight[:32].repeat(2, 1))    # both heads: equal values
+    layer.to_out.register_forward_hook(lambda module, inputs, out: made.append(inputs[0]))
+    x, t, context = inputs()
+    x = x[..., :4]                                                      # (2, 4, 8, 4)
+    maps = word_attention(model, x, t, context)
+    assert maps.shape == (2, 5, 8, 4) and not maps.requires_grad
+    assert maps.amax() > 0.5                                            # even: 0.2
+    assert_close(maps.sum(1), torch.ones(2, 8, 4))
+    mean = made[0].unflatten(2, (2, 32)).mean(2).mT.unflatten(2, (4, 2))        # (2, 32, 4, 2)
+    mixed = torch.einsum("blhw,bld->bdhw", maps, layer.to_v(context)[..., :32])
+    assert_close(mixed, F.interpolate(mean, (8, 4), mode="bilinear"), rtol=1e-4, atol=1e-5)
+
+
+def test_word_attention_is_a_mean_over_layers_and_leaves_nothing_behind():
+    torch.manual_seed(0)
+    model, given = UNet(**TINY), inputs()           # new transformers add 0: no layer sees another
+    layers = [m for name, m in model.named_modules() if name.endswith("attn2")]
+    with torch.no_grad():
+        kept = [layer.to_q.weight.mul_(30).clone() for layer in layers]
+        whole, alone = word_attention(model, *given), []
+        for one in layers:
+            for layer, weight in zip(layers, kept):
+                layer.to_q.weight.copy_(weight if layer is one else 0 * weight)         # even: 1/5
+            alone.append(word_attention(model, *given) - 0.2)
+    assert len(layers) == 7 and all(maps.abs().max() > 0.01 for maps in alone)
+    assert_close(whole, 0.2 + sum(alone))
+    with pytest.raises(ValueError, match="context has shape"):
+        word_attention(model, *given[:2], given[2][0])
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 # ---- errors --------------------------------------------------------------------------------------
