@@ -323,6 +323,7 @@ def task_from(state, path, weights="ema"):
         raise ValueError(f"{path} was exported with averaged weights alone: leave out --weights")
     with built_from(path):
         settings = check(settings_class(state["task"])(**state["settings"]))
+        "".join(state["info"]["class_names"])           # raises for what is no text
         task = build_task(state["config"]["model"], settings, state["info"],
                           first_stage_from(state.get("first_stage"), path))
     load_weights(task.model, state[weights], path)

@@ -391,6 +391,15 @@ def test_exported_checkpoints_are_small_and_sample_nearly_the_same(
         assert words in capsys.readouterr().err
 
 
+def test_class_names_that_are_no_text_are_refused(runs, tmp_path, capsys):
+    state = load_checkpoint(runs / "pixel" / "ckpt.pt")
+    save_checkpoint(tmp_path / "x.pt", {**state, "info": {
+        **state["info"], "class_names": [torch.zeros(1), "b"]}})
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--ckpt", str(tmp_path / "x.pt"), "--out", str(tmp_path / "x.png")])
+    assert stopped.value.code == 2 and "x.pt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name, Model", [("pixel", DiT), ("udit", UDiT)])
 def test_an_official_file_draws_the_same(runs, tmp_path, name, Model):
     """Its names are those of the official code (test_dit.py, test_udit.py), and the config says
