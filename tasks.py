@@ -24,6 +24,7 @@ import os
 import pathlib
 import re
 import zlib
+from contextlib import nullcontext
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -202,7 +203,7 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
         mine = {name: value[rows] for name, value in dict(per_picture).items()}
         mine |= {"callback": watch} if film else {}
         mine["generator"] = seeds(seed + first, len(y[rows]), y.device)
-        with model.register_forward_pre_hook(listen) if film else torch.no_grad():
+        with model.register_forward_pre_hook(listen) if film else nullcontext():
             sampled.append(task.sample(model, y[rows], **mine, **options))
         pictures.append(task.to_pictures(sampled[-1]).cpu())
         films.append([*seen, ("end: noise 0.00", pictures[-1].repeat(1, 1, 2, 1))] if film else [])
