@@ -440,17 +440,18 @@ def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
     task, model = sample.load(BASE)
     unet = {name: w.clone() for name, w in model.denoiser.state_dict().items()}
     W = {name: w + 0.1 for name, w in keys_and_values(unet).items()}
-    concept, row = str(tmp_path / "concept.pt"), torch.randn(64)
-    save_concept(concept, W, {"<new1>": row}, ["<new1> circle"], unet)
+    concept, row = str(tmp_path / "concept.pt"), torch.randn(2, 64)
+    save_concept(concept, W, {"<new1>": row[0], "<new2>": row[1]}, ["<new1> circle", "<new2> star"],
+                 unet)
     go = lambda path, out: sample.main([
         "--ckpt", str(path), "--base", BASE, "--export", str(tmp_path / out), "--official"])
     go(concept, "delta.ckpt")
     delta = torch.load(tmp_path / "delta.ckpt", weights_only=True)["state_dict"]
-    assert torch.equal(delta.pop("embed"), row[None]) and delta.keys() == {
+    assert torch.equal(delta.pop("embed"), row) and delta.keys() == {
         f"model.diffusion_model.{name}" for name in W}
     again, rows = read_official(tmp_path / "delta.ckpt")[1]["concept"]
     assert_close(again, W, rtol=0, atol=0)
-    assert torch.equal(rows["<new1>"], row)
+    assert torch.equal(torch.stack([rows["<new1>"], rows["<new2>"]]), row)
     save_concept(concept, {**W, "out.0.bias": unet["out.0.bias"]}, {}, [], unet)
     go(concept, "no-word.ckpt")
     with pytest.raises(SystemExit):                         # its name would lie
