@@ -1,10 +1,10 @@
-"""Two real subjects, DreamBooth's photographs of a dog and a cat, on a base of CIFAR-10 alone.
+"""Two real subjects, DreamBooth's photographs of a dog and a cat, on a base of CIFAR-10's alone.
 
 Nothing is measured: the base is small, and the pictures have 32 x 32 pixels. But one can see what
 is learned of the subject (colours and ground, hardly the animal), whether other dogs stay what they
 were (with keys and values they do, with all weights they turn orange), and what is left of two
 subjects in a merged model (the dog, hardly the cat).
-CIFAR-10 gets captions, "a photo of a dog"; every second one says how light or how warm the
+Its dogs and cats get captions, "a photo of a dog"; every second one says how light or how warm the
 photograph is, "a dark photo of a dog", which can then be asked of a subject whose photographs do
 not show it. The base takes about an hour of one core, a subject about a minute.
 
@@ -27,6 +27,7 @@ import train
 from checkpoint import load_checkpoint
 from cli import one_line
 from studies.common import RESULTS, parser
+from studies.custom_merge import softly
 
 OUT = pathlib.Path("out/studies/dreambooth")
 SUBJECTS = {"dog6": "dog", "cat2": "cat"}
@@ -34,20 +35,24 @@ TONES = (("dark", "bright"), ("cold", "warm"))
 BASE = ["--model", "unet-tiny", "--latent-channels", "12", "--latent-noise", "0.1",
         "--first-stage", "new", "--first-stage-steps", "1500", "--flow-shift", "1",
         "--steps", "6000", "--ema", "0.999"]
+LEARN = ["--steps", "400"]
 METHODS = {"K/V and word": [], "all weights": ["--part", "all", "--lr", "5e-4"]}
 
 
 def captioned(name):
-    """A data set with classes, written as a folder of pictures with captions -> folder:PATH."""
+    """The dogs and cats of CIFAR-10 as a folder of pictures with captions -> folder:PATH."""
     folder = OUT / "captioned"
     if not (folder / "metadata.jsonl").is_file():
         photos = data.load(name)
+        labels = [photos.class_names.index(category) for category in SUBJECTS.values()]
+        chosen = torch.isin(photos.labels, torch.tensor(labels))
+        images, labels = photos.images[chosen], photos.labels[chosen]
         folder.mkdir(parents=True, exist_ok=True)
-        mean = photos.images.float().mean((2, 3))                               # (N, 3)
+        mean = images.float().mean((2, 3))                                      # (N, 3)
         tones = torch.stack([mean.mean(1), mean[:, 0] - mean[:, 2]])          # (2, N) light, warmth
         low, high = tones.quantile(torch.tensor([1 / 3, 2 / 3]), dim=1)         # (2,) each
         lines = []
-        for i, (picture, label) in enumerate(zip(photos.images, photos.labels.tolist())):
+        for i, (picture, label) in enumerate(zip(images, labels.tolist())):
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
             which = i // 2 % 2                                  # light and warmth in turn
             tone = int(tones[which, i] > high[which]) - int(tones[which, i] < low[which])
@@ -133,15 +138,13 @@ def main(argv):
     base = str(out / "ckpt.pt")
     for name, category in SUBJECTS.items():
         given = ["--base", base, "--concept", concepts[name],
-                 "--category", category, "--steps", "400"]
+                 "--category", category, *LEARN]
         for method, flags in METHODS.items():
             out = run(learn, f"{name}-{method.replace('/', '')}", *given, *flags)
             files[name, method] = out / "concept.pt"
     merged = OUT / "merged.pt"
-    merged.unlink(missing_ok=True)
-    custom_diffusion.main(["merge", *(str(files[name, "K/V and word"]) for name in SUBJECTS),
-                           "--base", base, "--padding", "--ridge", "10", "--tolerance", "0.3",
-                           "--out", str(merged)])
+    softly([str(files[name, "K/V and word"]) for name in SUBJECTS], merged, base,
+           data.load(classes).captions[:1000])
     columns = {}
     for k, (name, category) in enumerate(SUBJECTS.items(), 1):
         photos = data.load(f"folder:{OUT / name}").images

@@ -997,3 +997,31 @@ def test_halves_and_the_soft_merges_rows():
                                                          "a star left of a star"])
     assert seen == ["a <new1> star", "a red <new1> star on navy", "a <new1> star left of a star"]
     assert rows.shape == (15, 3)
+
+
+def test_real_subjects_are_learned_and_merged(tmp_path, monkeypatch):
+    """The whole study, shortened: from photographs with classes to the figure."""
+    import numpy as np
+    from PIL import Image
+    from studies import dreambooth
+    from tasks import DiffusionTask
+    noise = np.random.default_rng(0)
+    for place in ("cifar/dog", "cifar/cat", "cifar/ship", "subjects/dog6", "subjects/cat2"):
+        (tmp_path / place).mkdir(parents=True)
+        for k in range(4):
+            pixels = noise.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / place / f"{k}.png")
+    short = ["--first-stage-steps", "1", "--steps", "1", "--batch-size", "2"]
+    monkeypatch.setattr(dreambooth, "OUT", tmp_path / "out")
+    monkeypatch.setattr(dreambooth, "RESULTS", tmp_path)
+    monkeypatch.setattr(dreambooth, "BASE", dreambooth.BASE + short)
+    monkeypatch.setattr(dreambooth, "LEARN", ["--steps", "1", "--batch-size", "1"])
+    monkeypatch.setattr(DiffusionTask, "preview", lambda *given: None)
+    drawn = []                                              # what each row of the figure is asked
+    monkeypatch.setattr(dreambooth.sample, "sample_all", lambda task, model, ids, seed: (
+        drawn.append(ids), torch.zeros(6, 3, 32, 32, dtype=torch.uint8)))
+    dreambooth.main(["--cifar", f"folder:{tmp_path / 'cifar'}",
+                     "--subjects", str(tmp_path / "subjects")])
+    lines = (tmp_path / "out" / "captioned" / "metadata.jsonl").read_text().splitlines()
+    assert len(lines) == 8 and "ship" not in "".join(lines)     # dogs and cats alone
+    assert (tmp_path / "dreambooth.png").is_file() and len(drawn) == 2 * (1 + 2 * 3 + 2)
