@@ -6,7 +6,7 @@ were (with keys and values they do, with all weights they turn orange), and what
 subjects in a merged model (the dog, hardly the cat).
 Its dogs and cats get captions, "a photo of a dog"; every second one says how light or how warm the
 photograph is, "a dark photo of a dog", which can then be asked of a subject whose photographs do
-not show it. The base takes about an hour of one core, a subject about a minute.
+not show it. The base takes about forty minutes of one core, a subject about a minute.
 
     python -m studies.dreambooth --cifar folder:PATH --subjects PATH    # -> results/dreambooth.png
 
@@ -34,7 +34,7 @@ SUBJECTS = {"dog6": "dog", "cat2": "cat"}
 TONES = (("dark", "bright"), ("cold", "warm"))
 BASE = ["--model", "unet-tiny", "--latent-channels", "12", "--latent-noise", "0.1",
         "--first-stage", "new", "--first-stage-steps", "1500", "--flow-shift", "1",
-        "--steps", "6000", "--ema", "0.999"]
+        "--steps", "4000", "--ema", "0.999"]
 LEARN = ["--steps", "400"]
 METHODS = {"K/V and word": [], "all weights": ["--part", "all", "--lr", "5e-4"]}
 
