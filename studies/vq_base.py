@@ -69,12 +69,12 @@ def rates_of(pictures, captions):
             **{short: rates.get(name, "") for short, name in names.items()}}
 
 
-@torch.no_grad()
 def through_tokens(count=1000):
     """The columns of `accuracy` for real test pictures that went through the VQ-VAE."""
     world, stage = data.load("scenes", split="test", count=count), load_first_stage(first_stage())
-    pictures = [stage.decode(stage.encode(data.to_float(some))).clamp(-1, 1)
-                for some in world.images.split(100)]
+    with torch.no_grad():
+        pictures = [stage.decode(stage.encode(data.to_float(some))).clamp(-1, 1)
+                    for some in world.images.split(100)]
     return rates_of(data.to_uint8(torch.cat(pictures)), world.captions)
 
 

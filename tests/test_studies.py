@@ -1025,3 +1025,13 @@ def test_real_subjects_are_learned_and_merged(tmp_path, monkeypatch):
     lines = (tmp_path / "out" / "captioned" / "metadata.jsonl").read_text().splitlines()
     assert len(lines) == 8 and "ship" not in "".join(lines)     # dogs and cats alone
     assert (tmp_path / "dreambooth.png").is_file() and len(drawn) == 2 * (1 + 2 * 3 + 2)
+
+
+def test_tokens_are_measured_with_a_first_stage_that_could_still_learn(monkeypatch):
+    """It is trained in that call, if it is not there yet: without gradients that would fail."""
+    from studies import vq_base
+    seen = []
+    monkeypatch.setattr(vq_base, "trained", lambda flags, out: seen.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(vq_base, "load_first_stage", lambda path: types.SimpleNamespace(
+        encode=lambda x: x, decode=lambda x: x))
+    assert vq_base.through_tokens(8)["all"] == 1 and seen == [True]
