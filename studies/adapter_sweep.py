@@ -11,7 +11,7 @@ on two other things (--tune), by alignment minus leak. Columns:
   body, hits likeness of the body's colour; share of pictures with part > 0.5 and body > 0.6
   leak       share of hits when the bare category is asked for, less that of the base
   bare       mean contrast of the part when the bare category is asked for, less that of the base
-  net        alignment minus leak: fidelity at equal leak
+  net        alignment minus leak
   plain      24 other captions: share with all attributes right
 Analysis of variance: units are placements (mean over seeds, then over things), as runs of one are
 alike. p: the share of 1,999 permutations with as large an F, of the placements, or where F is
@@ -338,8 +338,10 @@ def report():
         return ""
     names = list(dict.fromkeys(row["thing"] for row in rows))
     variance, ps = variance_table(rows)
-    text = (f"{len(names)} things ({', '.join(names)}), {len({row['seed'] for row in rows})} "
-            f"seeds; ± is the standard error over things. {rates_text()}\n\n"
+    counts = sorted({len({row["seed"] for row in rows if row["thing"] == n}) for n in names})
+    seeds = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))      # of a thing
+    text = (f"{len(names)} things ({', '.join(names)}), {seeds} seeds; "
+            f"± is the standard error over things. {rates_text()}\n\n"
             + method_table(rows) + "\n"
             + variance + "\n")
     for column in ("alignment", "net"):

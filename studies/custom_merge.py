@@ -90,11 +90,17 @@ def softly(own, path, base, captions):
     save_concept(path, {name: w.float() for name, w in W.items()}, words, sum(concepts, []), unet)
 
 
-def combine(pair, how, seed, path):
-    """One concept file for two things that were learned apart (or together, or in turn)."""
+def own_files(pair, seed):
+    """The files of two things that learned apart, trained if they are not there yet."""
     own = [OUT / f"{name}-K V and word-{seed}.pt" for name in pair]
     for name, file in zip(pair, own):
         learn([name], file, flags_of("K/V and word"), seed)
+    return own
+
+
+def combine(pair, how, seed, path):
+    """One concept file for two things that were learned apart (or together, or in turn)."""
+    own = own_files(pair, seed)
     unet, flags = base_task(BASE, "").model.denoiser.state_dict(), flags_of("K/V and word")
     if how == "joint":
         learn(pair, path, [*flags, "--batch-size", "32"], seed)
@@ -147,7 +153,7 @@ def run_cell(cell, bench):
     """One row of the table."""
     pair = tuple(cell["pair"].split(" + "))
     if cell["how"] == "apart":
-        own = [OUT / f"{name}-K V and word-{cell['seed']}.pt" for name in pair]
+        own = own_files(pair, cell["seed"])
         rows = [bench.measure_thing(bench.with_concept(path), name, "<new1>")
                 for path, name in zip(own, pair)]
         more = dict.fromkeys(["both", "plain", *(f"missed {kind}" for kind in KINDS)], "")

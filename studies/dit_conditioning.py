@@ -83,7 +83,7 @@ def report():
             + "\n**Arms**\n\n" + markdown(
                 ["arm", "seeds", "M params", "M MACs", "CPU-s", "held-out loss", "right, %",
                  "clean, %", "guided, %"], lines)
-            + "\nAt DiT-XL/2 the blocks cost 119.4 (in-context), 137.6 (cross-attention), 118.5 "
+            + "\nAt DiT-XL/2 the blocks cost 119.4 (in-context), 137.6 (cross-attention), 118.6 "
             "(adaLN) and 118.6 (adaLN-Zero) G MACs, in the paper and counted in tests/test_dit.py. "
             + rates_text(TUNED, MODELS))
 
@@ -96,7 +96,7 @@ def plot(axes):
         if means:
             axes.errorbar(steps, *zip(*means), label=model, capsize=2)
     axes.set(xlabel="optimizer step", ylabel="held-out loss (velocity MSE)", yscale="log",
-             title="Conditioning blocks and a U-Net, equal MACs")
+             title="Conditioning blocks and a U-Net")
     axes.legend()
 
 

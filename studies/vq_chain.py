@@ -22,7 +22,7 @@ from studies.vq_base import AXES, OUT, accuracy, captions_of
 from vqdiffusion import MaskReplace
 
 RATES = (0.0, 0.5, 0.9, 1.0)
-FULL = ["--model", "vq-tiny"]
+FULL = ["--model", "vq-tiny", "--steps", "3000"]
 WAYS = {**{f"{n} calls": {"steps": n} for n in (100, 25, 10, 5)},
         **{f"{n} calls, released jumps": {"steps": n, "released": True} for n in (25, 10, 5)},
         **{f"truncation {r}": {"truncation": r} for r in (0.86, 0.7)},

@@ -17,10 +17,10 @@ import torch
 
 import data
 from cli import one_line
+from studies import scenes_base
 from studies.common import (RULE, Table, claims, figure, markdown, mean_se, parser, run, setup,
                             shown, train_and_watch)
 from studies.vq_base import OUT, accuracy, captions_of
-from train import main as train_main
 from vqdiffusion import Attention
 
 STEPS, CODES = 1500, OUT / "first_stage-4"
@@ -35,11 +35,7 @@ COLUMNS = {"bound": (3, 1), "ce": (3, 1), "two": (1, 100), "one": (1, 100), "sha
 
 def first_stage():
     """The VQ-VAE of the default run, cells of 4x4 pixels, trained once -> its checkpoint."""
-    path = CODES / "ckpt.pt"
-    if not path.is_file():
-        train_main(["--model", "vq-vae", "--data", "scenes", "--hold-out", "--sample-every", "0",
-                    "--device", "cpu", "--out", str(CODES)])
-    return str(path)
+    return scenes_base.trained(["--model", "vq-vae", "--steps", "1600"], CODES)
 
 
 def keep_parts(model, parts, seed):
