@@ -11,12 +11,11 @@ GiB, peak of the process, on cuda of the device."""
 import dataclasses
 
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import data
 from cli import flag, one_line, parse, resolve_device
 from models import FAMILIES, find_model, make_task
-from studies.meters import best, clock, limit, memory, outside, sampling
+from studies.meters import best, clock, limit, memory, outside, overfit, sampling
 from train import make_step, read_flags
 
 DEFAULT = ("DiT-128x4/2", "udit-tiny", "unet-tiny", "vq-tiny", "tiny-ae", "vq-vae")
@@ -46,14 +45,6 @@ def run_of(model, options, *flags):
     config.device = resolve_device(config.device)
     dataset = data.load(config.data, config.image_size, count=max(512, config.batch_size))
     return config, make_task(config, settings, dataset), dataset
-
-
-def overfit(model, options):
-    """Train on one batch with fixed noise -> (first, last loss). A sound model gets below 5 %."""
-    config, task, dataset = run_of(model, options, "--warmup", "0", "--lr-decay", "constant")
-    step = make_step(config, dataset, task)
-    losses = [step(0)[0]["loss"] for _ in tqdm(range(options.steps), desc=f"{model}, one batch")]
-    return losses[0].item(), losses[-1].item()
 
 
 def measure(model, options):
@@ -95,7 +86,8 @@ def main(argv):
         run_of(model, options)
     for model in models:
         if options.overfit:
-            first, last = overfit(model, options)
+            constant = "--warmup", "0", "--lr-decay", "constant"
+            first, last = overfit(*run_of(model, options, *constant), options.steps)
             failed += not (learned := last < 0.05 * first)              # False for nan too
             print(f"{model}: loss {first:.4f} -> {last:.4f} ({last / first:.1%}), "
                   f"{'ok' if learned else 'NOT ok'}")

@@ -142,12 +142,21 @@ def named_tensors(state, path):
     first of "ema", "model" and "state_dict". Raises ValueError if there is none."""
     state = state if isinstance(state, dict) else {}
     wrapped = [state[key] for key in ("ema", "model", "state_dict") if key in state]
-    state = next((inner for inner in wrapped if isinstance(inner, dict)), state)
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()
-             if isinstance(name, str) and torch.is_tensor(tensor)}
+    state = _flat(next((inner for inner in wrapped if isinstance(inner, dict)), state))
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): w for name, w in state.items()}
     if not state:
         raise ValueError(f"{path} holds no named tensors: it is no file of weights")
     return state
+
+
+def _flat(content, before=""):
+    """{dotted name: tensor} of nested dicts, and of what stands for torch's ParameterDict."""
+    content = getattr(content, "_parameters", content)
+    if torch.is_tensor(content):
+        return {before[:-1]: content}
+    items = content.items() if isinstance(content, dict) and len(before) < 1000 else ()
+    return {key: tensor for name, value in items if isinstance(name, str)
+            for key, tensor in _flat(value, f"{before}{name}.").items()}
 
 
 # ---- files. safetensors: 8 bytes, a JSON's length; JSON {name: {dtype, shape, data_offsets}}; data

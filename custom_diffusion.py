@@ -329,7 +329,8 @@ class ConceptTask(DiffusionTask):
             rows = torch.cat([select_prior(self.model.text, self.tokenizer, captions, bare,
                                            generator=generator) for bare in self.bare]).tolist()
             return data.to_float(dataset.images[rows]), [captions[i] for i in rows]
-        named = [[c for c in options.category if c in text.split()] for text in captions]
+        split = [self.tokenizer.WORD.findall(text.lower()) for text in captions]
+        named = [[c for c in options.category if c.lower() in words] for words in split]
         for category in [c for c in options.category if all(c not in found for found in named)]:
             raise ValueError(f"no caption or class of {dataset.name} names {category}: choose "
                              "another --prior, or --prior generated")

@@ -293,8 +293,7 @@ def _strips(captions, width):
 def make_grid(images, nrow=8, captions=None, pad=2, scale=None):
     """Images (N, C, H, W), uint8 or float [-1, 1], C = 1 or 3, as one picture (H', W', 3) uint8.
     captions: N strings, put below.  scale: whole; None = 1, or for captions to 64 pixels."""
-    images = images.detach().cpu()
-    images = images if images.dtype == torch.uint8 else to_uint8(images)
+    images = (images if images.dtype == torch.uint8 else to_uint8(images)).detach().cpu()
     tiles = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()                 # (N, H, W, 3)
     scale = scale or (math.ceil(64 / tiles.shape[2]) if captions else 1)
     tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)                        # nearest

@@ -348,7 +348,7 @@ def train_classifier(dataset, steps=1000, device="cpu", seed=0):
 
 def kept_classifier(real, folder="out", steps=1000, device="cpu"):
     """A data.Dataset's (classifier, test accuracy, path): read, or else trained and written."""
-    trained_on = f"{real.name} {len(real.class_names)} {list(real.images.shape)} {steps}"
+    trained_on = str((real.name, real.class_names, real.labels.tolist(), real.images.shape, steps))
     words = re.sub(r"\W", "-", real.name)[-40:]             # letters of any alphabet stay
     path = pathlib.Path(folder) / f"classifier-{words}-{zlib.crc32(trained_on.encode()):08x}.pt"
     if not path.exists():

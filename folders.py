@@ -47,15 +47,16 @@ def read_folder(root, image_size=32, split="train", count=None, seed=0, skip_bad
     if "" in classes and len(classes) > 1 and bare:
         raise ValueError(f"{root} holds images beside the folder {classes[1]}: keep one of the two")
     number = {} if "" in classes else {name: i for i, name in enumerate(classes)}
-    rows = [rows[i] for i in choose(len(rows), split, count, seed)]
+    paths = [*dict.fromkeys(row[0] for row in rows)]    # all captions of a picture stay together
+    kept = {paths[i] for i in choose(len(paths), split, count, seed)}
+    rows = [row for row in rows if row[0] in kept]
     images, good = _read_images([row[0] for row in rows], image_size, skip_bad, encode)
     left_out["unreadable"] = len(rows) - len(good)
     left_out = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
     if not good:
         raise ValueError(f"no images in {root} to {asked}; left out: {left_out or 'nothing'}")
     labels = torch.tensor([number.get(rows[i][2], 0) for i in good])
-    captions = None if bare else [rows[i][3] for i in good]
-    return images, labels, captions, list(number), left_out
+    return images, labels, None if bare else [rows[i][3] for i in good], list(number), left_out
 
 
 def choose(total, split, count, seed):

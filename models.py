@@ -216,6 +216,8 @@ def describe(dataset, model, first_stage):
     """What a model needs to know of its data, as plain values that travel in the checkpoint.
     Raises ValueError for missing captions, and for latents that this first stage did not make."""
     captions, (channels, side) = FAMILIES[find_model(model)[0]].captions, dataset.images.shape[1:3]
+    if dataset.images.is_floating_point() and first_stage.kind == "none" and channels < 4:
+        raise ValueError(f"{dataset.name}: for {channels} channels give the --first-stage of them")
     if dataset.images.is_floating_point() and first_stage.kind != "none":       # latents
         given, side = tuple(dataset.images.shape[1:]), side * first_stage.factor
         made, channels = first_stage.latent_shape((3, side, side)), 3
@@ -335,8 +337,8 @@ def official_task(path, vae, dtype, bpe, image_size):
     file, or None; bpe: CLIP's merges. Raises ValueError. Source: LDM §4.3.1; DiT §4; U-DiT §4.1."""
     what, parts, said = read_official(path)
     if vae:
-        _, found, more = read_official(vae, "vae")
-        parts, said = {**parts, "vae": found["vae"]}, {**said, "vae": more["vae"]}
+        stage = load_first_stage(vae)                   # with the scale of a kl-ae of ours
+        parts, said = {**parts, "vae": stage.state_dict()}, {**said, "vae": stage.sizes}
     if "concept" in parts:
         raise ValueError(f"{path} is {what}: say --ckpt BASE --concept {path}")
     name = next((name for name in ("dit", "udit") if name in parts), "unet")

@@ -383,19 +383,7 @@ def read_weights(path):
         return {name: tensor for shard in sorted({*listed})
                 for name, tensor in read_weights(path.with_name(shard)).items()}
     content = read_safetensors(path) if is_safetensors(path) else read_torch(path)
-    inner = [content[key] for key in ("ema", "model", "state_dict")
-             if isinstance(content, dict) and isinstance(content.get(key), dict)]
-    return named_tensors(_flat([*inner, content][0]), path)
-
-
-def _flat(content, before=""):
-    """{dotted name: tensor} of nested dicts, and of what stands for torch's ParameterDict."""
-    content = getattr(content, "_parameters", content)
-    if torch.is_tensor(content):
-        return {before[:-1]: content}
-    items = content.items() if isinstance(content, dict) else ()
-    return {key: tensor for name, value in items if isinstance(name, str)
-            for key, tensor in _flat(value, f"{before}{name}.").items()}
+    return named_tensors(content, path)
 
 
 def is_official(path):

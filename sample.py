@@ -61,7 +61,7 @@ class Options:
     vae: str = flag(None, "official files: the autoencoder, if it is not inside")
     bpe: str = flag(None, f"Stable Diffusion: CLIP's list of merges (default: {MERGES})")
     image_size: int = flag(None, "Stable Diffusion: side in pixels (default: 512)", "[64, 1e5]")
-    dtype: str = flag(None, "official files (default: float16 on cuda, else float32)", "",
+    dtype: str = flag(None, "Stable Diffusion, --vae (default: float16 on cuda, else float32)", "",
                       ["float32", "float16", "bfloat16"])
     out: str = flag(None, "file for the grid (default: samples.png beside a run's checkpoint)")
     export: str = flag(None, "write a small checkpoint here instead of sampling")
@@ -86,7 +86,7 @@ def load(path, device="cpu", options=None):
         task = official_task(path, options.vae, getattr(torch, dtype), options.bpe or MERGES,
                              options.image_size or 512)
         if task.tokenizer is None:
-            refuse(options, "bpe image_size", f"is for Stable Diffusion, not for {path}")
+            refuse(options, "bpe image_size" + " dtype" * task.on_pixels, f"is not for {path}")
     elif "tensors" in state:
         raise ValueError(f"{path} is a concept: say --ckpt BASE --concept {path}")
     elif "adapter" not in state:
@@ -104,8 +104,7 @@ def load(path, device="cpu", options=None):
             refuse(options, "concept", f"is not read: {path} brings new words of its own")
             apply_concept(model, task.tokenizer, {}, words)
             task.info["examples"] = [f"a {thing}" for thing in state.get("concepts", words)]
-    task.model = fold(task.model)               # a U-DiT gets cheaper, the others stay as they are
-    task.model.to(device).eval().requires_grad_(False)
+    task.model = fold(task.model).to(device).eval().requires_grad_(False)   # fold: a cheaper U-DiT
     return task, task.model
 
 
@@ -131,8 +130,8 @@ def export(path, out, note="", for_others=False, command="", base=None):
         small = halved({k: v for k, v in state.items() if k not in ("model", "opt")})
         return save_checkpoint(out, {"made_by": EXPORTED, **small, "note": note})
     tensors, config = learned(path, state, base) if base else official(path, state)
-    about = {"format": "pt", "made_by": EXPORTED, "licence": LICENCE, "note": note,
-             "command": command, "config": json.dumps(config)}
+    about = {"made_by": EXPORTED, "licence": LICENCE, "note": note, "command": command,
+             "config": json.dumps(config)}
     end = ".ckpt" if "state_dict" in tensors else ".safetensors"
     if pathlib.Path(out).suffix != end:
         raise ValueError(f"--export {out}: give a name that ends in {end}")
@@ -140,14 +139,15 @@ def export(path, out, note="", for_others=False, command="", base=None):
         if end == ".ckpt":                                  # the official code reads no other
             torch.save({**tensors, **about}, file)
         else:
-            write_safetensors(file, tensors, about)
+            write_safetensors(file, tensors, {"format": "pt", **about})
 
 
 def halved(x):
     """Nested dicts with their numbers in half precision."""
     if isinstance(x, dict):
         return {key: halved(value) for key, value in x.items()}
-    return x.half() if torch.is_tensor(x) and x.is_floating_point() else x
+    real = torch.is_tensor(x) and x.is_floating_point() and (x.abs() < 65504).all()
+    return x.half() if real else x
 
 
 def official(path, state):
@@ -173,7 +173,8 @@ def learned(path, state, base):
     task = base_task(base)
     if "adapter" in state:
         load_adapters(task.model, state)                    # it fits
-        return state["adapter"], {**state["spec"], "base": state["base"]}
+        tensors = {**state["adapter"], **state.get("modifiers", {})}            # and new words
+        return tensors, {**state["spec"], "base": state["base"]}
     W, rows, things = load_concept(path, task.model.denoiser.state_dict())
     W = {PREFIXES["unet"] + name: w for name, w in W.items()}
     W |= {"embed": torch.stack([*rows.values()])} if rows else {}               # (words, D)
@@ -321,7 +322,8 @@ def main(argv):
     device, files = resolve_device(options.device or "auto"), targets(options)
     (task, model), seed = load(options.ckpt, device, options), options.seed or 0
     given = sampling_options(options, task, model)
-    if task.on_pixels and task.shape[0] not in (1, 3) and not options.npz:
+    if task.on_pixels and task.shape[0] not in (1, 3):
+        refuse(options, "npz", "writes pictures, and no autoencoder is in this file: see --vae")
         files["latents"] = files["grid"].with_suffix(".npz")
         data.check_target(files["latents"], data.LATENTS_MARK)
     if options.concept:

@@ -159,7 +159,7 @@ def test_the_self_check_says_whether_one_batch_was_learned(capsys):
 
 
 def test_a_loss_that_is_not_a_number_fails(monkeypatch):
-    monkeypatch.setattr(bench, "overfit", lambda model, options: (1.0, float("nan")))
+    monkeypatch.setattr(bench, "overfit", lambda *given: (1.0, float("nan")))
     assert exit_code("--overfit") == 1
 
 
@@ -195,7 +195,7 @@ def test_sizes_that_are_not_given_are_those_of_training(monkeypatch):
 
 def test_the_self_check_trains_long_enough_unless_told_otherwise(monkeypatch):
     steps = []
-    monkeypatch.setattr(bench, "overfit", lambda model, o: steps.append(o.steps) or (1.0, 0.01))
+    monkeypatch.setattr(bench, "overfit", lambda *given: steps.append(given[-1]) or (1.0, 0.01))
     monkeypatch.setattr(bench, "measure", lambda model, o: steps.append(o.steps) or ({}, {}))
     for flags in (["--overfit"], [], ["--overfit", "--steps", "7"], ["--steps", "8"]):
         assert exit_code(*flags) == 0

@@ -415,9 +415,11 @@ def test_a_classifier_is_kept_and_found_again(stripes, tmp_path, capsys):
     others = [dataclasses.replace(stripes, name=name)
               for name in (long, "folder:a/b", "folder:a-b")]
     others.append(rows(stripes, slice(0, 500)))               # a folder that has changed
+    others += [dataclasses.replace(stripes, class_names=["standing", "lying"]),     # as has another
+               dataclasses.replace(stripes, labels=1 - stripes.labels)]
     files = [evaluate.kept_classifier(other, tmp_path, steps=1)[2] for other in others]
     files.append(evaluate.kept_classifier(stripes, tmp_path, steps=1)[2])
-    assert len({path, *files}) == 6 and all(len(file.name.encode()) < 200 for file in files)
+    assert len({path, *files}) == 8 and all(len(file.name.encode()) < 200 for file in files)
     assert "글자" in files[0].name
     broken = tmp_path / "a file"
     broken.write_text("x")

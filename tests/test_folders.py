@@ -4,6 +4,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -303,6 +304,18 @@ def test_a_picture_with_two_captions_comes_twice(tmp_path):
     rows = [{"file_name": "a.png", "text": text} for text in ("one", "two", "one")]
     table(tmp_path, rows, "jsonl"), table(tmp_path, rows[:1], "csv")
     assert read_folder(tmp_path)[2] == ["one", "two"]
+
+
+def test_captions_of_a_picture_stay_in_one_split(tmp_path):
+    """Else a held-out picture would be one that was trained on."""
+    rows = [{"file_name": f"{i}.png", "text": f"{i} {word}"} for i in range(200) for word in "ab"]
+    for i in range(200):
+        put(tmp_path / f"{i}.png", size=(2, 2))
+    table(tmp_path, rows, "jsonl")
+    shown = {split: Counter(text.split()[0] for text in read_folder(tmp_path, 2, split)[2])
+             for split in ("train", "test")}
+    assert {*shown["train"].values(), *shown["test"].values()} == {2}
+    assert len(shown["test"]) == 10 and not shown["train"].keys() & shown["test"].keys()
 
 
 @pytest.mark.parametrize("line, message", [

@@ -131,6 +131,9 @@ def test_latents_are_described_as_the_pictures_that_they_are_of():
             describe(latents, "udit-tiny", other)
     info = describe(latents, "udit-tiny", Pixels())                     # nothing decodes them
     assert (info["channels"], info["image_size"]) == (6, 4)
+    few = dataclasses.replace(latents, images=latents.images[:, :3])        # as pictures have
+    with pytest.raises(ValueError, match="for 3 channels give the --first-stage of them"):
+        describe(few, "udit-tiny", Pixels())
 
 
 def test_a_first_stage_of_the_other_kind_is_refused():

@@ -11,7 +11,7 @@ import adapters
 import custom_diffusion
 import data
 import sample
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from conftest import fill_by_recipe, write_safetensors
 from diffusion import GaussianDiffusion, respaced_steps
 from dit import DiT
@@ -131,6 +131,18 @@ def test_dit_with_its_autoencoder(parts, tmp_path, grids):
     assert (images.int() - data.to_uint8(vae.decode(x)).int()).abs().max() <= 1
 
 
+def test_an_autoencoder_of_ours_keeps_its_scale(parts, tmp_path):
+    """Also in a checkpoint of train.py, where it was measured, not published."""
+    vae = parts["first_stage_model."]
+    vae = AutoencoderKL(**{**vae.sizes, "scale": 3.7})
+    save_checkpoint(tmp_path / "ae.pt", {"task": "kl-ae", "sizes": vae.sizes,
+                                         "ema": vae.state_dict(), "config": {}, "info": {}})
+    torch.save(shrunk_dit().state_dict(), tmp_path / "DiT-shrunk.pt")
+    options = sample.Options(vae=str(tmp_path / "ae.pt"))
+    task = sample.load(str(tmp_path / "DiT-shrunk.pt"), "cpu", options)[0]
+    assert task.first_stage.scale == 3.7
+
+
 @torch.no_grad()
 def test_dit_alone_gives_latents_and_guides_three_channels_if_asked(tmp_path, capsys):
     dit = shrunk_dit(depth=2, num_classes=20)
@@ -145,6 +157,12 @@ def test_dit_alone_gives_latents_and_guides_three_channels_if_asked(tmp_path, ca
         assert arrays["labels"].tolist() == [7, 3]
         assert_near(arrays["latents"], x)
     assert "the latents themselves" in capsys.readouterr().out
+    for flags, words in ((["--npz", "2"], "--npz writes pictures, and no autoencoder is in"),
+                         (["--dtype", "bfloat16"], "--dtype is not for")):      # which is its own
+        with pytest.raises(SystemExit):
+            sample.main(["--ckpt", str(path), *flags, "--device", "cpu",
+                         "--out", str(tmp_path / "y.png")])
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])

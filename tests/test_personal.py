@@ -182,6 +182,9 @@ def test_a_prior_without_captions_is_known_by_its_classes(things, tmp_path):
     assert set(shown) == {(90, "circle"), (160, "square")} and len(shown) == 6
     with pytest.raises(ValueError, match="no caption or class of .* names square"):
         concept_task(things, "--prior", f"folder:{tmp_path / 'flat'}")
+    for k, text in enumerate(("A red Circle.", "a ring on black, a SQUARE", "a star")):
+        (tmp_path / "flat" / f"{k}.txt").write_text(text)       # known as the tokenizer knows them
+    assert len(concept_task(things, "--prior", f"folder:{tmp_path / 'flat'}")[0].prior[1]) == 2
 
 
 def test_the_prior_can_be_sampled_from_the_base(things, monkeypatch):

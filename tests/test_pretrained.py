@@ -717,6 +717,11 @@ OTHERS = {      # published beside Stable Diffusion v1: names and shapes of some
         (0, "weight", (60, 320)), (0, "bias", (60,)), (2, "weight", (320, 60)))}}
 
 
+def test_a_word_may_have_any_name(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {"<floral-style>": torch.ones(8)})
+    assert parts_of(tmp_path / "x.safetensors")["concept"][1].keys() == {"<floral-style>"}
+
+
 @pytest.mark.parametrize("what", OTHERS)
 def test_files_of_other_kinds_are_refused_by_name(what, tmp_path):
     path = tmp_path / "x.safetensors"

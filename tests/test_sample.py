@@ -391,6 +391,12 @@ def test_exported_checkpoints_are_small_and_sample_nearly_the_same(
         assert words in capsys.readouterr().err
 
 
+def test_what_half_precision_cannot_hold_stays_as_it_is():
+    """Such as the count of a code that many cells have; else it would be infinite."""
+    small = sample.halved({"a": torch.tensor([98304.0]), "b": {"c": torch.tensor([3.0])}, "d": "x"})
+    assert small["a"].item() == 98304 and small["b"]["c"].dtype == torch.float16
+
+
 def test_class_names_that_are_no_text_are_refused(runs, tmp_path, capsys):
     state = load_checkpoint(runs / "pixel" / "ckpt.pt")
     save_checkpoint(tmp_path / "x.pt", {**state, "info": {
@@ -446,6 +452,7 @@ def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
     go = lambda path, out: sample.main([
         "--ckpt", str(path), "--base", BASE, "--export", str(tmp_path / out), "--official"])
     go(concept, "delta.ckpt")
+    assert sample.add_concept(str(tmp_path / "delta.ckpt"), sample.load(BASE)[0])   # read here too
     delta = torch.load(tmp_path / "delta.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(delta.pop("embed"), row) and delta.keys() == {
         f"model.diffusion_model.{name}" for name in W}
@@ -458,12 +465,14 @@ def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
         go(concept, "x.safetensors")
     assert "give a name that ends in .ckpt" in capsys.readouterr().err
     add_adapters(model, "ca_out", "ffn_in", rank=1)
-    save_checkpoint(tmp_path / "adapter.pt", state := adapter_state(model))
+    state = {**adapter_state(model), "modifiers": {"<new1>": row[0]}}      # learned with a word
+    save_checkpoint(tmp_path / "adapter.pt", state)
     go(tmp_path / "adapter.pt", "adapter.safetensors")
     raw = (tmp_path / "adapter.safetensors").read_bytes()
     about = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
     assert json.loads(about["config"]) == {**state["spec"], "base": state["base"]}
-    assert_close(read_weights(tmp_path / "adapter.safetensors"), state["adapter"], rtol=0, atol=0)
+    assert_close(read_weights(tmp_path / "adapter.safetensors"),
+                 {**state["adapter"], **state["modifiers"]}, rtol=0, atol=0)
 
 
 def test_a_concept_brings_its_word_and_its_matrices(tmp_path, capsys, monkeypatch):
