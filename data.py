@@ -251,7 +251,7 @@ def check_target(path, mark):
     probe = there / f"{max(path.parts, key=len)}.part"      # folders may have to be made as well
     try:
         with open(probe, "wb"):
-            os.unlink(probe)
+            probe.unlink(missing_ok=True)       # of two processes the other may have been first
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}): choose another") from error
 

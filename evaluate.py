@@ -373,7 +373,7 @@ class Options:
     n: int = cli.flag(None, "samples to take; default: 480", "[1, 1e6]", needs="ckpt")
     cfg_scale: float = cli.flag(None, "guidance; default: the run's", "[0, inf)", needs="ckpt")
     steps: int = cli.flag(None, "as in sample.py", "[1, inf)", needs="ckpt")
-    seed: int = cli.flag(None, "of the samples; default: 0", "[0, 9e18]", needs="ckpt")
+    seed: int = cli.flag(None, "of the samples; default: 0", "[0, 1e15)", needs="ckpt")
     device: str = cli.flag(None, "where to compute", "", ["auto", "cpu", "cuda", "mps"])
     classifier_steps: int = cli.flag(None, "its training steps; default: 1000", "[1, inf)")
     json: str = cli.flag(None, "also write the numbers to this file (default: not)")

@@ -215,13 +215,16 @@ def build_task(model, settings, info, first_stage):
 def describe(dataset, model, first_stage):
     """What a model needs to know of its data, as plain values that travel in the checkpoint.
     Raises ValueError for missing captions, and for latents that this first stage did not make."""
-    captions, (channels, side) = FAMILIES[find_model(model)[0]].captions, dataset.images.shape[1:3]
-    if dataset.images.is_floating_point() and first_stage.kind == "none" and channels < 4:
+    row, (channels, side) = FAMILIES[find_model(model)[0]], dataset.images.shape[1:3]
+    captions, latents = row.captions, dataset.images.is_floating_point()
+    if latents and not row.first_stage:
+        raise ValueError(f"{model} learns from pictures, and {dataset.name} holds latents")
+    if latents and first_stage.kind == "none" and channels < 4:
         raise ValueError(f"{dataset.name}: for {channels} channels give the --first-stage of them")
-    if dataset.images.is_floating_point() and first_stage.kind != "none":       # latents
+    if latents and first_stage.kind != "none":
         given, side = tuple(dataset.images.shape[1:]), side * first_stage.factor
-        made, channels = first_stage.latent_shape((3, side, side)), 3
-        if made != given:
+        channels = first_stage.in_channels
+        if (made := first_stage.latent_shape((channels, side, side))) != given:
             raise ValueError(f"{dataset.name} holds {given}, the first stage makes {made}: give "
                              "the --first-stage that made these latents")
     info = {"name": dataset.name, "class_names": list(dataset.class_names), "channels": channels,
@@ -268,6 +271,7 @@ def make_task(config, settings, dataset):
             tokenizer = WordTokenizer(**known)
             for word in [w for w in info["vocabulary"]["words"] if w not in tokenizer.ids]:
                 tokenizer.add_token(word)
+            tokenizer(dataset.captions)                         # raises for one that is too long
             info["vocabulary"] = tokenizer.state()
         task = build_task(config.model, settings, info, first_stage)
     if config.init and not config.resume:

@@ -128,17 +128,18 @@ def update(config, model, ema, optimizers, step, vectors=None):
     """Everything after backward: rate, clipping, optimizers, codebook, average.
     vectors: (n, D), what the codebook of a VQ-VAE learns from; None for other models. A gradient
     that is not finite changes nothing. Returns (gradient norm, 1 if the step was taken else 0)."""
-    limit = config.grad_clip or math.inf                                    # 0 = no clipping
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     keep = torch.isfinite(norm).float()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            full = group.setdefault("base_lr", group["lr"])         # as it was made, at first
-            group["lr"] = full * learning_rate(step, config)
-        optimizer.found_inf = 1.0 - keep
-        optimizer.step()
+            group["lr"] = group.setdefault("base_lr", group["lr"]) * learning_rate(step, config)
+        waits = optimizer.defaults.get("fused") is False        # on mps, which has no found_inf
+        optimizer.found_inf = None if waits else 1.0 - keep
+        if not waits or keep:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if vectors is not None:
-        model.codebook.update(vectors, keep, step)
+        # codes start after the last step at the latest
+        model.codebook.update(vectors, keep, step if step + 1 < config.steps else math.inf)
     update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)), keep)
     return norm.float(), keep

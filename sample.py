@@ -51,7 +51,7 @@ class Options:
     steps: int = flag(None, "how many (default: the sampler's own)", "[1, inf)")
     truncation: float = flag(None, "tokens: keep the likeliest codes of this share", "(0, 1]")
     eta: float = flag(None, "ddim: noise added back, 0 = none, 1 = as much as ddpm", "[0, 1]")
-    seed: int = flag(None, "picture i is sampled from seed + i (default: 0)", "[0, 9e18]")
+    seed: int = flag(None, "picture i is sampled from seed + i (default: 0)", "[0, 1e15)")
     batch_size: int = flag(None, "pictures at once (default: at most 64)", "[1, 1e9]")
     base: str = flag(None, "--ckpt adapter.pt: the checkpoint that it was trained on")
     scale: float = flag(None, "--ckpt adapter.pt: its strength, 0 = off (default: as trained)")

@@ -67,7 +67,7 @@ class DiffusionTask:
             x, y = torch.cat([x, x.flip(-1)]), torch.cat([y, y])
         stage = self.first_stage.to(device)
         if not stage.standardised:
-            stage.standardise(to_float(x[:2000]).to(device))
+            stage.standardise(to_float(x[::max(1, len(x) // 2000)][:2000]).to(device))
         z = torch.cat([stage.encode(to_float(some.to(device))) for some in x.split(self.at_once)])
         return dataclasses.replace(dataset, images=z, labels=y, captions=None, flip=False)
 
@@ -168,7 +168,7 @@ class AutoencoderTask:
     @torch.no_grad()
     def finish(self, model, dataset, device):
         """Measure the latents' scale, which travels with the checkpoint; report the quality."""
-        x = to_float(dataset.images[:2000]).to(device)
+        x = to_float(dataset.images[::max(1, len(dataset) // 2000)][:2000]).to(device)
         model.standardise(x)
         self.sizes, x, generator = model.sizes, x[:200], torch.Generator(device).manual_seed(0)
         draws = model.draw(len(x), image_shape(self.info), generator, device)

@@ -122,7 +122,7 @@ def train(config, dataset, task, caught, bar, held_out=None):
     s = resume(out / "ckpt.pt", task, step) if config.resume else 0
     task.at_once = min(task.at_once, micro_size(config))        # of a preview, as in a step
     bad, worst = torch.zeros((), device=device), torch.zeros((), device=device)
-    bar.initial, bar.n, started = s, s, time.perf_counter()
+    bar.initial, bar.n, started, signum = s, s, time.perf_counter(), 0
     if rank == 0:
         begin_files(config, task, s)
     while s < config.steps:
@@ -155,7 +155,7 @@ def train(config, dataset, task, caught, bar, held_out=None):
                 row = dict(zip(["step", *metrics, "grad_norm", "lr", "muon_lr"], [s, *values]))
                 row |= {"held_out": step.held_out() if preview else math.nan} if held_out else {}
                 add_row(out / "log.csv", {**row, "seconds": time.perf_counter() - started})
-        stopping = bool(caught) and (due or world == 1)
+        stopping = bool(signum)                         # which all processes have agreed on
         if s == config.steps:
             task.finish(step.ema, dataset, device)
         if rank == 0 and (s % config.save_every == 0 or preview or stopping):
@@ -202,7 +202,8 @@ class Config:
     recipe: str = flag("fast", "a set of defaults", choices=["fast", "paper"])
     steps: int = flag(1000, "optimizer steps", "[1, inf)")
     batch_size: int = flag(64, "pictures per optimizer step, over all devices", "[1, 1e9]")
-    accum: int = flag(1, "micro-batches per batch: less memory, same result", "[1, inf)")
+    accum: int = flag(1, "micro-batches per batch: less memory, same result (tiny-ae: nearly)",
+                      "[1, inf)")
     checkpointing: bool = flag(False, "compute blocks again in backward: less memory, same result")
     optimizer: str = flag("muon", "muon: on the blocks, adamw elsewhere", "", ["muon", "adamw"])
     lr: float = flag(2e-3, "learning rate of AdamW", "(0, inf)")
@@ -212,7 +213,7 @@ class Config:
     lr_decay: str = flag("cosine", "after the warm-up", choices=["cosine", "constant"])
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = any", "[0, inf)")
     ema: float = flag(0.99, "decay of the averaged weights, less at first", "[0, 1)")
-    seed: int = flag(0, "of weights, data order and noise", "[0, 9e18]")
+    seed: int = flag(0, "of weights, data order and noise", "[0, 1e15)")
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
     precision: str = flag("auto", "of products; auto: bfloat16 on cuda, else float32",
                           choices=["auto", "float32", "bfloat16"])
@@ -268,10 +269,11 @@ def load_data(config, split="train", count=None):
 def train_first_stage(config, settings, dataset):
     """--first-stage new: train it in OUT/first_stage, or go on with that -> its checkpoint."""
     model = FAMILIES[find_model(config.model)[0]].first_stage
-    names = "data data_dir image_size hold_out skip_bad seed device compile precision"
+    names = "data data_dir image_size hold_out skip_bad seed device compile precision accum"
     same = {name: getattr(config, name) for name in names.split()}
     loop = Config(**{**PRESETS[model], **same, "steps": settings.first_stage_steps, "model": model,
                      "out": f"{config.out}/first_stage"})
+    loop.batch_size += -loop.batch_size % (loop.accum * ranks()[1])     # it must split as well
     flags = settings_class(model)(**{k: getattr(settings, k) for k in FAMILIES[model].flags})
     if os.path.isfile(path := f"{loop.out}/ckpt.pt"):
         resumed_flags({**same, **vars(flags)}, path, "settings")

@@ -140,7 +140,7 @@ class TinyAutoencoder(FirstStage):
 
     @torch.no_grad()
     def standardise(self, x):                               # per latent channel
-        z = self.encoder(x)                                                 # (B, c, h, w)
+        z = torch.cat([self.encoder(some) for some in x.split(50)])         # (B, c, h, w)
         self.mean.copy_(z.mean((0, 2, 3))[:, None, None])                   # (c, 1, 1)
         self.std.copy_(z.std((0, 2, 3))[:, None, None])
 

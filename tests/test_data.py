@@ -621,6 +621,16 @@ def test_a_target_is_new_or_of_the_same_command(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before            # nothing was made, not even a folder
 
 
+def test_a_target_may_be_checked_by_several_processes(tmp_path, monkeypatch):
+    """All write the same probe: another one may have removed it a moment before."""
+    def removed(path, mode):
+        file = open(path, mode)
+        os.unlink(path)
+        return file
+    monkeypatch.setattr(data, "open", removed, raising=False)
+    data.check_target(tmp_path / "new.png", b"made by x")
+
+
 @pytest.mark.parametrize("name", ["grid.png", "film.gif", "z.npz"])
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch, name):
     image = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)

@@ -115,7 +115,7 @@ def test_a_grid_of_tokens_has_as_many_rows_and_columns_of_positions():
 
 def test_examples_come_from_the_whole_of_a_sorted_data_set():
     captions = 240 * ["a cat"] + 240 * ["a dog"]
-    x, y = torch.zeros(480, 3, 8, 8), torch.zeros(480, dtype=torch.int64)
+    x, y = torch.zeros(480, 3, 8, 8).byte(), torch.zeros(480, dtype=torch.int64)
     spoken = data.Dataset("sorted", x, y, captions, [], flip=False)
     examples = describe(spoken, "unet-tiny", Pixels())["examples"]
     assert examples == 12 * ["a cat"] + 12 * ["a dog"]
@@ -134,6 +134,10 @@ def test_latents_are_described_as_the_pictures_that_they_are_of():
     few = dataclasses.replace(latents, images=latents.images[:, :3])        # as pictures have
     with pytest.raises(ValueError, match="for 3 channels give the --first-stage of them"):
         describe(few, "udit-tiny", Pixels())
+    with pytest.raises(ValueError, match="tiny-ae learns from pictures, and toy holds latents"):
+        describe(few, "tiny-ae", Pixels())
+    info = describe(latents, "udit-tiny", TinyAutoencoder(1, 6, factor=2))      # of grey pictures
+    assert (info["channels"], info["image_size"]) == (1, 8)
 
 
 def test_a_first_stage_of_the_other_kind_is_refused():

@@ -12,6 +12,7 @@ from models import PRESETS, find_model, make_task, settings_class
 from optim import (Muon, average_of, learning_rate, load_moments, make_optimizers, orthogonalise,
                    update, update_ema)
 from train import Config
+from vae import VQVAE
 
 
 def seeded(*shape, seed=0, dtype=torch.float32):
@@ -187,6 +188,26 @@ def test_update_is_rate_times_clipped_gradient_then_average(clip, step):
     assert_close(before.weight - model.weight, moved, rtol=1e-5, atol=1e-6)
     share = 1 - min(0.6, (1 + step) / (10 + step))                          # of the new weights
     assert_close(before.weight - ema.weight, share * moved, rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimizer_that_is_not_fused_skips_a_bad_step_too():
+    """On mps AdamW is not, and then found_inf must be None."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    ema, adamw = average_of(model), torch.optim.AdamW(model.parameters(), fused=False)
+    for gradient, moves in ((3.0, True), (math.nan, False), (3.0, True)):
+        before = model.weight.clone()
+        model.weight.grad = torch.full((1, 2), gradient)
+        assert update(Config(steps=9), model, ema, [adamw], 0)[1] == moves
+        assert bool((model.weight != before).all()) == moves and model.weight.isfinite().all()
+
+
+def test_codes_start_after_the_last_step_at_the_latest(monkeypatch):
+    """Else a first stage of fewer steps than its warm-up would have random codes."""
+    stage = VQVAE(8, 3, 4, 2, warmup=50)
+    ema, vectors = average_of(stage), seeded(64, 8)
+    for step, started in ((0, False), (1, False), (2, True)):
+        update(Config(steps=3), stage, ema, [], step, vectors)
+        assert bool(stage.codebook.started) == started
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from matplotlib.axes import Axes
 
 import data
-from tasks import DiffusionTask, plot_loss
+from tasks import AutoencoderTask, DiffusionTask, plot_loss
 from vae import Pixels, TinyAutoencoder
 
 
@@ -66,3 +66,18 @@ def test_the_plotted_mean_is_not_late_and_leaves_out_what_is_not_finite(tmp_path
     assert means.isfinite().all() and means[[10, 20]].tolist() == pytest.approx([90, 80])
     steps, held_out = drawn["held-out data, averaged weights"]
     assert steps == [12, 25, 38] and held_out.tolist() == [50.5] * 3
+
+
+def test_scales_are_those_of_the_whole_data_set(monkeypatch):
+    """A folder of classes begins with one class alone."""
+    images = torch.cat([torch.full((n, 3, 4, 4), value, dtype=torch.uint8)
+                        for n, value in ((3000, 0), (3000, 255))])
+    dataset = data.Dataset("sorted", images, torch.zeros(6000).long(), None, [], False)
+    info = {"channels": 3, "image_size": 4, "class_names": []}
+    means = []
+    for task, go in ((AutoencoderTask(None, info, TinyAutoencoder(3, 4)), "finish"),
+                     (DiffusionTask(None, info, None, None, TinyAutoencoder(3, 4)), "prepare")):
+        stage = task.model if go == "finish" else task.first_stage
+        monkeypatch.setattr(stage, "standardise", lambda x: means.append(x.mean().item()))
+        task.finish(stage, dataset, "cpu") if go == "finish" else task.prepare(dataset, "cpu")
+    assert max(map(abs, means)) < 0.01 and len(means) == 2

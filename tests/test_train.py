@@ -456,6 +456,19 @@ def test_init_keeps_the_rows_of_words(scenes):
     assert task.tokenizer.words == [*known["words"], "mauve", "teal"]
     assert task.tokenizer.reserved == known["reserved"] - 2
     assert task.info["vocabulary"] == task.tokenizer.state()
+    dataset.captions[0] = "a red circle " * 20          # said now, not at the first preview
+    with pytest.raises(ValueError, match="caption of 60 words, expected at most"):
+        make_task(Config(model="unet-tiny", init=init), settings, dataset)
+
+
+def test_a_first_stage_splits_over_the_processes_of_its_run(monkeypatch, pictures):
+    config, dataset, _ = by_hand(pictures)
+    seen = []
+    monkeypatch.setattr(train, "ranks", lambda: (0, 3))
+    monkeypatch.setattr(train, "run", lambda loop, task, data: seen.append(loop))
+    config.accum = 2
+    train.train_first_stage(config, settings_class("dit")(), dataset)
+    assert seen[0].batch_size == 66 and seen[0].accum == 2
 
 
 # --------------------------------------------------------------------------------------------------

@@ -193,6 +193,10 @@ def test_standardise_changes_units_and_not_pictures():
         assert z[:, channel].std().item() == pytest.approx(1, abs=1e-9)
     assert_close(stage.decode(z), before, atol=1e-9, rtol=0)
     assert stage.standardised and stage.mean.unique().numel() == 5
+    sizes = []
+    stage.encoder.register_forward_pre_hook(lambda net, given: sizes.append(len(given[0])))
+    stage.standardise(x.repeat(6, 1, 1, 1))             # 2,000 large pictures at once are gigabytes
+    assert sum(sizes) == 120 and max(sizes) <= 50
 
 
 def test_tiny_autoencoder_learns_readable_shapes():
