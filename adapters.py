@@ -60,7 +60,7 @@ class Adapter(nn.Module):
     transformer block   A(x) = up(act(down(x))), two Linear: x (B, N, d_in) -> (B, N, d_out)
     ResBlock            A(x) = up(act(down(SiLU(GN(x))))), two 3x3 convolutions:
                         x (B, d_in, H, W) -> (B, d_out, H, W)
-    to_k, to_v          A(x) = up(down(x)) without biases: W becomes W + scale * up @ down
+    to_k, to_v          A(x) = up(act(down(x))), no biases; identity: W + scale * up @ down
     Arguments: see add_adapters. Source: Xiang et al. 2023 (form); official code (norm); LoRA §4.1.
     """
 

@@ -94,8 +94,7 @@ def main(argv):
             continue
         row, rates = measure(model, options)
         if model == models[0]:
-            named = sorted(rates.items(), key=lambda pair: -pair[1])
-            print("limit in TFLOP/s: " + ", ".join(f"{way} {rate:.3g}" for way, rate in named))
+            print("limit in TFLOP/s: " + ", ".join(f"{w} {rate:.3g}" for w, rate in rates.items()))
             print(f"{'model':14}" + "".join(f"{name:>12}" for name in row))
         print(f"{model:14}" + "".join(f"{value:12.3g}" for value in row.values()))
     raise SystemExit(int(failed > 0))

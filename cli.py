@@ -61,15 +61,17 @@ def parse(argv, description, *classes, presets=lambda given: {}, other=lambda fl
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = error
+    told = presets({}) if {"-h", "--help"} & {*argv} else {}        # defaults of this model or base
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__.splitlines()[0])
         for f in dataclasses.fields(cls):
             how = {bool: dict(action=argparse.BooleanOptionalAction),
                    tuple: dict(action="extend", nargs="+")}.get(f.type) or dict(
                        type=f.type, choices=f.metadata["choices"])
-            shown = "" if f.default in (None, "", ()) else f" (default: {f.default})"
+            known = told.get(f.name, f.default)
+            shown = f"{f.metadata['help']}{f' (default: {known})' * (known not in (None, '', ()))}"
             group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                               help=f.metadata["help"] + shown, **how)
+                               help=shown, **how)
     dashed = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in argv]
     given, left = parser.parse_known_args(dashed)
     if left:

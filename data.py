@@ -106,7 +106,7 @@ def load(name, image_size=32, split="train", data_dir="data", count=None, seed=0
     name: shapes, scenes            drawn (worlds.py); count None = 48,000 (train), 2,000 (test)
           mnist, fashion, cifar10   official files in data_dir, checked; downloaded if absent
           folder:PATH               classes or captions, see folders.py
-          npz:FILE, latents:FILE    see read_arrays, save_latents (image_size is not used)
+          npz:FILE, latents:FILE    see read_arrays, save_latents (latents: image_size not used)
     split: train or test.  Where a source has no test split it is a fixed 5 %, or all if under 200.
     count: keep this many, chosen by seed.  hold_out: see plan_world.  skip_bad: see read_folder.
     Returns a Dataset.  Raises ValueError for anything that the caller can mend."""

@@ -190,7 +190,7 @@ class GaussianDiffusion:
         steps: how many, for a Gaussian chain evenly in t ("dpm++": in log-SNR). cfg_*: see guided.
         x_init with mask (1 = paint here): inpainting; with strength < 1: begin with x_init at this
         noise level, (t + 1) / T or u; a Gaussian chain then takes fewer steps. clip: clamp x0 to
-        [-1, 1] (pixels, not latents). noise: begin here.
+        [-1, 1] (pixels, not latents). noise: begin here. dpm++ takes no t twice: 49 calls, not 50.
         Source: DDPM Alg. 2; inpainting: Lugmayr et al. 2022 Eq. 8; strength: SDEdit Alg. 1."""
         for x, _ in self.trajectory(model, shape, cond, uncond, sampler, steps, **options):
             pass

@@ -8,8 +8,7 @@
     python sample.py --ckpt out/mine/ckpt.pt --npz 50000        # to score elsewhere, see README.md
     python sample.py --ckpt assets/unet-scenes.pt --concept concept.pt --prompt "a <new1> circle"
     python sample.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "an astronaut riding a horse"
-    python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse.safetensors --class 207
-    python sample.py --ckpt out/mine/ckpt.pt --export mine.safetensors --official   # for others"""
+    python sample.py --ckpt DiT-XL-2-256x256.pt --vae vae-ft-mse.safetensors --class 207"""
 import copy
 import dataclasses
 import difflib

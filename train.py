@@ -224,7 +224,7 @@ class Config:
     log_every: int = flag(10, "steps between rows of log.csv", "[1, inf)")
     sample_every: int = flag(500, "steps between previews; 0 = only at the end", "[0, inf)")
     save_every: int = flag(500, "steps between checkpoints", "[1, inf)")
-    save_latents: str = flag("", "only encode --data with --first-stage into this file")
+    save_latents: str = flag("", "only encode the training pictures of --data into this file")
 
 
 def read_flags(argv):
@@ -316,7 +316,7 @@ def main(argv):
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dataset = load_data(config)             # of fewer than 200 pictures, none are held out
+    dataset = load_data(config)             # a loss on held-out data: from 200 training pictures on
     held_out = rank == 0 and len(dataset) >= 200 and load_data(config, "test", config.batch_size)
     task = make_task(config, settings, dataset)
     if getattr(settings, "first_stage", "") == "new" and not config.resume:

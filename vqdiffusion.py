@@ -49,7 +49,7 @@ SAMPLING = dict(cfg_scale=1.0, truncation=1.0, x_init=None, mask=None, strength=
 class MaskReplace:
     """The chain x_0 -> x_t on tokens 0..K-1 and [MASK] = K, its loss and samplers; no parameters.
     steps: T; t = 0..T-1 are the paper's 1..T, t = -1 is clean. num_codes: K. schedule: a name in
-    SCHEDULES, or four such numbers. aux_weight: lambda of Eq. 12; short runs want 1, because the
+    SCHEDULES, or a tuple of four. aux_weight: lambda of Eq. 12; short runs want 1, because the
     bound weighs mostly the steps with few [MASK]s. Public: alpha_bar, beta_bar, gamma_bar (T+1,)
     float64, linear in t; the last is "clean": 1, 0, 0. Source: VQ-Diffusion §4.1, Eq. 7-9."""
     samplers, default_sampler = ("posterior", "fewer", "purity"), "posterior"
