@@ -162,11 +162,13 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see --help)")
 
     def parse_args(self, argv):
-        """Raises ValueError also for flags that --summary leaves unread."""
+        """Raises ValueError also for flags that --summary and --tune leave unread."""
         args = super().parse_args(argv)
         unread = [word for word in argv if word[:2] == "--" and word != "--summary"]
         if getattr(args, "summary", False) and unread:
             self.error(f"{unread[0]} is not read with --summary, which runs nothing")
+        if getattr(args, "tune", False) and "--seeds" in [word.partition("=")[0] for word in argv]:
+            self.error("--seeds is not read with --tune, which has a seed of its own")
         return args
 
 

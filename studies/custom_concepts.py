@@ -39,7 +39,8 @@ from custom_diffusion import ConceptTask, load_concept, save_concept
 from evaluate import features, kept_classifier, prompt_accuracy, read_shapes
 from models import base_task
 from studies.common import RULE, Table, claims, figure, markdown, mean_se, parser, run, shown
-from studies.things import EASY, HARD, SIX, THINGS, TUNING, Judge, photographs
+from studies.things import (EASY, HARD, SIX, THINGS, TUNING, Judge, any_part,
+                            photographs)
 from train import load_data, make_step
 
 BASE, OUT = "assets/unet-scenes.pt", pathlib.Path("out/studies/concepts")
@@ -57,6 +58,7 @@ RATE = Table("custom_rates", ["method", "lr", "word_lr", "thing"])
 SINGLE = Table("custom_concepts", ["thing", "method", "seed"])
 SMALL = Table("custom_compression", ["thing", "ratio"])
 MOVED = Table("custom_change", ["thing", "seed"])
+CHANCE = Table("custom_chance", ["thing"])
 
 
 def folder_of(name, turned=False):
@@ -207,6 +209,11 @@ class Bench:
 def run_cell(cell, bench):
     """One row of the table of rates, of single things, or of compression."""
     path = OUT / ("-".join(map(str, cell.values())).replace("/", " ") + ".pt")
+    if [*cell] == CHANCE.keys:
+        judge, x = bench.judges[cell["thing"]], data.to_float(any_part(cell["thing"]))
+        pictures = bench.task.to_pictures(bench.task.encode(x))
+        hits = judge.hits(pictures).float().mean().item()
+        return {**cell, "part": judge(pictures)[0].mean().item(), "hits": hits}
     if "ratio" in cell:
         unet = bench.task.model.denoiser.state_dict()
         W, rows, concepts = load_concept(OUT / f"{cell['thing']}-K V and word-0.pt", unet)
@@ -300,7 +307,7 @@ def report():
     chosen = "; ".join(f"{m}: `{' '.join(flags_of(m)[len(ALWAYS):])}`" for m in MAIN)
     text = (RULE + "\n" + verdicts() + "\n**Methods**; mean of the things ± its standard error; a "
             "thing is the mean of its seeds\n\n" + markdown(["method", "seeds", *columns], table)
-            + "\n**Things**\n\n" + markdown(
+            + chance_text() + "\n**Things**\n\n" + markdown(
                 ["thing", *(f"{column}, {m}" for column in ("part", "leak") for m in MAIN)], parts)
             + f"\n**Rates**, chosen by part - leak on {' and '.join(TUNING)}: {chosen}\n")
     if SMALL.rows():
@@ -317,6 +324,15 @@ def report():
                              for kind in kinds)
                  + ". Other: convolutions, norms and the layers of the time.\n")
     return text
+
+
+def chance_text():
+    """What pictures score that show the body alone."""
+    if not {*EASY} <= {*CHANCE.column("thing")}:
+        return ""
+    part, hits = (shown(CHANCE.by("thing", column).values()) for column in ("part", "hits"))
+    return (f"\nReal pictures of the body with any other part of the world, or none, have part "
+            f"{part} and hits {hits}: this, and not 0, is what learning the body alone reaches.\n")
 
 
 def weight_change(W0, W):
@@ -372,6 +388,7 @@ def cells_of(seeds):
              (SINGLE, single(MAIN, HARD, 0))]
     for seed in range(1, seeds):
         plan += [(SINGLE, single(METHODS, SIX, seed))]
+    plan += [(CHANCE, [{"thing": name} for name in EASY])]
     return [*plan, (SMALL, [{"thing": name, "ratio": ratio} for name in EASY for ratio in RATIOS])]
 
 

@@ -5,7 +5,8 @@ circle with a red disc. The base has seen such pictures, and no word of a captio
 there is. The hard thing is cut in two colours, which no picture of the base's world was. A thing is
 measured by its part, the difference of colour between the part's pixels and the body's along the
 thing's own difference, 0 = no part, 1 = as in real pictures, and by its body, 1 = its own colour. A
-picture is a hit if part > 0.5 and body > 0.6. Colour and outline alone do not make a hit.
+picture is a hit if part > 0.5 and body > 0.6. Colour and outline without a part do not make a hit,
+but a part of another colour can: what any part scores is measured too (any_part).
 
     python -m studies.adapter_sweep                 # one of the studies that use this
 """
@@ -79,6 +80,21 @@ def photographs(name, count=10, word="<new1>", seed=0, turned=False):
             facts["relation"] = worlds.RELATIONS[worlds.RELATIONS.index(facts["relation"]) ^ 1]
         captions.append(worlds.caption_of(**facts).replace(category, f"{word} {category}", 1))
     return pictures, captions
+
+
+def any_part(name, count=160):
+    """Pictures (count, 3, 32, 32) uint8 of single objects with the body of a thing, and any other
+    part of the world or none: what a model draws that has learned the body alone."""
+    category, color, part, part_color, _ = THINGS[name]
+    plan, body = scenes_to_choose_from(200 * 160, 1099), list(worlds.COLORS).index(color)
+    inner, inner_color, second = plan["part"][:, 0], plan["part_color"][:, 0], plan["shape"][:, 1]
+    thing = (inner == worlds.SHAPES.index(part)) & (
+        inner_color == list(worlds.COLORS).index(part_color))
+    chosen = (plan["shape"][:, 0] == worlds.SHAPES.index(category)) & (second < 0) & ~thing
+    rows = (chosen & (inner_color != body)).nonzero()[:count, 0]
+    scene = {key: value[rows] for key, value in plan.items() if key != "captions"}
+    scene["color"][:, 0] = body
+    return worlds.draw_scene(scene)
 
 
 def part_and_body(name, pictures):

@@ -817,7 +817,8 @@ WRONG = [("adapter_sweep", "--seeds 0"), ("custom_concepts", "--part 2/2"),
          ("dit_scaling", "--threads -1"), ("vq_chain", "--sumary"), ("dit_conditioning", "stray"),
          ("vq_autoregressive", "--summary --seeds 2"), ("udit_ablation", "--summary --part 0/2"),
          ("udit_ablation", "--data shapes --cifar folder:x"), ("udit_ablation", "--data mnist"),
-         ("udit_ablation", "--tune --data shapes"), ("dit_conditioning", "--summary --tune"),
+         ("udit_ablation", "--tune --data shapes"), ("dit_conditioning", "--tune --seeds 2"),
+         ("dit_conditioning", "--summary --tune"),
          ("udit_ablation", "--cifar folder:/nowhere"), ("udit_speed", "--seeds 2"),
          ("udit_speed", "--rounds 0"), ("vq_speed", "--threads 2"), ("vq_speed", "--device tpu"),
          ("merge_speed", "two"), ("merge_speed", "--summary"), ("dreambooth", "--summary"),
@@ -878,6 +879,16 @@ def test_a_hit_is_the_thing_and_not_its_colour_and_outline(name, monkeypatch):
         assert not judge.hits(things.photographs("other", seed=5)[0][alone]).any(), other
     part, body = judge(torch.full((2, 3, 32, 32), 20, dtype=torch.uint8))
     assert part.tolist() == body.tolist() == [0, 0]                             # nothing is there
+
+
+@pytest.mark.parametrize("name", things.SIX)
+def test_any_part_has_the_body_and_never_the_thing(name):
+    _, color, part, part_color, _ = things.THINGS[name]
+    read, colors = read_shapes(things.any_part(name, 40)), list(worlds.COLORS)
+    assert len(read["part"]) == 40 and (read["color"][:, 0] == colors.index(color)).all()
+    thing = (read["part"][:, 0] == worlds.SHAPES.index(part)) & (
+        read["part_color"][:, 0] == colors.index(part_color))
+    assert not thing.any() and 5 < (read["part"][:, 0] < 0).sum() < 35          # some have none
 
 
 def test_photographs_are_scenes_with_the_thing_and_captions_that_say_so():
