@@ -155,8 +155,8 @@ def _attach(unet, made):
     unet.requires_grad_(False)
     for _, block, adapter in made:
         adapter.to(next(block.parameters()))
-        if not hasattr(block, "adapter"):               # a Linear layer, which has no taps
-            block.register_forward_hook(lambda layer, inputs, out: (
+        if not hasattr(block, "adapter"):               # a Linear layer: before detach_first_token
+            block.register_forward_hook(prepend=True, hook=lambda layer, inputs, out: (
                 out if layer.adapter is None else out + layer.adapter.change(inputs[0])))
         block.adapter = adapter
 
@@ -292,7 +292,7 @@ class AdapterTask(DiffusionTask):
         o, unet, lora = self.options, self.model.denoiser, self.options.adapter == "lora"
         budget = o.budget and round(o.budget * sum(p.numel() for p in unet.parameters()))
         add_adapters(unet, *(LORA if lora else o.adapter.split("-")),
-                     None if budget else o.rank or 16, budget,
+                     None if o.budget else o.rank or 16, budget,
                      o.activation or ("identity" if lora else "relu"), o.scale)
         learned = {name for name, p in self.model.named_parameters() if p.requires_grad}
         self.frozen = frozenset(self.model.state_dict()) - learned
@@ -322,7 +322,7 @@ def read_flags(argv):
             for name in {"data", "flip"} & given.keys():
                 raise ValueError(f"--{name} is not read beside --concept, whose prior is --prior")
             ours |= {"word_lr": 0.1}
-            paper |= {"word_lr": 8e-5, "prior": "generated"}
+            paper |= {"word_lr": 8e-5, "prior": "generated", "batch_size": 2, "steps": 2500}
         return base_flags({"base": Options.base, "out": "out/adapter", **given}, ours, paper)
     options, config = parse(argv, __doc__, Options, Config, presets=presets)
     config.device = resolve_device(config.device)

@@ -20,7 +20,7 @@ Differences from the official code (adobe-research/custom-diffusion):
 1. V* is a parameter outside the table. There, weight decay shrinks every other row too.
 2. The masked loss is a mean over valid numbers. There, it is a sum over channels: C times as much.
 3. A shrunk picture always has valid cells. There, its border of one cell can leave none (0/0).
-4. Pictures are not mirrored, as captions say left and right.
+4. Pictures are not mirrored; on our bases half of the prior's captions are the bare category.
 5. merge: in float64, with a small ridge; nearly equal text states count once."""
 import copy
 import dataclasses
@@ -41,7 +41,7 @@ from tasks import DiffusionTask, fingerprint, sample_all
 from train import Config, check_out, load_data, micro_size, run
 
 KV = r"\.attn2\.to_[kv]\.weight$"
-# what learns in the U-Net: Custom Diffusion; its choice for faces; DreamBooth; textual inversion
+# what learns in the U-Net: Custom Diffusion; its choice for faces; its "all"; textual inversion
 PARTS = {"kv": KV, "crossattn": r"\.attn2\.", "all": r"", "none": r"(?!)"}
 
 
@@ -159,12 +159,14 @@ def caption_rows(text, tokenizer, captions, lead=""):
     return rows
 
 
+lead = lambda what: "painting in the style of " if "art" in what.split() else "photo of a "
+
+
 def prompt_rows(text, tokenizer, concept):
     """Rows of C (s, D) for a concept such as "<new1> dog", in the paper's two prompts; "art" makes
     it a style. In a vocabulary without "photo": "a <new1> dog". Source: official composenW.py."""
-    few, style = not tokenizer.open and "photo" not in tokenizer.ids, "art" in concept.split()
-    long = ("painting in the style of " if style else "photo of a ") + concept
-    prompts = [f"a {concept}"] if few else [concept, long]
+    few = not tokenizer.open and "photo" not in tokenizer.ids
+    prompts = [f"a {concept}"] if few else [concept, lead(concept) + concept]
     return torch.cat(caption_rows(text, tokenizer, prompts, "a" if few else "photo of a"))
 
 
@@ -235,11 +237,12 @@ def augment(x, u, factor=1):
     return canvas, mask, words                                                      # (n, C, S, S)
 
 
-def mix(concepts, prior, count, factor=1, words=SIZE_WORDS, augmented=True, generator=None):
+def mix(concepts, prior, count, factor=1, words=SIZE_WORDS, augmented=True, generator=None,
+        first=0):
     """`count` targets, then as many of the prior -> (x (N, C, S, S), captions, mask (N, 1, h, w)).
-    concepts: [(pictures (n, C, S, S), n captions)], in turn; prior: the same, in random order, or
-    None; words: SIZE_WORDS, or () for a vocabulary without them. Source: details of training."""
-    turns = [(concepts[k % len(concepts)], k // len(concepts)) for k in range(count)]
+    concepts: [(pictures (n, C, S, S), n captions)], in turn, from the turn `first` on; prior: the
+    same, in random order, or None; words: SIZE_WORDS, or () for a vocabulary without them."""
+    turns = [(concepts[k % len(concepts)], k // len(concepts)) for k in range(first, first + count)]
     x = torch.stack([pictures[k % len(pictures)] for (pictures, _), k in turns])
     captions = [texts[k % len(texts)] for (_, texts), k in turns]
     mask = torch.ones(count, 1, *(side // factor for side in x.shape[2:]))
@@ -276,8 +279,8 @@ class ConceptTask(DiffusionTask):
         super().__init__(base.settings, base.info, base.model, base.process, base.first_stage,
                          base.tokenizer)
         self.options, self.config, known = options, config, self.tokenizer.ids
-        self.prompt = "photo of a {}" if self.tokenizer.open else "a {}"
-        self.bare = [*map(self.prompt.format, options.category)]
+        self.prompt = lambda what: (lead(what) if self.tokenizer.open else "a ") + what
+        self.bare = [*map(self.prompt, options.category)]
         self.tokenizer(self.bare)                               # raises for a word it does not know
         used, words = " ".join(base.info["examples"]).split(), filter(str.isalpha, known)
         rare = RARE if self.tokenizer.open else sorted(words, key=used.count)
@@ -294,7 +297,7 @@ class ConceptTask(DiffusionTask):
             {f"{k} {texts}": x for k, (x, texts) in enumerate(sources)})}
         learned = personalise(self.model, self.tokenizer, self.words, options.part)
         self.frozen = frozenset(self.model.state_dict()) - set(learned)
-        asked = [*map(self.prompt.format, self.things), *self.bare]
+        asked = [*map(self.prompt, self.things), *self.bare]
         self.info = {**base.info, "examples": (asked * 8)[:max(len(asked), self.at_once)]}
         longest = SIZE_WORDS[1] * self.tokenizer.open
         self.tokenizer([longest + text for _, texts in self.pictures for text in texts])
@@ -303,8 +306,8 @@ class ConceptTask(DiffusionTask):
         """Pictures (n, C, S, S) of a thing, and captions with the new word before the category."""
         dataset = data.load(name, self.info["image_size"], data_dir=self.config.data_dir,
                             skip_bad=self.config.skip_bad)
-        captions, place = [], rf"(?i)(?:{word} )?\b({re.escape(category)})\b"
-        for text in dataset.captions or [self.prompt.format(category)] * len(dataset):
+        captions, place = [], rf"(?i)(?:<new\d+> )?\b({re.escape(category)})\b"
+        for text in dataset.captions or [self.prompt(category)] * len(dataset):
             captions.append(re.sub(place, rf"{word} \1", text, count=1))
             if word not in captions[-1]:
                 raise ValueError(f"{name}: caption {text!r} has no {category}, which all must name")
@@ -322,7 +325,7 @@ class ConceptTask(DiffusionTask):
             y, size = self.tokenizer(captions).to(device), min(50, self.at_once)
             return data.to_float(sample_all(self, self.model.to(device), y, 0, size)[1]), captions
         if captions is None:
-            classes = [*map(self.prompt.format, classes)] if classes[1:] else self.bare
+            classes = [*map(self.prompt, classes)] if classes[1:] else self.bare
             captions = [classes[k] for k in dataset.labels.tolist()]
         if self.tokenizer.open:
             generator = torch.Generator().manual_seed(self.config.seed)
@@ -334,7 +337,8 @@ class ConceptTask(DiffusionTask):
         for category in [c for c in options.category if all(c not in found for found in named)]:
             raise ValueError(f"no caption or class of {dataset.name} names {category}: choose "
                              "another --prior, or --prior generated")
-        rows = [i for i, found in enumerate(named) if found][:2000]
+        rows = [i for i, found in enumerate(named) if found]
+        rows = rows[::-(-len(rows) // 2000)]                # of the whole data set, at most 2,000
         # half the prior captions are the bare category, to keep its meaning
         said = [captions[i] if k % 2 else f"a {named[i][0]}" for k, i in enumerate(rows)]
         return data.to_float(dataset.images[rows]), said
@@ -347,7 +351,8 @@ class ConceptTask(DiffusionTask):
         words = SIZE_WORDS if self.tokenizer.open else ()
         for first in range(0, total, 500):
             x, captions, mask = mix(self.pictures, self.prior, min(500, total - first),
-                                    self.first_stage.factor, words, self.options.augment, generator)
+                                    self.first_stage.factor, words, self.options.augment, generator,
+                                    first)
             z = torch.cat([self.encode(some.to(device)) for some in x.split(self.at_once)])
             rows.append((z, self.tokenizer(captions), mask))
         z, ids, mask = (torch.cat(column) for column in zip(*rows))
@@ -454,8 +459,10 @@ def read_flags(argv):
         whole = given.get("part") == "all"      # ours: see the rates of studies/custom_concepts.py
         ours = dict(lr=5e-4 if whole else 1e-2, steps=500, batch_size=16, weight_decay=0.01,
                     augment=False)              # a third of 32 pixels shows no details
-        paper = dict(lr=8e-6 if whole else 8e-5, word_lr=8e-5, batch_size=8, weight_decay=0.01,
-                     lr_decay="constant", prior="generated")
+        word, things = given.get("part") == "none", len(given.get("concept", "1"))
+        paper = dict(lr=8e-6 if whole else 8e-5, word_lr=0.04 if word else 8e-5, batch_size=8,
+                     weight_decay=0.01, lr_decay="constant", prior="generated",
+                     steps=5000 if word else 250 * (1 + whole) * things)
         return base_flags({"base": Options.base, "out": "out/concept", **given}, ours, paper)
     options, config = parse(argv, __doc__, Options, Config, presets=presets)
     config.device = resolve_device(config.device)
@@ -468,6 +475,8 @@ def take_things(options, config):
         raise ValueError("give one --category for each --concept, and at least one of both")
     config.data = {None: config.data, "none": options.concept[0],
                    "generated": options.concept[0]}.get(options.prior, options.prior)
+    if config.data.startswith("latents:"):
+        raise ValueError(f"{config.data} holds no pictures: give another --prior, or generated")
     config.word_lr = options.word_lr
     return config
 
@@ -481,7 +490,7 @@ def learn(argv):
     task = ConceptTask(base, dataset, options, config)
     run(config, task, dataset)
     print(f'python sample.py --ckpt {options.base} --concept {config.out}/concept.pt --prompt '
-          f'"{task.prompt.format(task.things[0])}"')
+          f'"{task.prompt(task.things[0])}"')
 
 
 def opened(argv, Options):
@@ -501,7 +510,7 @@ def merge_files(argv):
     try:
         captions = (pathlib.Path(texts).read_text("utf-8-sig").split("\n") if
                     o.captions and os.path.isfile(texts) else
-                    texts and data.load(texts, count=1000).captions)
+                    texts and data.load(texts, count=1000, skip_bad=True).captions)
     except UnicodeDecodeError as error:
         raise ValueError(f"--captions {texts} is no text in UTF-8: {error}") from error
     if not (captions := [*filter(str.strip, captions or ())]):

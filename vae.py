@@ -14,8 +14,8 @@ vectors, its codes: a picture becomes N tokens.
 Differences from the official code:
 1. No perceptual and no adversarial loss: enough for 32-pixel worlds, too little for photographs.
 2. TinyAutoencoder: latent noise and an L2 pull instead of the KL term; one scale per channel.
-3. VQ-VAE: k-means starts the codes after a warm-up, unused codes are moved, and beta also weighs
-   the commitment loss of averaged codes.
+3. VQ-VAE: squared, not absolute errors; k-means starts the codes after a warm-up, unused codes
+   are moved, and beta also weighs the commitment loss of averaged codes.
 4. AutoencoderKL.encode returns the mean; the official code samples with the predicted variance."""
 from collections import OrderedDict
 from functools import partial

@@ -20,7 +20,7 @@ Differences from the official code (microsoft/VQ-Diffusion):
 3. Fast sampling is exact, from the end of the chain, not from [MASK] alone (the released way:
    studies/vq_chain.py). "fewer" and "purity" take any number of steps. Inpainting.
 4. Code vectors start from the codebook; small models have relative positions too (VQTransformer).
-"""
+5. The text encoder is small and learns too; there it is CLIP, frozen, with states of length 1."""
 import math
 from collections import namedtuple
 from types import SimpleNamespace
@@ -174,8 +174,8 @@ class MaskReplace:
         mostly where p0 is sure, from p0^(1 + r sure); None: anywhere. Source: Improved Eq. 9-11."""
         top = p0.amax(-1)                                                       # (B, N)
         sure = torch.ones_like(top) if purity is None else top / (top.amax(1, keepdim=True) + 1e-10)
-        power = 1 + (purity or 0.0) * sure[..., None]                           # (B, N, 1)
-        code = race(p0 ** power, rand(p0.shape, generator, p0.device))          # (B, N)
+        p = p0 ** (1 + (purity or 0.0) * sure[..., None])                       # (B, N, K+1)
+        code = race(p, rand(p.shape, generator, p.device))                      # (B, N)
         # `count` places without replacement: the first of exponential times of rate `sure`
         time = -torch.log(rand(xt.shape, generator, xt.device)) / sure          # (B, N)
         rank = torch.where(xt == self.num_codes, time, math.inf).argsort(1).argsort(1)
@@ -209,6 +209,8 @@ class MaskReplace:
         xt = torch.where(u[..., 0] < rate, self.num_codes, (u[..., 1] * self.num_codes).long())
         if o.strength < 1:
             xt = self.q_sample(o.x_init, torch.full(shape[:1], jumps[0][0], device=o.device), u)
+            # what was replaced these two would never revise
+            xt = xt if sampler == "posterior" else torch.where(xt == o.x_init, xt, self.num_codes)
         return xt if o.mask is None else torch.where(o.mask > 0.5, xt, o.x_init)
 
     def transition(self, t, s):

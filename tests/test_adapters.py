@@ -26,6 +26,7 @@ from adapters import (LEGAL, LORA, PLACEMENTS, Adapter, adapter_state, add_adapt
                       set_scale)
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, assert_same, fill_by_recipe, golden_case
+from custom_diffusion import detach_first_token
 from models import base_task
 from studies.adapter_sweep import prediction_difference
 from tasks import DiffusionTask
@@ -442,6 +443,21 @@ def test_lora_changes_only_what_reads_the_text_states():
     assert torch.equal(model(*inputs()), out) and list(model.state_dict()) == names
     load_adapters(model, state)                                         # a second time
     assert torch.equal(model(*inputs()), changed)
+
+
+def test_lora_learns_nothing_from_the_start_token():
+    """It is the same in all captions: its keys and values have no gradient, LoRA's included."""
+    model = tiny()
+    detach_first_token(model)
+    add_adapters(model, *LORA, 2)
+    shake(model)
+    x, t, context = inputs()
+    context = context.clone()
+    context[:, 1:] = 0                          # nothing but the start token to learn from
+    model(x, t, context).square().sum().backward()
+    downs = [m.adapter.down.weight.grad for m in model.modules()
+             if isinstance(getattr(m, "adapter", None), Adapter)]
+    assert len(downs) == 14 and all(g is None or not g.any() for g in downs)
 
 
 def test_lora_of_a_budget():

@@ -203,6 +203,8 @@ def test_mix_is_half_and_half_and_everyone_has_a_turn():
     assert captions[12:] == [f"prior {v - 50}" for v in value[12:]] and len(captions) == 24
     assert sorted(value[12:17]) == sorted(value[17:22]) == [*range(50, 55)]     # in rounds
     assert mask.shape == (24, 1, 4, 4) and mask.all()
+    x = cd.mix(concepts, None, 4, augmented=False, first=8)[0]          # the next part goes on
+    assert (x[:, 0, 0, 0] * 100).round().int().tolist() == value[8:12]
     x, captions, mask = cd.mix(concepts, prior, 200, factor=1, generator=generator())
     shrunk = [c.startswith(("a far away a", "very small a")) for c in captions[:200]]
     assert shrunk == [not m.all() for m in mask[:200]] and 20 < sum(shrunk) < 90

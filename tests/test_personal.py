@@ -1,6 +1,7 @@
 """Adapters and concepts through the one loop and the sampler, on the shipped base, end to end."""
 import pathlib
 import shutil
+import types
 
 import pytest
 import torch
@@ -218,6 +219,8 @@ def test_wrong_input_gets_one_line(flags, words, things, tmp_path, capsys):
     (["--image-size", "64"], "--image-size is not read"),
     (["--save-latents", "x"], "--save-latents is not read"),
     (["--muon-lr", "0.1"], "--muon-lr is not read"),
+    (["--part", "none", "--lr", "1"], "--lr is not read here (--part none)"),
+    (["--prior", "latents:x"], "latents:x holds no pictures"),
     (["--bpe", "list.gz"], "--bpe is for Stable Diffusion"), (["--rank", "2"], "unknown argument"),
     (["--base", BASE.replace("unet", "vq")], "no cross-attention"),
     (["--prior", "nothing"], "unknown data set"), (["--part", "half"], "--part"),
@@ -321,3 +324,34 @@ def test_what_only_other_data_need_is_refused(flag, things, tmp_path, capsys):
         err = capsys.readouterr().err
         assert stop.value.code == 2 and f"{flag[0]} is not read here" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_every_thing_has_a_prior_in_data_sorted_by_class(things, monkeypatch):
+    captions = ["a circle"] * 2500 + ["a square"] * 2500
+    sorted_by_class = data.Dataset("sorted", torch.zeros(5000, 3, 32, 32).byte(),
+                                   torch.zeros(5000).long(), captions, [], False)
+    task = concept_task(things, "--steps", "2")[0]
+    task.options.category = ("circle", "square")
+    said = task.select(sorted_by_class)[1]
+    circles = said.count("a circle")
+    assert len(said) <= 2000 and abs(2 * circles - len(said)) <= 1 and circles > 800
+
+
+def test_learning_and_merging_ask_a_style_by_the_same_prompt():
+    """As the official code does; and a second thing replaces the word of a first one."""
+    open_tokenizer = types.SimpleNamespace(open=True, ids={})
+    for what in ("<new1> art", "<new1> dog"):
+        seen = []
+        monkey = lambda text, tokenizer, prompts, lead: seen.extend(prompts) or [torch.zeros(1, 2)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cd, "caption_rows", monkey)
+            cd.prompt_rows(None, open_tokenizer, what)
+        assert seen == [what, cd.lead(what) + what]
+    assert cd.lead("<new1> art") == "painting in the style of "
+
+
+def test_a_word_of_an_earlier_run_is_replaced(things):
+    task = concept_task(things, "--concept", things["marked"], things["plain"], "--category",
+                        "circle", "square", "--steps", "2")[0]
+    assert task.photographs(things["marked"], "circle", "<new2>")[1] == [
+        "a red <new2> circle", "a <new2> circle on gray"]
