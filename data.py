@@ -147,7 +147,6 @@ def _take(whole, image_size, split, count, seed):
     return Dataset(whole.name, images, labels, captions, whole.class_names, whole.flip)
 
 
-# ---------------------------------------------------------------- official files
 # {name: (address, {file: md5}, class names)}
 OFFICIAL = json.loads((Path(__file__).parent / "assets/official.json").read_text())
 
@@ -256,7 +255,6 @@ def check_target(path, mark):
         raise ValueError(f"{path} cannot be written ({error.strerror}): choose another") from error
 
 
-# ---------------------------------------------------------------- looking at results
 @functools.lru_cache
 def _font(letters):
     """A font of 10 pixels: Pillow's, or for other letters the installed one with most of them."""

@@ -297,7 +297,6 @@ def sincos_positions(hidden_size, grid_size):
     return torch.cat([line.repeat(grid_size, 1), line.repeat_interleave(grid_size, 0)], 1).float()
 
 
-# ---- sizes ---------------------------------------------------------------------------------------
 # the twelve of the paper (Table 1); the number after the slash is the patch size
 DIT_CONFIGS = {
     f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)

@@ -422,7 +422,8 @@ def check_read(given, config, settings):
         **dict.fromkeys(("first_stage_steps", "latent_channels", "latent_noise", "factor", "codes"),
                         (stage == "new" or config.resume, "--first-stage new"))}
     if config.save_latents:
-        encode = "data data_dir image_size hold_out skip_bad seed device first_stage save_latents"
+        encode = "data data_dir image_size skip_bad device first_stage save_latents" + (
+            " hold_out seed" * (kind in ("shapes", "scenes")))
         read |= dict.fromkeys(given.keys() - set(encode.split()), (False, "training"))
     for name in given:
         used, by = read.get(name, (True, ""))
@@ -433,19 +434,27 @@ def check_read(given, config, settings):
 def base_flags(given, ours, paper):
     """Defaults of a short run on given["base"]: `ours`, or `paper` if that is an official file; to
     resume a run, its flags. given: {flag: value}, with "base" and "out". Raises ValueError."""
-    if given.get("resume") and os.path.isfile(path := f"{given['out']}/ckpt.pt"):
+    flags, taken, rates, unread = given, {"model": "SD-v1", "image_size": 512}, paper, ""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("torchrun is for train.py alone: start this with python")
+    if goes_on := given.get("resume") and os.path.isfile(path := f"{given['out']}/ckpt.pt"):
         said = {name: value for name, value in given.items() if name != "base"}
-        return {**resumed_flags(said, path, "options"), "out": given["out"]}
-    unread, taken, rates = "", {"model": "SD-v1", "image_size": 512}, paper
-    if not is_official(given["base"]):
-        config, rates, unread = load_checkpoint(given["base"]).get("config", {}), ours, "image_size"
-        taken = {k: config[k] for k in ("model", "data", "image_size") if k in config}
-    sources = " ".join([given.get("data") or taken.get("data", ""), given.get("prior") or "",
-                        *given.get("concept", ())])
-    read = {"muon_lr": given.get("optimizer") == "muon", "skip_bad": "folder:" in sources,
-            "data_dir": any(name in sources for name in data.OFFICIAL)}
+        flags = {**resumed_flags(said, path, "options"), "out": given["out"]}
+    elif not is_official(given["base"]):
+        state, rates, unread = load_checkpoint(given["base"]), ours, "image_size"
+        said = {**state.get("config", {}), **state.get("info", {})}     # of latents: info's size
+        taken = {k: said[k] for k in ("model", "data", "image_size") if k in said}
+    sources = " ".join([flags.get("data") or taken.get("data", ""), flags.get("prior") or "",
+                        *(flags.get("concept") or ())])
+    word = flags.get("part") == "none"                  # nothing but words, at --word-lr
+    read = {"muon_lr": flags.get("optimizer") == "muon" and not word, "lr": not word,
+            "data_dir": any(name in sources for name in data.OFFICIAL),
+            "skip_bad": "folder:" in sources}
     unread = {"model", "init", "recipe", "save_latents", unread, *(k for k in read if not read[k])}
     for name in given.keys() & unread:
-        raise ValueError(f"--{name.replace('_', '-')} is not read here: leave it out")
-    return {"steps": 250, "optimizer": "adamw", "warmup": 0, "ema": 0.9, "sample_every": 0,
-            **taken, **rates, "out": given["out"]}
+        raise ValueError(f"--{name.replace('_', '-')} is not read here"
+                         f"{' (--part none)' * word}: leave it out")
+    if not sources.strip() and rates is paper:
+        raise ValueError("say with --data or --concept what to learn from: the base has no data")
+    return flags if goes_on else {"steps": 250, "optimizer": "adamw", "warmup": 0, "ema": 0.9,
+                                  "sample_every": 0, **taken, **rates, "out": given["out"]}

@@ -80,9 +80,11 @@ def make_optimizers(config, model):
         if p.requires_grad:
             (matrices if by_muon else words if ".rows." in name else rest).append(p)
     groups = [{"params": rest}, {"params": words, "lr": getattr(config, "word_lr", config.lr)}]
+    if not (groups := [group for group in groups if group["params"]]):
+        raise ValueError("--optimizer muon leaves nothing to adamw here: leave it out")
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr,
-                                    weight_decay=config.weight_decay, fused=fused)]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay,
+                                    fused=fused)]
     if matrices:
         optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     return optimizers

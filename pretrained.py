@@ -371,7 +371,6 @@ def find_weights(folder):
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-# ---- files ---------------------------------------------------------------------------------------
 def read_weights(path):
     """{name: tensor} of a file, safetensors or torch by its first bytes, or of all shards that an
     index.json lists; inside dicts, names with dots. Raises ValueError."""

@@ -27,7 +27,7 @@ from checkpoint import load_checkpoint, save_checkpoint, write_safetensors, writ
 from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
-from models import MERGES, base_task, find_model, official_task, task_from
+from models import FAMILIES, MERGES, base_task, find_model, official_task, task_from
 from pretrained import PREFIXES, infer_dit, infer_udit, is_official
 from tasks import sample_all
 from udit import fold
@@ -40,7 +40,7 @@ LICENCE = "of the code: MIT; of the weights: that of their data, and of the weig
 class Options:
     """what to sample, and how"""
     ckpt: str = flag("out/DiT-128x4-2-shapes/ckpt.pt", "of train.py, or an official file")
-    classes: str = flag(None, "--class: class names or numbers, between commas (default: all)")
+    classes: str = flag(None, "--class: names or numbers, between commas (default: all, or 48)")
     prompt: str = flag(None, "what to sample, for models of captions; several between |", "text")
     negative: str = flag(None, "a prompt to steer away from, not from the empty one", "text")
     n: int = flag(None, "how many pictures (default: one of each)", "[1, 1e6]", needs="!npz")
@@ -74,7 +74,6 @@ class Options:
     strength: float = flag(None, "image-to-image: noise level (0.6)", "(0, 1]", needs="init !mask")
 
 
-# ---------------------------------------------------------------- checkpoints
 def load(path, device="cpu", options=None):
     """Checkpoint -> (task, model in eval mode on the device). options: for what files do not say.
     Official files are known by their tensors. Raises ValueError for files that sample nothing."""
@@ -123,7 +122,7 @@ def export(path, out, note="", for_others=False, command="", base=None):
     for_others: as the official code reads it, also what was learned on a `base`. note, command:
     lines inside. Raises ValueError."""
     state = load_checkpoint(path)
-    if not base and not ({"opt", "ema"} <= state.keys() or for_others and "task" in state):
+    if not base and not (state.get("task") in FAMILIES and ("opt" in state or for_others)):
         raise ValueError(f"{path} is not the checkpoint of a run: say --official --base BASE")
     if not for_others:
         small = halved({k: v for k, v in state.items() if k not in ("model", "opt")})
@@ -180,7 +179,6 @@ def learned(path, state, base):
     return {"state_dict": W}, {"concepts": things}
 
 
-# ---------------------------------------------------------------- what to sample
 def choose_classes(text, names, count):
     """"3,red circle" -> [3, 0]; a name comes before a number. Raises ValueError."""
     chosen = []
@@ -226,7 +224,7 @@ def conditions(options, task, config=None):
     else:
         refuse(options, "prompt negative", "is for other models: say --class, not --prompt")
         names, count = task.info["class_names"], task.model.num_classes
-        most = count if options.npz else 48 if names else 8
+        most = count if options.npz or options.n else 48 if names else 8
         asked = choose_classes(options.classes, names, count) or [*range(max(1, min(most, count)))]
     count = options.n or options.npz or len(asked)
     asked = [asked[i % len(asked)] for i in range(count)]
@@ -238,7 +236,7 @@ def conditions(options, task, config=None):
 def read_picture(path, info, background="white"):
     """A picture file as (1, C, H, W) float in [-1, 1] at the model's size. Raises ValueError."""
     if info["channels"] not in (1, 3):
-        raise ValueError("--init: this file holds no autoencoder to encode a picture: add --vae")
+        raise ValueError("--init: no autoencoder is here: add --vae, or train with --first-stage")
     picture = to_float(data.read_image(path, info["image_size"], background))[None]  # (1, 3, H, W)
     return picture.mean(1, keepdim=True) if info["channels"] == 1 else picture
 
@@ -322,7 +320,7 @@ def main(argv):
     (task, model), seed = load(options.ckpt, device, options), options.seed or 0
     given = sampling_options(options, task, model)
     if task.on_pixels and task.shape[0] not in (1, 3):
-        refuse(options, "npz", "writes pictures, and no autoencoder is in this file: see --vae")
+        refuse(options, "npz", "no autoencoder is here: add --vae, or train with --first-stage")
         files["latents"] = files["grid"].with_suffix(".npz")
         data.check_target(files["latents"], data.LATENTS_MARK)
     if options.concept:

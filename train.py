@@ -223,7 +223,7 @@ class Config:
     init: str = flag("", "start from the averaged weights of this checkpoint")
     log_every: int = flag(10, "steps between rows of log.csv", "[1, inf)")
     sample_every: int = flag(500, "steps between previews; 0 = only at the end", "[0, inf)")
-    save_every: int = flag(500, "steps between checkpoints", "[1, inf)")
+    save_every: int = flag(500, "steps between checkpoints; previews save as well", "[1, inf)")
     save_latents: str = flag("", "only encode the training pictures of --data into this file")
 
 
@@ -247,7 +247,7 @@ def read_flags(argv):
         paper = PAPER if given.get("recipe") == "paper" else {}
         saved = resumed_flags(given, path, "settings") if path else {
             **start.get("settings", {}), "first_stage": "auto", "model": model}
-        flags = {**paper, **PRESETS.get(model, {}), **saved, "resume": False, "out": out}
+        flags = {**PRESETS.get(model, {}), **paper, **saved, "resume": False, "out": out}
         flow = {**flags, **given}.get("schedule", "flow") == "flow"
         unread = {"prediction": None, "learn_sigma": False} if flow else {"flow_shift": None}
         return {**flags, **unread}

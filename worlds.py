@@ -18,7 +18,6 @@ import re
 
 import torch
 
-# ---------------------------------------------------------------- the vocabulary
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {
     "red": (230, 40, 40), "green": (50, 180, 60), "blue": (60, 100, 255), "yellow": (250, 220, 40),
@@ -66,26 +65,17 @@ def _star(x, y):
             - radius * angle.sin() * (edge[0] / length))
 
 
-def _triangle(x, y):
-    # Apex (0, -0.95), base from (-1, 0.95) to (1, 0.95).
-    slope = math.hypot(1.9, 1.0)
-    return torch.maximum((1.9 * x.abs() - (y + 0.95)) / slope, y - 0.95)
-
-
-def _cross(x, y):
-    x, y = x.abs(), y.abs()
-    return torch.minimum(torch.maximum(x - 0.36, y - 0.98), torch.maximum(x - 0.98, y - 0.36))
-
-
 # Signed distance, negative inside, of a shape of r = 1 around the origin.  x (n, 1, W),
 # y (n, H, 1), y points down.  Every shape lies in the square |x|, |y| <= 1 and has an area between
 # 1.7 and 2.4.  Beyond a sharp corner it is the distance to the extended edges, a little too small.
 OUTLINES = (
     lambda x, y: torch.hypot(x, y) - 0.86,                   # circle
     lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.76,     # square
-    _triangle,
+    # triangle: apex (0, -0.95), base from (-1, 0.95) to (1, 0.95)
+    lambda x, y: torch.maximum((1.9 * x.abs() - (y + 0.95)) / math.hypot(1.9, 1.0), y - 0.95),
     _star,
-    _cross,
+    lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.36, y.abs() - 0.98),   # cross: two bars
+                               torch.maximum(x.abs() - 0.98, y.abs() - 0.36)),
     lambda x, y: (torch.hypot(x, y) - 0.77).abs_() - 0.22,   # ring: radii 0.55 to 0.99
 )
 
@@ -157,7 +147,6 @@ def parse_caption(caption):
     return facts | {key: found[key] for key in ("relation", "background") if key in found}
 
 
-# ---------------------------------------------------------------- a whole data set
 def draw_scene(scene, image_size=32):
     """The pictures (N, 3, H, W) uint8 of what plan_world planned."""
     palette = torch.tensor(list(COLORS.values()), dtype=torch.uint8)                 # (8, 3)
@@ -182,17 +171,12 @@ def plan_world(name, split="train", count=None, seed=0, hold_out=False):
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     removed = {f"{c} {s}" for s, c in HELD_OUT} if hold_out and split == "train" else {}
     allowed = torch.tensor([name not in removed for name in CLASS_NAMES])            # (48,)
-    first, second = _draw_classes(count, allowed, generator)
+    classes = allowed.nonzero()[:, 0]   # (42,) or (48,): as the first object, all equally often
+    first = torch.arange(count)[torch.randperm(count, generator=generator)] % len(classes)
+    distance = torch.randint(1, len(classes), (count,), generator=generator)    # never the same two
+    first, second = classes[first], classes[(first + distance) % len(classes)]
     return {"label": first, **(_shapes_world(first, generator) if name == "shapes" else
                                _scenes_world(first, second, allowed, generator, split))}
-
-
-def _draw_classes(count, allowed, generator):
-    """Classes (count,) of two objects, never the same two; as the first, all equally often."""
-    allowed = allowed.nonzero()[:, 0]                                    # (42,) or (48,) classes
-    first = torch.arange(count)[torch.randperm(count, generator=generator)] % len(allowed)
-    distance = torch.randint(1, len(allowed), (count,), generator=generator)
-    return allowed[first], allowed[(first + distance) % len(allowed)]
 
 
 def _uniform(shape, low, high, generator):

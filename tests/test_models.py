@@ -193,7 +193,7 @@ def test_a_fingerprint_knows_names_shapes_and_values_but_not_precision():
         assert fingerprint({**tensors, name: value}) != one
 
 
-def test_a_base_must_read_captions_and_hands_its_flags_over(tmp_path):
+def test_a_base_must_read_captions_and_hands_its_flags_over(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
     config = {"model": "unet-tiny", "data": "npz:x", "image_size": 8, "lr": 7.0, "out": "there"}
     info = describe(SPOKEN, "unet-tiny", Pixels())
@@ -206,6 +206,19 @@ def test_a_base_must_read_captions_and_hands_its_flags_over(tmp_path):
     flags = base_flags({"base": path, "out": "x"}, {"lr": 1}, {"lr": 2})
     assert flags.items() >= {"model": "unet-tiny", "data": "npz:x", "image_size": 8}.items()
     assert flags["lr"] == 1 and flags["out"] == "x"
+    save_checkpoint(path, {**state, "config": {**config, "data": "latents:x", "image_size": 32}})
+    flags = base_flags({"base": path, "out": "x"}, {}, {})
+    assert flags["image_size"] == 8                         # of the pictures, which info knows
+    with pytest.raises(ValueError, match="--lr is not read here .--part none."):    # but word_lr
+        base_flags({"base": path, "out": "x", "part": "none", "lr": 1.0}, {}, {})
+    with pytest.raises(ValueError, match="torchrun is for train.py alone"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        base_flags({"base": path, "out": "x"}, {}, {})
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(models, "is_official", lambda path: True)
+    with pytest.raises(ValueError, match="say with --data or --concept what to learn from"):
+        base_flags({"base": path, "out": "x"}, {}, {"lr": 2})
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="--bpe is for Stable Diffusion"):
         base_task(path, "no file of merges")
     base = base_task(path)

@@ -201,6 +201,13 @@ def test_an_optimizer_that_is_not_fused_skips_a_bad_step_too():
         assert bool((model.weight != before).all()) == moves and model.weight.isfinite().all()
 
 
+def test_muon_must_leave_something_to_adamw():
+    model = torch.nn.Linear(3, 3, bias=False)
+    model.matrices = "weight"
+    with pytest.raises(ValueError, match="leaves nothing to adamw here"):
+        make_optimizers(Config(), model)
+
+
 def test_codes_start_after_the_last_step_at_the_latest(monkeypatch):
     """Else a first stage of fewer steps than its warm-up would have random codes."""
     stage = VQVAE(8, 3, 4, 2, warmup=50)

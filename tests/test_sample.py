@@ -337,7 +337,8 @@ def test_npz_is_what_the_adm_evaluator_reads(runs):
     assert names.tolist() == ["apple", "pear"]
     many = SimpleNamespace(tokenizer=None, info={"class_names": []}, model=SimpleNamespace(
         num_classes=1000))                                          # all classes, not the first 8
-    assert sample.conditions(sample.Options(npz=1001), many)[0].tolist() == [*range(1000), 0]
+    for options in (sample.Options(npz=1001), sample.Options(n=1001)):
+        assert sample.conditions(options, many)[0].tolist() == [*range(1000), 0]
     sample.write({"npz": runs / "t.npz"}, torch.zeros(2, 3, 8, 8).byte(), None, torch.zeros(2, 5),
                  ["a b", "글"], [])
     assert data.read_arrays(runs / "t.npz", "npz")[1:] == (None, ["a b", "글"], [])

@@ -29,7 +29,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from conftest import (ONE_THREAD, ROOT, assert_same, fewer_drawn, fill_by_recipe,
                       write_safetensors)
 from evaluate import sampled
-from models import find_model, make_task, settings_class
+from models import PAPER, find_model, make_task, settings_class
 from tasks import begin_files
 from train import Config, default_out, make_step
 from vae import AutoencoderKL, first_stage_from
@@ -638,6 +638,10 @@ def test_init_hands_on_what_the_weights_need(tmp_path, pictures):
     assert (settings.schedule, settings.prediction) == ("flow", None)
 
 
+def test_the_papers_recipe_wins_over_what_suits_a_model():
+    assert train.read_flags(["--model", "vq-vae", "--recipe", "paper"])[0].lr == PAPER["lr"]
+
+
 @pytest.mark.parametrize("argv,words", [
     (["--muon-lr", "0.1", "--optimizer", "adamw"], "--optimizer muon"),
     (["--muon-lr", "0.1", "--recipe", "paper"], "--optimizer muon"),
@@ -654,6 +658,8 @@ def test_init_hands_on_what_the_weights_need(tmp_path, pictures):
     (["--data", "mnist", "--hold-out"], "shapes and scenes"),
     (["--save-latents", "x.npz"], "--first-stage FILE"),
     (["--save-latents", "x.npz", "--first-stage", "FILE", "--steps", "3"], "training"),
+    (["--save-latents", "x.npz", "--first-stage", "FILE", "--data", "mnist", "--seed", "3"],
+     "training"),
     (["--save-latents", "x.npz", "--first-stage", "FILE", "--lr", "3"], "training"),
     (["--save-latents", "x.npz", "--first-stage", "FILE", "--resume"], "training")])
 def test_a_flag_that_nothing_reads_is_refused(tmp_path, monkeypatch, capsys, argv, words):
