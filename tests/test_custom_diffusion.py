@@ -2,6 +2,7 @@
 import copy
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import custom_diffusion as cd
+import data
 from checkpoint import save_checkpoint
-from conftest import fill_by_recipe, golden_case
+from conftest import ROOT, fill_by_recipe, golden_case
 from diffusion import GaussianDiffusion, RectifiedFlow
 from studies import custom_merge
 from studies.custom_concepts import weight_change
@@ -104,6 +106,19 @@ def test_training_changes_keys_values_and_the_new_word_only():
     assert moved == {name for name in learns if "denoiser." in name} and len(moved) == 14
     assert not torch.equal(model.text.rows[0], rare)
     assert set(after) - set(before) == {"text.rows.0"}
+
+
+def test_personalise_detaches_the_start_token_in_every_layer():
+    """All captions have the same one: W_k and W_v get no gradient through it (appendix E)."""
+    model, tokenizer = tiny()
+    cd.personalise(model, tokenizer, {"<new1>": "rarely"})
+    context = torch.randn(1, 3, 24, generator=generator())
+    layers = [m for k, m in model.denoiser.named_modules() if re.search(r"attn2\.to_[kv]$", k)]
+    for layer in layers:
+        start, rest = (torch.autograd.grad(layer(context)[:, part].sum(), layer.weight)[0]
+                       for part in (slice(1), slice(1, None)))
+        assert not start.any() and rest.any()
+    assert len(layers) == 14
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,6 +259,20 @@ def test_rows_of_a_caption_are_its_words_and_its_end():
     rows = cd.caption_rows(model.text, tokenizer, captions, lead="photo of a")
     want = [states[0, 1:5], states[1, 1:2], states[2, 4:6], states[3, 1:5], states[4, 1:3]]
     assert all(torch.equal(a, b) for a, b in zip(rows, want)) and not rows[0].requires_grad
+
+
+def test_broken_pictures_of_a_thing_may_be_left_out_and_its_category_is_a_whole_word(tmp_path):
+    data.save_grid(torch.zeros(1, 3, 8, 8), tmp_path / "a.png", pad=0, scale=1)
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("A wildcat and a Cat, a cat")
+    task = SimpleNamespace(prompt="a {}", info={"image_size": 8},
+                           config=SimpleNamespace(data_dir="data", skip_bad=True))
+    read = lambda: cd.ConceptTask.photographs(task, f"folder:{tmp_path}", "cat", "<new1>")
+    assert read()[1] == ["A wildcat and a <new1> Cat, a cat"]
+    task.config.skip_bad = False
+    with pytest.raises(ValueError, match="b.png.*--skip-bad"):
+        read()
 
 
 def test_the_prior_speaks_of_the_class():
@@ -578,6 +607,22 @@ def test_a_concept_makes_the_model_what_it_was_when_trained(tmp_path):
     assert torch.equal(fresh(x, t, other(caption)), model(x, t, tokenizer(caption)))
 
 
+def test_a_concept_is_saved_with_the_averaged_weights(tmp_path):
+    model, tokenizer = tiny()
+    unet = copy.deepcopy(model.denoiser.state_dict())
+    learns = cd.personalise(model, tokenizer, {"<new1>": "rarely"})
+    task = SimpleNamespace(
+        model=model, frozen={*model.state_dict()} - {*learns}, words={"<new1>": "rarely"},
+        things=["<new1> dog"], W0=unet, config=SimpleNamespace(out=str(tmp_path)))
+    average = copy.deepcopy(model)
+    for name in learns:
+        average.get_parameter(name).data.add_(0.1)
+    cd.ConceptTask.finish(task, average, None, "cpu")
+    W, rows, _ = cd.load_concept(tmp_path / "concept.pt", unet)
+    assert len(W) == 14 and torch.equal(rows["<new1>"], average.text.rows[0])
+    assert all(torch.equal(w, average.denoiser.state_dict()[name]) for name, w in W.items())
+
+
 @pytest.mark.parametrize("part", ["kv", "crossattn"])
 def test_published_files_of_both_repositories(tmp_path, part):
     """CompVis names with a table of rows; diffusers' names with a dict of rows; compressed ones."""
@@ -660,6 +705,18 @@ def base(monkeypatch):
         def __init__(self, path, bpe):
             self.model, self.tokenizer = tiny()
     monkeypatch.setattr(cd, "base_task", Task)
+
+
+@pytest.mark.parametrize("part,paper,ours", [("kv", 8e-5, 1e-2), ("all", 8e-6, 5e-4)])
+def test_what_others_published_learns_as_the_official_code_has_it(part, paper, ours, tmp_path):
+    """A base in a folder of diffusers; one of ours has fewer weights, so it learns faster."""
+    flags = ["--concept", "folder:x", "--category", "dog", "--part", part, "--device", "cpu"]
+    options, config = cd.read_flags([*flags, "--base", str(tmp_path)])
+    assert (config.lr, config.word_lr, config.lr_decay) == (paper, 8e-5, "constant")
+    assert (config.optimizer, config.warmup, config.batch_size) == ("adamw", 0, 8)
+    assert (config.weight_decay, options.augment, options.prior) == (0.01, True, "generated")
+    options, config = cd.read_flags([*flags, "--base", str(ROOT / "assets/unet-scenes.pt")])
+    assert (config.lr, config.word_lr, options.augment, options.prior) == (ours, 0.1, False, None)
 
 
 def test_merge_from_the_command_line(folder, base, capsys):

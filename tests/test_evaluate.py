@@ -375,6 +375,19 @@ def test_classifier_learns_and_its_distance_sees(stripes):
     assert same["fid_floor"] == pytest.approx(evaluate.frechet_distance(floor, rest), rel=1e-6)
 
 
+def test_the_classifier_is_tested_on_pictures_that_it_has_not_seen(monkeypatch):
+    """Picture i holds the number i; a tenth of them is for the test."""
+    images = torch.arange(200).byte().view(200, 1, 1, 1).repeat(1, 1, 4, 4)
+    numbers = data.Dataset("numbers", images, torch.arange(200) % 2, None, ["even", "odd"], False)
+    read, whole = [], data.to_float
+    monkeypatch.setattr(data, "to_float", lambda x: read.append(
+        {*x[:, 0, 0, 0].tolist()}) or whole(x))
+    evaluate.train_classifier(numbers, steps=9)
+    *trained, tested = read
+    assert len(tested) == 20 and tested.isdisjoint(set().union(*trained))
+    assert len(set().union(*trained)) > 150
+
+
 def test_mirrored_copies_only_where_the_data_set_allows_them():
     # Two classes that are each other's mirror image: with mirrored copies nobody can learn them.
     for seed in range(3):

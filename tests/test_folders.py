@@ -318,6 +318,12 @@ def test_captions_of_a_picture_stay_in_one_split(tmp_path):
     assert len(shown["test"]) == 10 and not shown["train"].keys() & shown["test"].keys()
 
 
+def test_without_captions_a_number_belongs_to_the_name_of_a_class(tmp_path):
+    """Kohya's "10_sks dog" says how often; 1_cat and 2_cat are two classes."""
+    put(tmp_path / "1_cat" / "x.png"), put(tmp_path / "2_cat" / "x.png")
+    assert read_folder(tmp_path)[3] == ["1_cat", "2_cat"]
+
+
 @pytest.mark.parametrize("line, message", [
     ('{"file_name": "a.png"', "line 2: expected"), ('{"file_name": "a.png"}', "line 2: expected"),
     ('["a.png", "t"]', "line 2: expected"), ('{"file_name": "a.png", "text": null}', "line 2: exp"),

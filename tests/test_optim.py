@@ -206,6 +206,8 @@ def test_muon_must_leave_something_to_adamw():
     model.matrices = "weight"
     with pytest.raises(ValueError, match="leaves nothing to adamw here"):
         make_optimizers(Config(), model)
+    adamw, = make_optimizers(Config(optimizer="adamw"), model)
+    assert adamw.defaults["betas"] == (0.9, 0.999)                          # DiT §4: as published
 
 
 def test_codes_start_after_the_last_step_at_the_latest(monkeypatch):

@@ -139,6 +139,15 @@ def test_the_new_word_is_put_before_the_category_and_learns(things):
         assert (row - old).abs().max() > 1e-3                       # the learning rate is 1e-2
 
 
+def test_a_word_begins_as_one_that_is_rare_and_pictures_are_not_mirrored(things):
+    """The base's own captions use it least. Captions may say left and right."""
+    task = concept_task(things, "--prior", "none", "--steps", "1")[0]
+    used = " ".join(load_checkpoint(BASE)["info"]["examples"]).split()
+    counts = sorted(used.count(word) for word in task.tokenizer.words if word.isalpha())
+    assert [used.count(rare) for rare in task.words.values()] == counts[:2] and counts[-1] > 9
+    assert not task.prepare(None, "cpu").flip
+
+
 def test_half_the_prior_says_the_bare_category_and_seeds_differ_in_noise(things):
     tasks = [concept_task(things, "--steps", "2", seed=seed) for seed in (0, 1)]
     for task, *_ in tasks:

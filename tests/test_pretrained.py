@@ -736,6 +736,42 @@ def test_files_of_other_kinds_are_refused_by_name(what, tmp_path):
         (tmp_path / what / name).unlink()
 
 
+@pytest.mark.parametrize("what, name, shape", [
+    ("a ControlNet", "control_model.input_blocks.0.0.bias", (2,)),
+    ("a ControlNet", "controlnet_down_blocks.0.bias", (2,)),
+    ("a LoRA", "x.hada_w1_a", (2, 2)), ("a LoRA", "x.lokr_w1", (2, 2)),
+    ("a part of Stable Diffusion XL", "x.label_emb.0.0.bias", (2,)),
+    ("a part of Stable Diffusion XL", "text_projection.weight", (2, 2)),
+    ("a part of Stable Diffusion XL", "x.attn2.to_k.weight", (8, 2048)),
+    ("Stable Diffusion 3 or FLUX", "double_blocks.0.img_mod.lin.bias", (2,)),
+    ("a U-Net for upscaling", "x.input_blocks.0.0.weight", (8, 7, 3, 3)),
+    ("VQ-Diffusion or its codec", "content_codec.x", (2,)),
+    ("an adapter of unet-finetune", "x.adapter_inout.adp.0.bias", (2,))])
+def test_one_tensor_of_another_kind_is_enough_to_refuse_a_file(what, name, shape, states):
+    """Such as of a ControlNet, whose file holds all of Stable Diffusion as well."""
+    with pytest.raises(ValueError, match=f"x is {what}.* not read here: "):
+        pretrained.recognise(compvis(states) | {name: torch.zeros(shape)}, "x")
+
+
+@pytest.mark.parametrize("part, said, args", [
+    *((part, {key: other}, None) for part, key, other in (
+        ("unet", "act_fn", "gelu"), ("unet", "norm_eps", 1e-06), ("vae", "act_fn", "relu"),
+        ("text", "layer_norm_eps", 1e-06), ("dit", "activation_fn", "gelu"),
+        ("dit", "norm_eps", 1e-06), ("dit", "norm_num_groups", 16))),
+    ("unet", {"num_attention_heads": 5}, {"num_heads": 5}),
+    ("process", {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+     {"schedule": "linear", "spacing": ("leading", 0, True), "prediction": "eps"})])
+def test_a_config_is_followed_or_refused_in_every_row_of_the_table(part, said, args, tmp_path):
+    """What a schedule does not say is as diffusers' DDIMScheduler has it."""
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    read = lambda: pretrained.read_config(tmp_path / "config.json", part)
+    if args:
+        assert read() == args
+    else:
+        with pytest.raises(ValueError, match=f"says {[*said][0]} .*, and only .* can be read"):
+            read()
+
+
 # --------------------------------------------------------------------------------------------------
 # a folder's own schedule, DiT's folders, things of one's own
 

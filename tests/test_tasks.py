@@ -6,6 +6,7 @@ import torch
 from matplotlib.axes import Axes
 
 import data
+from diffusion import GaussianDiffusion, RectifiedFlow
 from tasks import AutoencoderTask, DiffusionTask, plot_loss
 from vae import Pixels, TinyAutoencoder
 
@@ -45,6 +46,21 @@ def test_latents_that_nothing_decodes_are_shown_in_false_colours():
     task = DiffusionTask(None, info, None, None, Pixels())
     x = torch.tensor([[3.0, -3.0, 0.0, 9.0], [1.5, -1.5, 6.0, 0.0]])[..., None, None]
     assert task.to_pictures(x).flatten(1).tolist() == [[255, 0, 128], [191, 64, 255]]
+
+
+@pytest.mark.parametrize("channels,stage,clipped", [
+    (3, Pixels(), True), (1, Pixels(), True), (4, Pixels(), False),
+    (3, TinyAutoencoder(3, 3, factor=2, width=8), False)])
+def test_estimates_stay_within_the_range_of_pixels_but_not_of_latents(channels, stage, clipped):
+    """A latent is a number of any size, also if it has three channels as a picture has. The first
+    estimate of DPM-Solver++ counts as well: its second step extrapolates from it."""
+    info, model = {"channels": channels, "image_size": 4, "class_names": []}, lambda x, t, y: 9 * x
+    model.can_guide, model.null_condition = False, lambda count, device: torch.zeros(count)
+    for process, sampler in ((RectifiedFlow(), "heun"), (GaussianDiffusion(), "dpm++")):
+        task, found = DiffusionTask(None, info, None, process, stage), []
+        task.sample(model, torch.zeros(2), steps=3, sampler=sampler, generator=seeded(),
+                    callback=found.append)
+        assert [bool(x0.abs().max() <= 1) for x0 in found] == [clipped] * 3, sampler
 
 
 def test_the_plotted_mean_is_not_late_and_leaves_out_what_is_not_finite(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 import copy
 import csv
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -429,6 +430,40 @@ def test_the_held_out_loss_has_fixed_noise_and_reads_known_words_alone(scenes):
     assert math.isfinite(some(["a red circle " * 99, ""]))
 
 
+def test_both_splits_are_loaded_as_the_flags_say(tmp_path, monkeypatch):
+    """The held-out loss is of the test split; --flip and --seed hold for both."""
+    asked, seen, form = [], [], inspect.signature(data.load)
+    found = data.Dataset("x", torch.zeros(200, 3, 8, 8).byte(), torch.zeros(200).long(), None, [],
+                         flip=True)
+    monkeypatch.setattr(data, "load", lambda *given, **how: asked.append(
+        form.bind(*given, **how).arguments) or found)
+    monkeypatch.setattr(train, "run", lambda config, task, *sets: seen.append(
+        [some.flip for some in sets]))
+    for flip, mirrored in (("on", True), ("off", False), ("auto", True)):
+        train.main([*DIT, "--seed", "7", "--hold-out", "--flip", flip, "--out", str(tmp_path)])
+        same = {"name": "shapes", "image_size": 8, "data_dir": "data", "seed": 7, "hold_out": True,
+                "skip_bad": False}
+        assert asked[-2:] == [{**same, "split": split, "count": count}
+                              for split, count in (("train", None), ("test", 8))]
+        assert seen[-1] == [mirrored] * 2
+
+
+def test_previews_and_the_held_out_loss_are_of_the_averaged_weights(tmp_path, pictures,
+                                                                    monkeypatch):
+    shown = []
+    monkeypatch.setattr(tasks.DiffusionTask, "sample", lambda task, model, y, **how: shown.append(
+        dict(model.state_dict())) or torch.zeros(len(y), *task.shape))
+    config, dataset, task = by_hand(pictures, out=str(tmp_path), steps=2, ema=0.5)
+    state = load_checkpoint(train.run(config, task, dataset))
+    assert_same(shown, [state["ema"]])
+    assert any(not torch.equal(w, state["ema"][name]) for name, w in state["model"].items())
+    step = make_step(config, dataset, task, dataset)
+    before = step.held_out()
+    for net, changes in ((task.model, False), (step.ema, True)):
+        torch.nn.init.zeros_(net.final_layer.linear.weight)
+        assert (step.held_out() != before) == changes
+
+
 def test_default_folders_of_two_data_sets_differ():
     names = ["shapes", "folder:고양이", "folder:강아지", "folder:a/b", "folder:a-b", "folder:a b"]
     outs = [default_out("DiT-S/2", name) for name in names]
@@ -469,6 +504,22 @@ def test_a_first_stage_splits_over_the_processes_of_its_run(monkeypatch, picture
     config.accum = 2
     train.train_first_stage(config, settings_class("dit")(), dataset)
     assert seen[0].batch_size == 66 and seen[0].accum == 2
+
+
+def test_a_seed_decides_the_order_of_the_rows_and_the_first_stage(pictures, monkeypatch):
+    """Else runs of several seeds would share them."""
+    rows, loops = [], []
+    monkeypatch.setattr(train, "run", lambda loop, task, data: loops.append(loop))
+    for seed in (0, 5):
+        config, dataset, task = by_hand(pictures, seed=seed, precision="bfloat16", skip_bad=True)
+        loss = task.loss
+        task.loss = lambda net, **batch: rows.append(batch["index"]) or loss(net, **batch)
+        make_step(config, dataset, task)(1)
+        assert torch.equal(rows[-1], data.Batches(dataset, 8, seed=seed).batch(1)["index"])
+        train.train_first_stage(config, settings_class("dit")(), dataset)
+        said = loops[-1].seed, loops[-1].precision, loops[-1].skip_bad
+        assert said == (seed, "bfloat16", True)
+    assert not torch.equal(*rows)
 
 
 # --------------------------------------------------------------------------------------------------
