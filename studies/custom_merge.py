@@ -76,10 +76,10 @@ def rows_in_captions(text, tokenizer, concept, captions):
 
 
 @torch.no_grad()
-def softly(own, path, base, captions):
-    """Concept files of one base -> one, by soft_merge over captions."""
-    task = base_task(base, "")
-    unet = task.model.denoiser.state_dict()
+def softly(own, path):
+    """Concept files -> one, by soft_merge over a thousand captions."""
+    task = base_task(BASE, "")
+    unet, captions = task.model.denoiser.state_dict(), data.load("scenes", count=1000).captions
     Ws, words, concepts = gather(own, unet)
     apply_concept(task.model, task.tokenizer, {}, words)
     encoder = task.model.text, task.tokenizer
@@ -112,7 +112,7 @@ def combine(pair, how, seed, path):
         path.unlink(missing_ok=True)                            # of a cell that was stopped
         custom_diffusion.main(["merge", *map(str, own), "--base", BASE, "--out", str(path)])
     elif how == "softly":
-        softly(own, path, BASE, data.load("scenes", count=1000).captions)
+        softly(own, path)
     else:
         Ws, rows, concepts = gather(own, unet)
         W = average(Ws) if how == "average" else add_changes(unet, Ws)

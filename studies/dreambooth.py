@@ -1,9 +1,9 @@
 """Two real subjects, DreamBooth's photographs of a dog and a cat, on a base of CIFAR-10's alone.
 
 Nothing is measured: the base is small, and the pictures have 32 x 32 pixels. But one can see what
-is learned of the subject (colours and ground, hardly the animal), whether other dogs stay what they
-were (with keys and values they do, with all weights they turn orange), and what is left of two
-subjects in a merged model (the dog, hardly the cat).
+is learned of the subject (colours and ground, not the animal), whether other dogs and cats stay
+what they were (they do), and what is left of two subjects in a merged model (of both as much as
+of each alone: colours and ground).
 Its dogs and cats get captions, "a photo of a dog"; every second one says how light or how warm the
 photograph is, "a dark photo of a dog", which can then be asked of a subject whose photographs do
 not show it. The base takes about forty minutes of one core, a subject about a minute.
@@ -27,7 +27,6 @@ import train
 from checkpoint import load_checkpoint
 from cli import one_line
 from studies.common import RESULTS, parser
-from studies.custom_merge import softly
 
 OUT = pathlib.Path("out/studies/dreambooth")
 SUBJECTS = {"dog6": "dog", "cat2": "cat"}
@@ -143,8 +142,9 @@ def main(argv):
             out = run(learn, f"{name}-{method.replace('/', '')}", *given, *flags)
             files[name, method] = out / "concept.pt"
     merged = OUT / "merged.pt"
-    softly([str(files[name, "K/V and word"]) for name in SUBJECTS], merged, base,
-           data.load(classes).captions[:1000])
+    merged.unlink(missing_ok=True)
+    custom_diffusion.main(["merge", *(str(files[name, "K/V and word"]) for name in SUBJECTS),
+                           "--base", base, "--out", str(merged)])
     columns = {}
     for k, (name, category) in enumerate(SUBJECTS.items(), 1):
         photos = data.load(f"folder:{OUT / name}").images
