@@ -304,7 +304,9 @@ def report():
     value = lambda thing, column, m: SINGLE.by("thing", column, method=m).get(thing, math.nan)
     parts = [[thing, *(f"{value(thing, column, m):.2f}" for column in ("part", "leak")
                        for m in MAIN)] for thing in things]
-    chosen = "; ".join(f"{m}: `{' '.join(flags_of(m)[len(ALWAYS):])}`" for m in MAIN)
+    tried = {m: ", ".join(f"{lr:g} / {word:g}" for lr, word in RATES[m]) for m in MAIN}
+    chosen = "; ".join(f"{m}: `{' '.join(flags_of(m)[len(ALWAYS):])}`, of (--lr / --word-lr) "
+                       f"{tried[m]}" for m in MAIN)
     text = (RULE + "\n" + verdicts() + "\n**Methods**; mean of the things ± its standard error; a "
             "thing is the mean of its seeds\n\n" + markdown(["method", "seeds", *columns], table)
             + chance_text() + "\n**Things**\n\n" + markdown(
