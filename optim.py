@@ -141,7 +141,6 @@ def update(config, model, ema, optimizers, step, vectors=None):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if vectors is not None:
-        # codes start after the last step at the latest
-        model.codebook.update(vectors, keep, step if step + 1 < config.steps else math.inf)
+        model.codebook.update(vectors, keep, step)
     update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)), keep)
     return norm.float(), keep

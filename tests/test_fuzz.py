@@ -47,6 +47,7 @@ import evaluate
 import models
 import sample
 import studies.common
+import studies.meters
 import tasks
 import train
 from diffusion import GaussianDiffusion, RectifiedFlow
@@ -155,7 +156,7 @@ class Workshop:
                     tick(30)
                     yield state
             return ticking
-        for module in (train, bench):
+        for module in (train, bench, studies.meters):
             patch.setattr(module, "make_step", short_step)
         for process in (GaussianDiffusion, RectifiedFlow, MaskReplace):
             patch.setattr(process, "trajectory", short(process.trajectory))

@@ -12,7 +12,6 @@ from models import PRESETS, find_model, make_task, settings_class
 from optim import (Muon, average_of, learning_rate, load_moments, make_optimizers, orthogonalise,
                    update, update_ema)
 from train import Config
-from vae import VQVAE
 
 
 def seeded(*shape, seed=0, dtype=torch.float32):
@@ -208,15 +207,6 @@ def test_muon_must_leave_something_to_adamw():
         make_optimizers(Config(), model)
     adamw, = make_optimizers(Config(optimizer="adamw"), model)
     assert adamw.defaults["betas"] == (0.9, 0.999)                          # DiT §4: as published
-
-
-def test_codes_start_after_the_last_step_at_the_latest(monkeypatch):
-    """Else a first stage of fewer steps than its warm-up would have random codes."""
-    stage = VQVAE(8, 3, 4, 2, warmup=50)
-    ema, vectors = average_of(stage), seeded(64, 8)
-    for step, started in ((0, False), (1, False), (2, True)):
-        update(Config(steps=3), stage, ema, [], step, vectors)
-        assert bool(stage.codebook.started) == started
 
 
 # --------------------------------------------------------------------------------------------------
