@@ -136,10 +136,13 @@ def rate_of(table, model):
 
 
 def rates_text(table, models):
-    """The factor of each arm."""
+    """The factor of each arm, and for how many of them a larger one might be better still."""
+    chosen = {model: rate_of(table, model) for model in models}
+    edge = sum(rate == max(RATES) for rate in chosen.values())
     return (f"Learning rates, times those of train.py, of {', '.join(f'{r:g}' for r in RATES)} by "
             "the held-out loss of another seed: "
-            + ", ".join(f"{model} {rate_of(table, model):g}" for model in models) + ".\n")
+            + ", ".join(f"{model} {rate:g}" for model, rate in chosen.items())
+            + f". {edge} of {len(chosen)} are the largest that was tried.\n")
 
 
 def columns(table, names, models, **where):
