@@ -1016,12 +1016,16 @@ def test_real_subjects_are_learned_and_merged(tmp_path, monkeypatch):
     from PIL import Image
     from studies import dreambooth
     from tasks import DiffusionTask
+    from unet import UNET_CONFIGS
     noise = np.random.default_rng(0)
     for place in ("cifar/dog", "cifar/cat", "cifar/ship", "subjects/dog6", "subjects/cat2"):
         (tmp_path / place).mkdir(parents=True)
         for k in range(4):
             pixels = noise.integers(0, 256, (32, 32, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / place / f"{k}.png")
+    monkeypatch.setitem(UNET_CONFIGS, "unet-tiny", dict(
+        UNET_CONFIGS["unet-tiny"], model_channels=8, channel_mult=(1,), attention_resolutions=(1,),
+        num_heads=2, context_dim=8, norm_groups=2))
     short = ["--first-stage-steps", "1", "--steps", "1", "--batch-size", "2"]
     monkeypatch.setattr(dreambooth, "OUT", tmp_path / "out")
     monkeypatch.setattr(dreambooth, "RESULTS", tmp_path)
