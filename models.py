@@ -434,6 +434,8 @@ def check_read(given, config, settings):
 def base_flags(given, ours, paper):
     """Defaults of a short run on given["base"]: `ours`, or `paper` if that is an official file; to
     resume a run, its flags. given: {flag: value}, with "base" and "out". Raises ValueError."""
+    if len(given) == 2 and not os.path.exists(given["base"]):
+        return {}                                           # --help, where there is no base
     flags, taken, rates, unread = given, {"model": "SD-v1", "image_size": 512}, paper, ""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("torchrun is for train.py alone: start this with python")

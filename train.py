@@ -202,8 +202,7 @@ class Config:
     recipe: str = flag("fast", "a set of defaults", choices=["fast", "paper"])
     steps: int = flag(1000, "optimizer steps", "[1, inf)")
     batch_size: int = flag(64, "pictures per optimizer step, over all devices", "[1, 1e9]")
-    accum: int = flag(1, "micro-batches per batch: less memory, same result (tiny-ae: nearly)",
-                      "[1, inf)")
+    accum: int = flag(1, "micro-batches: less memory, same result (tiny-ae: nearly)", "[1, inf)")
     checkpointing: bool = flag(False, "compute blocks again in backward: less memory, same result")
     optimizer: str = flag("muon", "muon: on the blocks, adamw elsewhere", "", ["muon", "adamw"])
     lr: float = flag(2e-3, "learning rate of AdamW", "(0, inf)")

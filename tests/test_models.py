@@ -203,6 +203,9 @@ def test_a_base_must_read_captions_and_hands_its_flags_over(tmp_path, monkeypatc
     state = {"task": "unet", "config": config, "settings": vars(settings), "info": info,
              "model": raw, "ema": task.model.state_dict()}
     save_checkpoint(path, state)
+    assert base_flags({"base": "/nowhere.pt", "out": "x"}, {}, {}) == {}    # for --help alone
+    with pytest.raises(ValueError, match="no checkpoint at /nowhere.pt"):
+        base_flags({"base": "/nowhere.pt", "out": "x", "steps": 2}, {}, {})
     flags = base_flags({"base": path, "out": "x"}, {"lr": 1}, {"lr": 2})
     assert flags.items() >= {"model": "unet-tiny", "data": "npz:x", "image_size": 8}.items()
     assert flags["lr"] == 1 and flags["out"] == "x"
