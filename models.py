@@ -220,7 +220,7 @@ def describe(dataset, model, first_stage):
     if latents and not row.first_stage:
         raise ValueError(f"{model} learns from pictures, and {dataset.name} holds latents")
     if latents and first_stage.kind == "none" and channels < 4:
-        raise ValueError(f"{dataset.name}: for {channels} channels give the --first-stage of them")
+        raise ValueError(f"{dataset.name}: latents of {channels} channels need their --first-stage")
     if latents and first_stage.kind != "none":
         given, side = tuple(dataset.images.shape[1:]), side * first_stage.factor
         channels = first_stage.in_channels

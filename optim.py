@@ -135,9 +135,9 @@ def update(config, model, ema, optimizers, step, vectors=None):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * learning_rate(step, config)
-        waits = optimizer.defaults.get("fused") is False        # on mps, which has no found_inf
-        optimizer.found_inf = None if waits else 1.0 - keep
-        if not waits or keep:
+        plain = optimizer.defaults.get("fused") is False        # AdamW on mps reads no found_inf
+        optimizer.found_inf = None if plain else 1.0 - keep
+        if not plain or keep:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if vectors is not None:

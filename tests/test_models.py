@@ -132,7 +132,7 @@ def test_latents_are_described_as_the_pictures_that_they_are_of():
     info = describe(latents, "udit-tiny", Pixels())                     # nothing decodes them
     assert (info["channels"], info["image_size"]) == (6, 4)
     few = dataclasses.replace(latents, images=latents.images[:, :3])        # as pictures have
-    with pytest.raises(ValueError, match="for 3 channels give the --first-stage of them"):
+    with pytest.raises(ValueError, match="of 3 channels need their --first-stage"):
         describe(few, "udit-tiny", Pixels())
     with pytest.raises(ValueError, match="tiny-ae learns from pictures, and toy holds latents"):
         describe(few, "tiny-ae", Pixels())

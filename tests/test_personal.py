@@ -364,3 +364,15 @@ def test_a_word_of_an_earlier_run_is_replaced(things):
                         "circle", "square", "--steps", "2")[0]
     assert task.photographs(things["marked"], "circle", "<new2>")[1] == [
         "a red <new2> circle", "a <new2> circle on gray"]
+
+
+@pytest.mark.parametrize("main, argv, lines", [
+    (train.main, ["--model", "vq-tiny"], ("optimizer steps (default: 3000)",)),
+    (cd.main, ["learn"], ("learning rate of AdamW (default: 0.01)", "steps (default: 500)")),
+    (adapters.main, ["learn"], ("learning rate of AdamW (default: 0.005)",))])
+def test_help_shows_the_defaults_of_this_model_and_base(main, argv, lines, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main([*argv, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(line in said for line in lines), said
