@@ -11,12 +11,14 @@ on two other things (--tune), by alignment minus leak. Columns:
   body, hits likeness of the body's colour; share of pictures with part > 0.5 and body > 0.6
   leak       share of hits when the bare category is asked for, less that of the base
   bare       mean contrast of the part when the bare category is asked for, less that of the base
-  net        alignment minus leak
+  at equal leak  alignment less b (leak - its mean), with the b of the analysis below
   plain      24 other captions: share with all attributes right
 Analysis of variance: units are placements (mean over seeds, then over things), as runs of one are
 alike. p: the share of 1,999 permutations with as large an F, of the placements, or where F is
 adjusted for the other factor of what that one leaves. eta²: the factor's share of what it could
-explain (partial). By these rules a claim comes out / does not / is not decidable here:
+explain (partial). At equal leak: both factors and b times the leak of a placement explain its
+alignment (analysis of covariance). By these rules a claim comes out / does not / is not decidable
+here, with and without equal leak:
 (1) p < 0.05 for what is read and not for what is added to, both adjusted / the reverse / else;
 (2) no two levels of either differ by 0.1 in the mean / those of one do, with p < 0.05 / else;
 (3) ca_out has the best mean, and is better than the other placements in transformer blocks, paired
@@ -53,6 +55,7 @@ FORMS = tuple(itertools.product(adapters.ACTIVATIONS, (0.5, 1.0, 2.0, 4.0)))
 DATA = {}                                               # {seed: the base's data}, of one seed
 CORNERS = ("ca_out-ffn_in", "sa_in-sa_in", "ffn_in-trans_out")      # where the forms are varied
 RATES = {"lora": (3e-3, 1e-2, 3e-2, 1e-1), "full": (3e-4, 1e-3, 3e-3, 1e-2)}    # adapters: as lora
+MEASURES = ("alignment", EQUAL := "at equal leak")
 TABLE = Table("adapter_sweep", ["thing", "method", "activation", "scale", "seed"])
 TUNED = Table("adapter_rates", ["thing", "method", "lr"])
 
@@ -180,20 +183,26 @@ def rates_to_try():
 # --------------------------------------------------------------------------------------------------
 # analysis of variance
 
-def effect(y, factor, *others, rounds=1999):
+def design(n, factors, covariate=None):
+    """What explains n numbers: a column of ones, one per level, and a covariate, (n, columns)."""
+    levels = [[float(level == at) for level in levels] for levels in factors
+              for at in dict.fromkeys(levels)]
+    return np.array([[1.0] * n, *levels, *([] if covariate is None else [covariate])]).T
+
+
+def effect(y, factor, *others, covariate=None, rounds=1999):
     """(F, p by permutation, partial eta squared) of a factor, adjusted for the others.
 
-    y: n numbers; factor, others: the level of each. Two least-squares fits with a number per level,
-    without and with the factor, leave the sums of squares S0 and S1: F = ((S0 - S1) / df1) /
-    (S1 / df2), eta^2 = (S0 - S1) / S0. What the others leave is permuted. Source: Fisher 1925;
-    Freedman & Lane 1983. Raises ValueError where the factor cannot be told from the others.
+    y: n numbers; factor, others: the level of each; covariate: n numbers that are held equal. Two
+    least-squares fits with a number per level, without and with the factor, leave the sums of
+    squares S0 and S1: F = ((S0 - S1) / df1) / (S1 / df2), eta^2 = (S0 - S1) / S0. What the others
+    leave is permuted. Source: Fisher 1925; Freedman & Lane 1983. Raises ValueError where the factor
+    cannot be told from the others.
     """
     y = np.array(y, dtype=float)
 
     def left_over(factors):     # the projection on what the factors do not explain, (n, n)
-        columns = [[float(level == at) for level in levels] for levels in factors
-                   for at in dict.fromkeys(levels)]
-        X = np.array([[1.0] * len(y), *columns]).T
+        X = design(len(y), factors, covariate)
         return np.eye(len(y)) - X @ np.linalg.pinv(X)
     without, whole = left_over(others), left_over([factor, *others])
     df1, df2 = round(np.trace(without - whole)), round(np.trace(whole))
@@ -215,14 +224,24 @@ def rank_correlation(a, b):
     return float(np.corrcoef(*ranks)[0, 1])
 
 
+def slope(y, covariate, *factors):
+    """b of the covariate, where the factors explain y too."""
+    return float((np.linalg.pinv(design(len(y), factors, covariate)) @ np.array(y))[-1])
+
+
 def whole_rounds():
-    """The rows, ReLU and scale 1, of every thing and seed that all methods have, with "net"."""
-    rows = [{**row, "net": row["alignment"] - row["leak"]} for row in TABLE.rows()
-            if (row["activation"], row["scale"]) == ("relu", 1)]
+    """The rows, ReLU and scale 1, of every thing and seed that all methods have, with EQUAL."""
+    rows = [row for row in TABLE.rows() if (row["activation"], row["scale"]) == ("relu", 1)]
     done = {}
     for row in rows:
         done.setdefault((row["thing"], row["seed"]), set()).add(row["method"])
-    return [row for row in rows if done[row["thing"], row["seed"]] >= {*METHODS}]
+    rows = [row for row in rows if done[row["thing"], row["seed"]] >= {*METHODS}]
+    if rows:
+        y, leak = (placement_means(rows, column) for column in ("alignment", "leak"))
+        b = slope(y, leak, *zip(*(p.split("-") for p in PLACEMENTS)))
+        mean = statistics.fmean(leak)
+        rows = [{**row, EQUAL: row["alignment"] - b * (row["leak"] - mean)} for row in rows]
+    return rows
 
 
 def by_thing(rows, column, *methods):
@@ -241,7 +260,7 @@ def placement_means(rows, column, placements=PLACEMENTS):
 
 def method_table(rows):
     """A line per method; units are things."""
-    columns, lines = ("alignment", "body", "hits", "leak", "bare", "net", "plain"), []
+    columns, lines = ("alignment", "body", "hits", "leak", "bare", EQUAL, "plain"), []
     for method in (*METHODS, "none"):
         if mine := [row for row in rows if row["method"] == method]:
             lines.append([method, mine[0]["params"], f"{mine[0]['lr']:g}",
@@ -255,11 +274,12 @@ def variance_table(rows):
     lines, found = [], {}
     some = [p for p in PLACEMENTS if p[:3] != "res"]
     for column, (many, placements) in itertools.product(
-            ("alignment", "net"), (("all 20", PLACEMENTS), ("17, no residual", some))):
-        y = placement_means(rows, column, placements)
+            MEASURES, (("all 20", PLACEMENTS), ("17, no residual", some))):
+        y = placement_means(rows, "alignment", placements)
+        leak = placement_means(rows, "leak", placements) if column == EQUAL else None
         read, add = zip(*(p.split("-") for p in placements))
         for name, factor, other in (("read from", read, add), ("added to", add, read)):
-            alone, adjusted = effect(y, factor), effect(y, factor, other)
+            alone, adjusted = (effect(y, factor, *also, covariate=leak) for also in ((), (other,)))
             found.setdefault((column, name), adjusted[1])       # of all placements
             lines.append([column, many, name,
                           *(f"{v:.2f}" if k != 1 else f"{v:.2g}" for one in (alone, adjusted)
@@ -313,14 +333,16 @@ def forms_text():
     places, activations, scales = zip(*cells)
     text = (f"\nActivation and scale: {things.SIX[0]}, {len(cells)} forms at three placements, "
             "mean of two seeds each; F is adjusted for the other and the placement.\n\n")
-    for column in ("alignment", "net"):
-        y = [statistics.fmean(row["alignment"] - row["leak"] * (column == "net") for row in rows)
-             for rows in cells.values()]
+    y, leak = ([statistics.fmean(row[column] for row in rows) for rows in cells.values()]
+               for column in ("alignment", "leak"))
+    b = slope(y, leak, *zip(*cells))
+    equal = [a - b * (l - statistics.fmean(leak)) for a, l in zip(y, leak)]
+    for column, covariate, shown_y in zip(MEASURES, (None, leak), (y, equal)):
         said, spreads, ps = [], [], []
         for name, factor, other in (("activation", activations, scales),
                                     ("scale", scales, activations)):
-            F, p, eta = effect(y, factor, other, places)
-            means = {at: statistics.fmean(v for v, level in zip(y, factor) if level == at)
+            F, p, eta = effect(y, factor, other, places, covariate=covariate)
+            means = {at: statistics.fmean(v for v, level in zip(shown_y, factor) if level == at)
                      for at in dict.fromkeys(factor)}
             said.append(f"{name}: F {F:.2f}, p {p:.2g}, eta² {eta:.2f} ("
                         + ", ".join(f"{at} {m:.2f}" for at, m in means.items()) + ")")
@@ -344,7 +366,7 @@ def report():
             f"± is the standard error over things. {rates_text()}\n\n"
             + method_table(rows) + "\n"
             + variance + "\n")
-    for column in ("alignment", "net"):
+    for column in MEASURES:
         first = claim_of_the_input({f: ps[column, f] for f in ("read from", "added to")})
         third, said = claim_of_the_best(rows, column)
         text += (f"- {column}: claim (1) {VERDICT[first]}. Claim (3) {VERDICT[third]}: {said}.")
@@ -358,12 +380,12 @@ def report():
 
 
 def plot(panels):
-    """Means of the placements over things, by input and by output; hollow: alignment minus leak."""
+    """Means of the placements over things, by input and by output; hollow: at equal leak."""
     if not (rows := whole_rounds()):
         return
     for k, (axes, what) in enumerate(zip(panels, ("read from", "added to"))):
         levels = list(dict.fromkeys(p.split("-")[k] for p in PLACEMENTS))
-        for column, face in (("alignment", "C0"), ("net", "none")):
+        for column, face in zip(MEASURES, ("C0", "none")):
             axes.plot([levels.index(p.split("-")[k]) for p in PLACEMENTS],
                       placement_means(rows, column), "o", mfc=face, mec="C0", label=column)
         for method, color in (("full", "C2"), ("lora", "C3")):

@@ -26,7 +26,7 @@ from data import to_uint8
 from diffusion import RectifiedFlow
 from evaluate import read_shapes
 from studies import common, report, things
-from studies.adapter_sweep import effect
+from studies.adapter_sweep import effect, slope
 
 RESULTS = pathlib.Path(common.__file__).parent / "results"
 PLOTTED = ("adapter_sweep",)
@@ -172,6 +172,15 @@ def test_an_effect_is_the_textbooks_in_a_balanced_design_and_anova_without_other
     assert effect(*extra, rounds=1)[0] == pytest.approx(F)
     with pytest.raises(ValueError, match="from the others"):
         effect(values, a, a)
+    # at an equal covariate x: what a explains beside b and x, by two fits of least squares
+    x = rng.randn(12)
+    inputs = [[1.0, i == 1, i == 2, i == 3, j == 1, j == 2, z] for i, j, z in zip(a, b, x)]
+    whole, without = np.array(inputs, float), np.array([[r[0], *r[4:]] for r in inputs], float)
+    (S1,), (S0,) = (np.linalg.lstsq(X, y.flatten(), rcond=None)[1] for X in (whole, without))
+    F, _, eta = effect(values, a, b, covariate=x, rounds=1)
+    assert (F, eta) == pytest.approx(((S0 - S1) / 3 / (S1 / 5), (S0 - S1) / S0))
+    steep = [3 * z + 10 * i for i, z in zip(a, x)]          # 3 within the levels of a, not between
+    assert slope(steep, x, a) == pytest.approx(3) and abs(slope(steep, x) - 3) > 0.1
 
 
 def test_an_effect_of_an_unbalanced_table_by_hand():
@@ -244,6 +253,14 @@ def test_the_sweep_reports_whole_rounds_and_judges_by_its_rules(tmp_path, monkey
     assert study.report().count("Claim (2): comes out") == 2
     common.figure("adapter_sweep", study.plot, (9, 3.4), 2)
     assert (tmp_path / "adapter_sweep.png").stat().st_size > 5000
+    # a placement that leaks draws the thing for every prompt: both measures differ then
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "leaky")
+    leak = lambda row: random.Random(row["method"] + "!").random()
+    study.TABLE.add(*({**row, "leak": leak(row), "alignment": row["alignment"] + 0.8 * leak(row)}
+                      for row in rows))
+    text = study.report()
+    assert "- alignment: claim (1) not decidable here." in text
+    assert "- at equal leak: claim (1) comes out. Claim (3) comes out: best input ca_out" in text
 
 
 def test_rules_of_the_adapter_sweep():
