@@ -12,6 +12,8 @@ patch a token, and let a Vision Transformer (ViT) denoise them. Two questions re
     in_context        the two condition tokens are appended to the image tokens
   How does quality grow?  With compute: more depth and width, or smaller patches (half the side is
   four times the tokens). In the paper's comparison adaln_zero is the best of the four.
+A caption, in place of a class, has a token for each word. Then c of adaln and adaln_zero is emb(t),
+and in each block a cross-attention reads the words (PixArt-alpha, 2310.00426, Fig. 4).
 
     python train.py                                    # a tiny DiT on 8x8 latents, minutes on a CPU
     python train.py --model DiT-S/2 --data cifar10     # the paper's smallest width, on one GPU
@@ -21,7 +23,7 @@ Differences from the official code (facebookresearch/DiT; same state_dict names,
 2. Label dropout draws no random numbers in forward: the caller passes them to `drop_labels`, so a
    training step is a function of its inputs (it compiles, resumes, and splits over GPUs).
 3. Guidance (CFG: Ho & Salimans 2022) is diffusion.guided for all models; it guides all channels.
-4. An argument that the paper does not have, off by default: qk_norm."""
+4. Arguments that the paper does not have, off by default: qk_norm, context_dim."""
 from collections import OrderedDict
 
 import torch
@@ -39,13 +41,13 @@ def modulate(x, shift, scale):
 
 # ---- the four blocks -----------------------------------------------------------------------------
 class Block(nn.Module):
-    """The standard ViT block, block(x (B, N, D), c (B, D), tokens (B, 2, D)) -> (B, N, D).
-    c = emb(t) + emb(y), tokens = [emb(t), emb(y)]. This block reads neither: it is "in_context",
-    where x already holds the tokens. A norm has no weight if a modulation follows. qk_norm: see
-    Attention. Source: DiT §3.2, Fig. 3 (right); ViT Eq. 2 and 3."""
+    """The standard ViT block, block(x (B, N, D), c (B, D), tokens (B, L, D)) -> (B, N, D).
+    c, tokens: see joined. cross: after attention, x reads the tokens ("cross_attention"); else
+    this block reads neither, for x already holds the tokens ("in_context"). A norm has no weight if
+    a modulation follows. qk_norm: see Attention. Source: DiT §3.2, Fig. 3; ViT Eq. 2 and 3."""
     modulations = 0     # how many vectors (D,) are computed from c: shifts, scales, gates
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm=False):
+    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm=False, cross=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
         self.attn = Attention(hidden_size, num_heads, qk_norm)
@@ -55,9 +57,15 @@ class Block(nn.Module):
                                              gelu=nn.GELU(approximate="tanh"),
                                              fc2=nn.Linear(wide, hidden_size)))
         self.adaLN_modulation = make_modulation(hidden_size, self.modulations)
+        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6) if cross else None
+        self.cross_attn = CrossAttention(hidden_size, num_heads, qk_norm) if cross else None
+
+    def read(self, x, tokens):
+        """x, and what it reads in the tokens, if this block has a cross-attention."""
+        return x + self.cross_attn(self.norm_cross(x), tokens) if self.cross_attn else x
 
     def forward(self, x, c, tokens):
-        x = x + self.attn(self.norm1(x))
+        x = self.read(x + self.attn(self.norm1(x)), tokens)
         return x + self.mlp(self.norm2(x))
 
 
@@ -69,7 +77,7 @@ class AdaLNZeroBlock(Block):
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)                   # 6x (B, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         attn = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        x = torch.addcmul(x, gate_msa[:, None], attn)
+        x = self.read(torch.addcmul(x, gate_msa[:, None], attn), tokens)
         mlp = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
         return torch.addcmul(x, gate_mlp[:, None], mlp)
 
@@ -80,25 +88,11 @@ class AdaLNBlock(Block):
 
     def forward(self, x, c, tokens):
         shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
-        x = x + self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = self.read(x + self.attn(modulate(self.norm1(x), shift_msa, scale_msa)), tokens)
         return x + self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
-class CrossAttentionBlock(Block):
-    """After attention, image tokens read condition tokens. Source: DiT §3.2, Fig. 3 (middle)."""
-
-    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm=False):
-        super().__init__(hidden_size, num_heads, mlp_ratio, qk_norm)
-        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.cross_attn = CrossAttention(hidden_size, num_heads, qk_norm)
-
-    def forward(self, x, c, tokens):
-        x = x + self.attn(self.norm1(x))
-        x = x + self.cross_attn(self.norm_cross(x), tokens)
-        return x + self.mlp(self.norm2(x))
-
-
-BLOCKS = {"in_context": Block, "cross_attention": CrossAttentionBlock, "adaln": AdaLNBlock,
+BLOCKS = {"in_context": Block, "cross_attention": Block, "adaln": AdaLNBlock,
           "adaln_zero": AdaLNZeroBlock}
 
 
@@ -154,12 +148,13 @@ class DiT(nn.Module):
     input_size: side of x, in pixels or latent cells; num_classes: 0 = no classes, y is always the
     null class 0; class_dropout_prob: share of the labels that training hides; above 0 there is a
     null class, num_classes, which guidance needs; learn_sigma: 2C channels out, prediction then
-    variance; conditioning: a key of BLOCKS. Source: DiT §3, Fig. 3, Table 1."""
+    variance; conditioning: a key of BLOCKS; context_dim: above 0, the width of the text states that
+    y is, in place of classes (text.TextConditional). Source: DiT §3, Fig. 3, Table 1."""
     matrices = r"blocks\."          # Muon's share (optim.py); embedders and last layer: AdamW
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
                  num_heads=16, mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1,
-                 learn_sigma=True, conditioning="adaln_zero", qk_norm=False):
+                 learn_sigma=True, conditioning="adaln_zero", qk_norm=False, context_dim=0):
         super().__init__()
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"make input_size {input_size} a multiple of patch_size {patch_size}, "
@@ -173,27 +168,29 @@ class DiT(nn.Module):
         self.x_embedder = nn.ModuleDict({       # patchify: p x p patches, row by row, Fig. 4
             "proj": nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)})
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.y_embedder = nn.Linear(context_dim, hidden_size) if context_dim else LabelEmbedder(
+            num_classes, hidden_size, class_dropout_prob)
         # never trained, yet a Parameter: the official files hold it
         positions = torch.zeros(1, (input_size // patch_size) ** 2, hidden_size)        # (1, N, D)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        cross = conditioning == "cross_attention" or bool(context_dim and adaptive)
         self.blocks = nn.ModuleList(BLOCKS[conditioning](
-            hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+            hidden_size, num_heads, mlp_ratio, qk_norm, cross) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive)
         self.initialize_weights()
 
     def forward(self, x, t, y):
-        """x (B, C, H, W), t (B,) steps 0..999 or fractions, y (B,) int64 -> (B, C_out, H, W)."""
+        """x (B, C, H, W), t (B,) steps 0..999 or fractions, y (B,) int64, or text states
+        (B, L, context_dim) -> (B, C_out, H, W)."""
         expected = (self.in_channels, self.input_size, self.input_size)
         if x.shape[1:] != expected:
             raise ValueError(f"this DiT expects pictures of shape {expected}, got "
                              f"{tuple(x.shape[1:])}: resize them, or change the model's sizes")
         x = self.patchify(x) + self.pos_embed                                   # (B, N, D)
         N = x.shape[1]
-        t, y = self.t_embedder(t), self.y_embedder(y)                           # (B, D), (B, D)
-        c, tokens = t + y, torch.stack([t, y], dim=1)                           # (B, D), (B, 2, D)
+        c, tokens = joined(self.t_embedder(t), self.y_embedder(y))      # (B, D), (B, 1 + L, D)
         if self.conditioning == "in_context":
-            x = torch.cat([x, tokens], dim=1)                                   # (B, N + 2, D)
+            x = torch.cat([x, tokens], dim=1)                                   # (B, N + 1 + L, D)
         for block in self.blocks:
             x = block(x, c, tokens)
         x = self.final_layer(x[:, :N], c)                                       # (B, N, p*p*C_out)
@@ -220,6 +217,7 @@ class DiT(nn.Module):
         | norms that have a weight           | weight 1, bias 0        | only normalise at first   |
         | label table, timestep MLP          | normal(0, 0.02)         | small conditions at first |
         | modulations: shifts, scales, gates | 0                       | gate 0: identity          |
+        | cross_attn.proj beside modulations | 0                       | the same                  |
         | last linear layer                  | 0                       | the first prediction is 0 |
         | pos_embed                          | 2-D sine-cosine, frozen | nothing to learn          |
         """
@@ -229,10 +227,13 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
-        for module in (self.y_embedder.embedding_table, *self.t_embedder.mlp[::2]):
+        # the children of an embedder: of labels its table, of text none
+        for module in (*self.y_embedder.children(), *self.t_embedder.mlp[::2]):
             nn.init.normal_(module.weight, std=0.02)
+        zero = ["adaLN_modulation", "final_layer.linear"]
+        zero += ["cross_attn.proj"] * (self.blocks[0].modulations > 0)
         for name, parameter in self.named_parameters():
-            if "adaLN_modulation" in name or "final_layer.linear" in name:
+            if any(part in name for part in zero):
                 nn.init.zeros_(parameter)
         side = self.input_size // self.patch_size
         self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[2], side))
@@ -285,6 +286,13 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y):
         return self.embedding_table(y)                                          # (B, D)
+
+
+def joined(t, y):
+    """emb(t) (B, D), emb(y) (B, D) -> c = emb(t) + emb(y), tokens (B, 2, D) = [emb(t), emb(y)].
+    y of text (B, L, D): c = emb(t), tokens (B, 1 + L, D). Source: DiT §3.2; PixArt-alpha §2.2."""
+    c, y = (t, y) if y.dim() == 3 else (t + y, y[:, None])                      # y (B, L, D)
+    return c, torch.cat([t[:, None], y], dim=1)
 
 
 def sincos_positions(hidden_size, grid_size):

@@ -11,6 +11,7 @@ every token with every other. Token-downsampling attention:
   merge    every token goes back to its place; no token is lost
 Four changes are added: cosine attention, rotary positions in 2-D, a depth-wise convolution in the
 MLP, and extra branches in it while training; for inference they are added into one, at no cost.
+Captions, which the paper does not have, are read as in dit.py: a cross-attention in every block.
 
     python train.py --model udit-tiny                     # on 8x8 latents, minutes on a laptop
     python train.py --model U-DiT-S --data latents:FILE   # the paper's smallest, on one GPU
@@ -22,13 +23,14 @@ Differences from the official code (YuchuanTian/U-DiT; state_dict names, order, 
 3. `fold` returns a new model. The official one folds in .eval() and changes the trained kernels."""
 import copy
 import math
+import re
 from collections import OrderedDict
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dit import DiT, LabelEmbedder, TimestepEmbedder, modulate
+from dit import CrossAttention, DiT, LabelEmbedder, TimestepEmbedder, joined, modulate
 
 MAX_LOGIT_SCALE = 4.6052        # ln 100: cosine logits stay within +-100. Source: Swin V2 §3.2
 
@@ -190,16 +192,20 @@ MLPS = {"basic": basic_mlp, "dw": depthwise_mlp, "rep": RepMlp}       # rep: re-
 
 class UDiTBlock(nn.Module):
     """Attention, MLP, attention, MLP, each with shift, scale and gate from c (B, D): -> like x.
-    hidden: width inside the MLP; mlp: a name of MLPS. Source: DiT Fig. 3 (adaLN-Zero), twice."""
+    hidden: width inside the MLP; mlp: a name of MLPS; cross: before all that, x reads the tokens
+    (B, L, D) of a caption. Source: DiT Fig. 3 (adaLN-Zero), twice; PixArt-alpha Fig. 4 (cross)."""
 
-    def __init__(self, D, hidden, mlp, **attention):
+    def __init__(self, D, hidden, mlp, cross=False, **attention):
         super().__init__()
         for i in (1, 2):
             self.add_module(f"attn{i}", Attention(D, **attention))
             self.add_module(f"mlp{i}", MLPS[mlp](D, hidden))
             self.add_module(f"adaLN_modulation{i}", nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D)))
+        self.cross_attn = CrossAttention(D, attention["num_heads"]) if cross else None
 
-    def forward(self, x, c):
+    def forward(self, x, c, tokens=None):
+        if self.cross_attn:
+            x = x + self.cross_attn(norm(x).flatten(1, 2), tokens).view_as(x)
         for attn, mlp, modulation in ((self.attn1, self.mlp1, self.adaLN_modulation1),
                                       (self.attn2, self.mlp2, self.adaLN_modulation2)):
             parts = modulation(c)[:, None].chunk(6, dim=-1)                 # 6x (B, 1, D)
@@ -209,11 +215,11 @@ class UDiTBlock(nn.Module):
 
 
 class Level(nn.ModuleList):
-    """Blocks in a row: x (B, H, W, D), c (B, D) -> like x. Source: U-DiT Fig. 2."""
+    """Blocks in a row: x (B, H, W, D), c, tokens: see UDiTBlock -> like x. Source: U-DiT Fig. 2."""
 
-    def forward(self, x, c):
+    def forward(self, x, c, tokens=None):
         for block in self:
-            x = block(x, c)
+            x = block(x, c, tokens)
         return x
 
 
@@ -244,7 +250,7 @@ class UDiT(nn.Module):
     def __init__(self, input_size=32, in_channels=4, hidden_size=96, depth=(2, 5, 8, 5, 2),
                  num_heads=4, mlp_ratio=2, num_classes=1000, class_dropout_prob=0.1,
                  learn_sigma=True, down_factor=2, downsample="tokens", cosine=True, rope=True,
-                 mlp="rep", kernel_size=5, shortcut=True):
+                 mlp="rep", kernel_size=5, shortcut=True, context_dim=0):
         super().__init__()
         if down_factor < 1 or input_size % (4 * down_factor):
             raise ValueError(f"input size {input_size} is not divisible by {4 * down_factor} = 4 "
@@ -255,15 +261,16 @@ class UDiT(nn.Module):
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.can_guide = num_classes > 0 and class_dropout_prob > 0         # there is a null class
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        D, S = hidden_size, input_size
+        D, S, cross = hidden_size, input_size, context_dim > 0
         attention = dict(num_heads=num_heads, down_factor=down_factor, downsample=downsample,
                          cosine=cosine, rope=rope, kernel_size=kernel_size, shortcut=shortcut)
-        level = lambda count, dim, side: Level(
-            UDiTBlock(dim, int(mlp_ratio * dim), mlp, side=side, **attention) for _ in range(count))
+        level = lambda count, dim, side: Level(UDiTBlock(
+            dim, int(mlp_ratio * dim), mlp, cross, side=side, **attention) for _ in range(count))
         self.x_embedder = nn.ModuleDict({"proj": MapConv2d(in_channels, D, 3, padding=1)})
         for i, dim in ((1, D), (2, 2 * D), (3, 4 * D)):
             self.add_module(f"t_embedder_{i}", TimestepEmbedder(dim))
-            self.add_module(f"y_embedder_{i}", LabelEmbedder(num_classes, dim, class_dropout_prob))
+            self.add_module(f"y_embedder_{i}", nn.Linear(context_dim, dim) if context_dim else
+                            LabelEmbedder(num_classes, dim, class_dropout_prob))
         self.encoder_level_1 = level(depth[0], D, S)
         self.down1_2 = Resample(D)
         self.encoder_level_2 = level(depth[1], 2 * D, S // 2)
@@ -290,6 +297,7 @@ class UDiT(nn.Module):
         | label tables, t MLPs  | normal(0, 0.02)      | small conditions at first                 |
         | shift, scale and gate | 0                    | gates 0: every block is the identity      |
         | last convolution      | 0                    | the first prediction is 0                 |
+        | cross_attn.proj       | 0                    | the block begins as the identity          |
         | logit_scale           | ln 10                | logits are between -10 and 10             |
         """
         for name, module in self.named_modules():
@@ -297,9 +305,9 @@ class UDiT(nn.Module):
                 w = module.weight
                 nn.init.xavier_uniform_(w.flatten(1) if name == "x_embedder.proj" else w)
         for name, parameter in self.named_parameters():
-            if "y_embedder" in name or ("t_embedder" in name and name.endswith("weight")):
+            if "embedding_table" in name or ("t_embedder" in name and name.endswith("weight")):
                 nn.init.normal_(parameter, std=0.02)
-            elif "adaLN_modulation" in name or "out_proj" in name or name.endswith("bias"):
+            elif re.search(r"adaLN_modulation|out_proj|cross_attn\.proj|bias$", name):
                 nn.init.zeros_(parameter)
             elif "logit_scale" in name:
                 nn.init.constant_(parameter, math.log(10))
@@ -309,21 +317,23 @@ class UDiT(nn.Module):
     drop_labels, null_condition = DiT.drop_labels, DiT.null_condition       # exactly as in DiT
 
     def forward(self, x, t, y):
-        """x (B, C, H, W), t (B,) steps 0..999, y (B,) int64 classes -> (B, C_out, H, W)."""
+        """x (B, C, H, W), t (B,) steps 0..999, y (B,) int64 classes or text states
+        (B, L, context_dim) -> (B, C_out, H, W)."""
         if x.shape[2:] != (self.input_size, self.input_size):
             raise ValueError(f"x is {x.shape[2]}x{x.shape[3]}, this model was made for input_size "
                              f"{self.input_size}: change one of them")
-        c1 = self.t_embedder_1(t) + self.y_embedder_1(y)                    # (B, D)
-        c2 = self.t_embedder_2(t) + self.y_embedder_2(y)                    # (B, 2D)
-        c3 = self.t_embedder_3(t) + self.y_embedder_3(y)                    # (B, 4D)
+        # c: (B, D), (B, 2D), (B, 4D); and the same as tokens, which blocks read if y is text
+        c1, tokens1 = joined(self.t_embedder_1(t), self.y_embedder_1(y))
+        c2, tokens2 = joined(self.t_embedder_2(t), self.y_embedder_2(y))
+        c3, tokens3 = joined(self.t_embedder_3(t), self.y_embedder_3(y))
         x = self.x_embedder["proj"](x.permute(0, 2, 3, 1))                  # (B, H, W, D)
-        x = skip1 = self.encoder_level_1(x, c1)
-        x = skip2 = self.encoder_level_2(self.down1_2(x), c2)               # (B, H/2, W/2, 2D)
-        x = self.latent(self.down2_3(x), c3)                                # (B, H/4, W/4, 4D)
+        x = skip1 = self.encoder_level_1(x, c1, tokens1)
+        x = skip2 = self.encoder_level_2(self.down1_2(x), c2, tokens2)      # (B, H/2, W/2, 2D)
+        x = self.latent(self.down2_3(x), c3, tokens3)                       # (B, H/4, W/4, 4D)
         x = torch.cat([self.up3_2(x), skip2], dim=-1)                       # (B, H/2, W/2, 4D)
-        x = self.decoder_level_2(self.reduce_chan_level2(x), c2)            # (B, H/2, W/2, 2D)
+        x = self.decoder_level_2(self.reduce_chan_level2(x), c2, tokens2)   # (B, H/2, W/2, 2D)
         x = torch.cat([self.up2_1(x), skip1], dim=-1)                       # (B, H, W, 2D)
-        x = self.decoder_level_1(self.reduce_chan_level1(x), c2)            # width 2D, hence c2
+        x = self.decoder_level_1(self.reduce_chan_level1(x), c2, tokens2)   # width 2D, hence c2
         shift, scale = self.final_layer["adaLN_modulation"](c2)[:, None].chunk(2, dim=-1)
         x = modulate(norm(self.output(x)), shift, scale)                    # (B, H, W, 2D)
         return self.final_layer["out_proj"](x).permute(0, 3, 1, 2)          # (B, C_out, H, W)
