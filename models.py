@@ -48,9 +48,11 @@ FLAGS = {
     "conditioning": (str, flag("adaln_zero", "kind of block", choices=[
         "adaln_zero", "adaln", "cross_attention", "in_context"])),
     "qk_norm": (bool, flag(False, "normalise queries and keys")),
+    "captions": (bool, flag(None, "read captions, not classes (default: if there are no classes)")),
     "aux_weight": (float, flag(1.0, "weight of the cross-entropy; long runs: 5e-4", "[0, inf)")),
     "relative": (bool, flag(False, "tokens also attend by how far apart they are")),
     "learned_null": (bool, flag(False, "guide by learned text states, not by the empty caption"))}
+CONTEXT_DIM = 64                    # width of the text states that a DiT, U-DiT or VQ model reads
 MERGES = "data/bpe_simple_vocab_16e6.txt.gz"            # CLIP's list of merges, if not given
 TINY = ("latent_channels", "latent_noise", "factor")
 CONTINUOUS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", *TINY, "schedule",
@@ -91,10 +93,14 @@ def class_conditional(Model):
     """Builder for a Model, whose arguments are also its family's flags that are not CONTINUOUS."""
     def build_model(sizes, settings, info, first_stage):
         channels, size, _ = first_stage.latent_shape(image_shape(info))
-        more = {k: v for k, v in vars(settings).items() if k not in CONTINUOUS}
+        more = {k: v for k, v in vars(settings).items() if k not in (*CONTINUOUS, "captions")}
+        text = {"context_dim": CONTEXT_DIM} if "vocabulary" in info else {}
         model = Model(input_size=size, in_channels=channels, num_classes=len(info["class_names"]),
-                      class_dropout_prob=settings.class_dropout, **sizes, **more)
-        return DiffusionTask(settings, info, model, gaussian_or_flow(settings), first_stage)
+                      class_dropout_prob=settings.class_dropout, **sizes, **more, **text)
+        process = gaussian_or_flow(settings)
+        if text:
+            return text_conditional(model, CONTEXT_DIM, process, settings, info, first_stage)
+        return DiffusionTask(settings, info, model, process, first_stage)
     return build_model
 
 
@@ -125,7 +131,8 @@ def build_vq(sizes, settings, info, first_stage):
         "class_dropout_prob": settings.class_dropout, "codebook": first_stage.codebook})
     process, rest = MaskReplace(num_codes=K, aux_weight=settings.aux_weight), (info, first_stage)
     if text:
-        return text_conditional(model, sizes.get("context_dim", 64), process, settings, *rest,
+        width = sizes.get("context_dim", CONTEXT_DIM)
+        return text_conditional(model, width, process, settings, *rest,
                                 LearnedNull if settings.learned_null else TextEncoder)
     return DiffusionTask(settings, info, model, process, first_stage)
 
@@ -147,7 +154,8 @@ def build_autoencoder(sizes, settings, info, first_stage):
 class Family:
     """Models that share flags and builder. sizes: {model name: constructor arguments};
     first_stage: what --first-stage new trains; always_latent: pixels are not enough; axes: of an
-    example; captions: "needed", "used" where there are any, or "" (class numbers are read)."""
+    example; captions: "needed", "used" where there are any, "asked" for by --captions or the lack
+    of classes, or "" (class numbers are read)."""
     flags: tuple
     build: callable
     sizes: dict
@@ -158,9 +166,10 @@ class Family:
 
 
 FAMILIES = {
-    "dit": Family((*CONTINUOUS, "learn_sigma", "conditioning", "qk_norm"),
-                  class_conditional(DiT), DIT_CONFIGS, "tiny-ae"),
-    "udit": Family((*CONTINUOUS, "learn_sigma"), class_conditional(UDiT), UDIT_CONFIGS, "tiny-ae"),
+    "dit": Family((*CONTINUOUS, "captions", "learn_sigma", "conditioning", "qk_norm"),
+                  class_conditional(DiT), DIT_CONFIGS, "tiny-ae", captions="asked"),
+    "udit": Family((*CONTINUOUS, "captions", "learn_sigma"), class_conditional(UDiT), UDIT_CONFIGS,
+                   "tiny-ae", captions="asked"),
     "unet": Family(CONTINUOUS, build_unet, UNET_CONFIGS, "tiny-ae", True, 3, "needed"),
     "vq": Family((*TOKENS, "aux_weight", "relative", "learned_null"), build_vq, VQ_CONFIGS,
                  "vq-vae", True, 1, "used"),
@@ -212,9 +221,10 @@ def build_task(model, settings, info, first_stage):
     return task
 
 
-def describe(dataset, model, first_stage):
+def describe(dataset, model, first_stage, asked=None):
     """What a model needs to know of its data, as plain values that travel in the checkpoint.
-    Raises ValueError for missing captions, and for latents that this first stage did not make."""
+    asked: --captions. Raises ValueError for missing captions, and for latents that this first stage
+    did not make."""
     row, (channels, side) = FAMILIES[find_model(model)[0]], dataset.images.shape[1:3]
     captions, latents = row.captions, dataset.images.is_floating_point()
     if latents and not row.first_stage:
@@ -229,6 +239,8 @@ def describe(dataset, model, first_stage):
                              "the --first-stage that made these latents")
     info = {"name": dataset.name, "class_names": list(dataset.class_names), "channels": channels,
             "image_size": side}
+    if captions == "asked":
+        captions = {True: "needed", False: "", None: "" if dataset.class_names else "used"}[asked]
     if captions == "needed" and dataset.captions is None:
         raise ValueError(f"{model} wants captions, and {dataset.name} has none: try --data scenes")
     if captions and dataset.captions is not None:
@@ -266,7 +278,7 @@ def make_task(config, settings, dataset):
             first_stage = NEW_STAGES[row.first_stage](settings, info).eval().requires_grad_(False)
         else:
             first_stage = Pixels() if name == "none" else load_first_stage(name)
-        info = describe(dataset, config.model, first_stage)
+        info = describe(dataset, config.model, first_stage, getattr(settings, "captions", None))
         if "vocabulary" in info and known:                      # words keep their rows
             tokenizer = WordTokenizer(**known)
             for word in [w for w in info["vocabulary"]["words"] if w not in tokenizer.ids]:

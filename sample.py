@@ -152,8 +152,8 @@ def official(path, state):
     """A DiT or U-DiT, whose names are ours -> ({name: tensor}, arguments of its official class).
     Raises ValueError for another model, or one that the official code would draw otherwise."""
     task = task_from(state, path)
-    if task.family not in (infer := {"dit": infer_dit, "udit": infer_udit}):
-        raise ValueError(f"{path} holds a {task.family}, with no such form: leave --official out")
+    if task.tokenizer or task.family not in (infer := {"dit": infer_dit, "udit": infer_udit}):
+        raise ValueError(f"{path} is no DiT or U-DiT of classes: leave --official out")
     tensors = task.model.state_dict()
     there = {"conditioning": "adaln_zero", "qk_norm": False, "schedule": "linear", "prediction":
              "eps", "input_size": task.model.input_size, **infer[task.family](tensors)}

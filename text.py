@@ -121,7 +121,7 @@ class TextEncoder(nn.Module):
 
 class TextConditional(nn.Module):
     """A text encoder and a denoiser that reads its states: model(x, t, y) with captions y.
-    denoiser: denoiser(x, t, context (B, L, D)), a UNet or VQTransformer; text: ids (B, L) ->
+    denoiser: denoiser(x, t, context (B, L, D)), any that reads text; text: ids (B, L) ->
     states (B, L, D); null_ids (L,): ids of the empty caption, which replaces a share
     class_dropout_prob of the captions in training; so guidance can compare with it, if the share is
     above 0. Source: LDM §3.3; VQ-Diffusion §4.3."""

@@ -100,6 +100,11 @@ def test_describe_says_what_a_model_needs_of_its_data():
     assert spoken["examples"] == SPOKEN.captions
     assert "vocabulary" in describe(SPOKEN, "vq-tiny", Pixels())        # used where there are any
     assert "vocabulary" not in describe(TOY, "vq-tiny", Pixels())
+    bare = dataclasses.replace(SPOKEN, class_names=[], labels=0 * SPOKEN.labels)
+    for data, asked, used in ((SPOKEN, True, True), (bare, None, True), (bare, False, False)):
+        assert ("vocabulary" in describe(data, "DiT-32x1/2", Pixels(), asked)) == used
+    with pytest.raises(ValueError, match="udit-tiny wants captions, and toy has none"):
+        describe(TOY, "udit-tiny", Pixels(), True)
     with pytest.raises(ValueError, match="unet-tiny wants captions, and toy has none"):
         describe(TOY, "unet-tiny", Pixels())
 

@@ -133,8 +133,11 @@ def denoiser_cases():
         network = type(getattr(model, "denoiser", model))
         options = [(name, value) for name in row.flags for kind, field in [FLAGS[name]]
                    for value in field.metadata["choices"] or [not field.default] * (kind is bool)
-                   if value != field.default and name not in ("schedule", "prediction")]
+                   if value != field.default
+                   and name not in ("schedule", "prediction", "logit_normal")]
         for flags in changes(options, 2):
+            if "learn_sigma" in flags and len(flags) > 1:       # it changes the last layer alone
+                continue
             gaussian = {"schedule": "linear"} if "learn_sigma" in flags else {}
             found.append((family, {**flags, **gaussian}, {}, base))
 

@@ -729,10 +729,11 @@ def test_a_preset_is_not_a_given_flag():
 
 def test_unread_captions_are_said(tmp_path, scenes, pictures, capsys):
     flags = ["--model", "DiT-32x1/4", *LOOP, "--first-stage", "none", "--steps", "1"]
-    main(tmp_path / "a", scenes, *flags)
+    main(tmp_path / "a", scenes, *flags, "--no-captions")
     assert "24 captions (not read by this model)" in capsys.readouterr().out
-    main(tmp_path / "b", pictures, *flags)
-    assert "not read" not in capsys.readouterr().out
+    for out, data in ("b", pictures), ("c", scenes):        # no classes: captions are read
+        main(tmp_path / out, data, *flags)
+        assert "not read" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv,words", [
