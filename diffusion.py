@@ -45,16 +45,18 @@ class GaussianDiffusion:
     steps: T; t counts from 0 (the papers: from 1). schedule: a name of SCHEDULES. prediction: what
     the network outputs, "eps", "v" or "x0". learn_sigma: C more channels interpolate the log-
     variance between the posterior's and beta's; without them it is beta's. spacing: see
-    respaced_steps; and whether sampling ends at x0, or as noisy as t = 0. Public: betas, alpha_bar
-    (T,) float64; timestep_map (T,): the network's t. Source: DDPM §2-3."""
+    respaced_steps; and whether sampling ends at x0, or as noisy as t = 0. min_snr: cap of a
+    picture's weight, min-SNR's gamma; None: 1 for all. Public: betas, alpha_bar (T,) float64;
+    timestep_map (T,): the network's t. Source: DDPM §2-3."""
     samplers = ("ddim", "ddpm", "dpm++")
     default_steps = {"ddim": 50, "ddpm": 250, "dpm++": 50}
     options = {"ddim": COMMON | {"eta"}, "ddpm": COMMON, "dpm++": COMMON}
 
     def __init__(self, steps=1000, schedule="linear", prediction="eps", learn_sigma=False,
-                 spacing=("linspace", 0, True)):
+                 spacing=("linspace", 0, True), min_snr=None):
         check_name("prediction", prediction, ("eps", "v", "x0"))
         self.prediction, self.learn_sigma, self.spacing = prediction, learn_sigma, spacing
+        self.min_snr = min_snr
         self.original_steps = steps                     # stays when the chain is respaced
         self.default_sampler = "ddpm" if learn_sigma else "ddim"
         check_name("schedule", schedule, SCHEDULES)
@@ -83,6 +85,10 @@ class GaussianDiffusion:
         v = self._at("sqrt_ab", t, x0) * eps - self._at("sqrt_1m_ab", t, x0) * x0
         target = {"eps": eps, "x0": x0, "v": v}[self.prediction]
         terms = {"mse": _mean((target - pred) ** 2, mask)}                          # (B,)
+        if self.min_snr:        # errors of x0 weigh min(SNR, gamma); Hang et al. 2023, Eq. 8
+            snr = self._at("sqrt_recipm1_ab", t, t) ** -2           # ab / (1 - ab), (B,)
+            error = {"eps": snr, "x0": 1.0, "v": snr + 1}[self.prediction]  # over that of x0
+            terms["mse"] = snr.clamp(max=self.min_snr) / error * terms["mse"]       # (B,)
         if self.learn_sigma:
             frozen = torch.cat([pred.detach(), out[:, x0.shape[1]:]], dim=1)        # (B, 2C, ...)
             term = self.vb_term(frozen, x0, xt, t, mask)                            # (B,)
@@ -248,15 +254,16 @@ class GaussianDiffusion:
 class RectifiedFlow:
     """Diffusion on straight lines: x_u = (1 - u) x0 + u eps; the network predicts eps - x0.
     u in [0, 1) is continuous; the network receives t = 1000 u. Samplers: "euler" (here equal to
-    DDIM) and "heun" (second order; two forwards per step, one in the last). shift >= 1: trains more
-    at high noise; 1 = evenly. Source: Liu et al. 2022 Eq. 1; shift: Stable Diffusion 3 Eq. 23."""
+    DDIM, with eta > 0 an SDE) and "heun" (second order; two forwards per step, one in the last).
+    logit_normal: trains at u = sigmoid(N(0, 1)), more in the middle, not evenly; shift > 1: more at
+    high noise. Source: Liu et al. 2022 Eq. 1; Stable Diffusion 3 Eq. 19 (logit-normal), 23."""
     samplers, default_sampler = ("euler", "heun"), "euler"
     default_steps = {"euler": 25, "heun": 50}
-    options = {"euler": COMMON, "heun": COMMON}
+    options = {"euler": COMMON | {"eta"}, "heun": COMMON}
     trajectory, sample = GaussianDiffusion.trajectory, GaussianDiffusion.sample
 
-    def __init__(self, shift=1.0):
-        self.shift = shift
+    def __init__(self, shift=1.0, logit_normal=False):
+        self.shift, self.logit_normal = shift, logit_normal
 
     def q_sample(self, x0, t, eps):
         """The point at t (B,) in [0, 1000] on the line from x0 to eps. Source: Liu et al. Eq. 1."""
@@ -265,7 +272,8 @@ class RectifiedFlow:
 
     def draw(self, shape, generator=None, device="cpu"):
         """Random numbers of a training step: {"t" (B,), "eps"}. Source: Liu et al. 2022 Alg. 1."""
-        u = torch.rand(shape[:1], generator=generator, device=device)               # (B,)
+        u = rand(shape[:1], generator, device) if not self.logit_normal else (
+            randn(shape[:1], generator, device).sigmoid())                          # (B,)
         return {"t": 1000 * self.shift * u / (1 + (self.shift - 1) * u),
                 "eps": randn(shape, generator, device)}
 
@@ -276,12 +284,21 @@ class RectifiedFlow:
         return mse, {"mse": mse.detach()}
 
     def step(self, denoise, xt, t, levels, x0_last, opt):
-        """dx/du = velocity, from u to u_next -> (x at u_next, x0). Source: Liu et al. Eq. 1."""
+        """dx/du = velocity, from u to u_next -> (x at u_next, x0). eta > 0: some noise is new; for
+        eta = 1, in small steps, that is the reverse of the SDE dx = -x / (1 - u) du + g dw, g^2 =
+        2 u / (1 - u), whose x_u is like the flow's: of mean (1 - u) x0 and variance u^2.
+        Source: Liu et al. Eq. 1; DDIM Eq. 12; SDE: Song et al. 2021 (2011.13456) Eq. 6."""
         u, u_next = levels
         velocity = denoise(xt, t).float()
         x0 = xt - u * velocity
         x0 = x0.clamp(-1, 1) if opt.clip else x0
         velocity = (xt - x0) / u
+        if opt.eta > 0 and u_next > 0:
+            # eta = 1: as uncertain as x at u_next is in the SDE, given xt and x0
+            share = (1 - u) * u_next / (u * (1 - u_next))
+            sigma = opt.eta * u_next * (1 - share ** 2) ** 0.5
+            z, eps = randn(xt.shape, opt.generator, opt.device), x0 + velocity
+            return (1 - u_next) * x0 + (u_next ** 2 - sigma ** 2) ** 0.5 * eps + sigma * z, x0
         if opt.sampler == "heun" and u_next > 0:        # the average of the slopes at both ends
             t_next = torch.full_like(t, 1000 * u_next)
             ahead = denoise(xt + (u_next - u) * velocity, t_next).float()
@@ -325,6 +342,8 @@ def check_options(process, sampler, options):
         readers = [s for s in process.samplers if name in process.options[s]]
         raise ValueError(f"sampler {sampler!r} does not read {name}: leave it out"
                          + (f", or use sampler {' or '.join(readers)}" if readers else ""))
+    if not 0 <= options.get("eta", 0.0) <= 1:
+        raise ValueError(f"eta {options['eta']}: give a number from 0 to 1")
     strength, x_init = options.get("strength", 1.0), options.get("x_init")
     for name in ("strength", "truncation"):
         if not 0 < options.get(name, 1.0) <= 1:

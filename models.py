@@ -43,6 +43,8 @@ FLAGS = {
     "schedule": (str, flag("flow", "flow (straight lines, predicts a velocity) or a Gaussian one",
                            choices=["flow", "linear", "cosine", "scaled_linear"])),
     "flow_shift": (float, flag(None, "flow: above 1 = more at high noise; default: 1", "(0, 1e4]")),
+    "logit_normal": (bool, flag(False, "flow: train more at middle noise levels, as SD3 does")),
+    "min_snr": (float, flag(None, "Gaussian: weigh by SNR of x0, at most this; try 5", "(0, inf)")),
     "prediction": (str, flag(None, "what Gaussian ones predict (eps)", "", ["eps", "v", "x0"])),
     "learn_sigma": (bool, flag(False, "Gaussian schedules: also learn the variance")),
     "conditioning": (str, flag("adaln_zero", "kind of block", choices=[
@@ -56,8 +58,10 @@ CONTEXT_DIM = 64                    # width of the text states that a DiT, U-DiT
 MERGES = "data/bpe_simple_vocab_16e6.txt.gz"            # CLIP's list of merges, if not given
 TINY = ("latent_channels", "latent_noise", "factor")
 CONTINUOUS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", *TINY, "schedule",
-              "flow_shift", "prediction")
+              "flow_shift", "logit_normal", "prediction", "min_snr")
 TOKENS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", "codes", "factor")
+# schedule is flow -> the flags that it does not read
+UNREAD = {True: ("prediction", "learn_sigma", "min_snr"), False: ("flow_shift", "logit_normal")}
 
 
 @functools.cache
@@ -79,14 +83,15 @@ def readers_of(flag_name):
 def gaussian_or_flow(settings):
     """The process of a continuous model. Raises ValueError for a flag its schedule ignores."""
     flow = settings.schedule == "flow"
-    for name in ("prediction", "learn_sigma") if flow else ("flow_shift",):
+    for name in UNREAD[flow]:
         if getattr(settings, name, None):
             kind = "a Gaussian schedule: --schedule linear or cosine" if flow else "--schedule flow"
             raise ValueError(f"--{name.replace('_', '-')} needs {kind}, not {settings.schedule}")
     if flow:
-        return RectifiedFlow(settings.flow_shift or 1.0)
+        return RectifiedFlow(settings.flow_shift or 1.0, settings.logit_normal)
     return GaussianDiffusion(schedule=settings.schedule, prediction=settings.prediction or "eps",
-                             learn_sigma=getattr(settings, "learn_sigma", False))
+                             learn_sigma=getattr(settings, "learn_sigma", False),
+                             min_snr=settings.min_snr)
 
 
 def class_conditional(Model):

@@ -49,7 +49,7 @@ class Options:
     sampler: str = flag(None, "ddim, ddpm, dpm++; flow: euler, heun; tokens: posterior, purity")
     steps: int = flag(None, "how many (default: the sampler's own)", "[1, inf)")
     truncation: float = flag(None, "tokens: keep the likeliest codes of this share", "(0, 1]")
-    eta: float = flag(None, "ddim: noise added back, 0 = none, 1 = as much as ddpm", "[0, 1]")
+    eta: float = flag(None, "ddim, euler: noise added back; 1 = as ddpm, or the SDE", "[0, 1]")
     seed: int = flag(None, "picture i is sampled from seed + i (default: 0)", "[0, 1e15)")
     batch_size: int = flag(None, "pictures at once (default: at most 64)", "[1, 1e9]")
     base: str = flag(None, "--ckpt adapter.pt: the checkpoint that it was trained on")

@@ -31,8 +31,8 @@ from tqdm import tqdm
 import data
 from checkpoint import load_checkpoint
 from cli import flag, one_line, parse, resolve_device
-from models import (FAMILIES, PAPER, PRESETS, check_read, find_model, make_task, readers_of,
-                    resolve_first_stage, resumed_flags, save_encoded, settings_class)
+from models import (FAMILIES, FLAGS, PAPER, PRESETS, UNREAD, check_read, find_model, make_task,
+                    readers_of, resolve_first_stage, resumed_flags, save_encoded, settings_class)
 from optim import average_of, make_optimizers, update
 from tasks import (add_row, begin_files, check_fit, check_out, default_out, lock, plot_loss, resume,
                    save)
@@ -248,8 +248,7 @@ def read_flags(argv):
             **start.get("settings", {}), "first_stage": "auto", "model": model}
         flags = {**PRESETS.get(model, {}), **paper, **saved, "resume": False, "out": out}
         flow = {**flags, **given}.get("schedule", "flow") == "flow"
-        unread = {"prediction": None, "learn_sigma": False} if flow else {"flow_shift": None}
-        return {**flags, **unread}
+        return {**flags, **{name: FLAGS[name][1].default for name in UNREAD[flow]}}
     family = settings_class(find_model(model)[0])
     config, settings = parse(argv, __doc__, Config, family, presets=presets, other=readers_of)
     resolve_first_stage(config, settings)

@@ -86,7 +86,7 @@ OTHER = {"model": "DiT-32x1/1", "data": "npz:in/samples.npz", "data_dir": "in/of
          "images": "in/samples.npz", "models": "DiT-32x1/2", "category": "cat", "prior": "none",
          "files": "in/small.pt", "sampler": "ddim", "codes": "16",
          "factor": "2", "n": "3", "log_every": "1", "sample_every": "1", "save_every": "1",
-         "warmup": "9", "cfg_channels": "1"}
+         "warmup": "9", "cfg_channels": "1", "min_snr": "1e-6"}
 INSIDE = {("train vq-vae", "factor"): "4", ("train vq", "first_stage"): "in/ae/ckpt.pt",
           ("train vq", "cfg_scale"): "1e4",             # after two steps words change little yet
           ("train vq", "data"): "folder:in/few", ("train kl-ae", "model"): "tiny-ae",

@@ -74,7 +74,9 @@ def test_a_flag_that_the_schedule_ignores_is_refused():
     dit = settings_class("dit")
     flow = gaussian_or_flow(dit(flow_shift=2.5))
     assert isinstance(flow, RectifiedFlow) and flow.shift == 2.5
-    assert gaussian_or_flow(dit()).shift == 1.0
+    assert gaussian_or_flow(dit()).shift == 1.0 and not gaussian_or_flow(dit()).logit_normal
+    assert gaussian_or_flow(dit(logit_normal=True)).logit_normal
+    assert gaussian_or_flow(dit(schedule="linear", min_snr=5.0)).min_snr == 5.0
     process = gaussian_or_flow(dit(schedule="cosine", prediction="v", learn_sigma=True))
     assert isinstance(process, GaussianDiffusion)
     assert process.prediction == "v" and process.learn_sigma
@@ -86,6 +88,10 @@ def test_a_flag_that_the_schedule_ignores_is_refused():
         gaussian_or_flow(dit(learn_sigma=True))
     with pytest.raises(ValueError, match="--flow-shift.*cosine"):
         gaussian_or_flow(dit(schedule="cosine", flow_shift=2.0))
+    with pytest.raises(ValueError, match="--logit-normal needs --schedule flow, not linear"):
+        gaussian_or_flow(dit(schedule="linear", logit_normal=True))
+    with pytest.raises(ValueError, match="--min-snr needs a Gaussian schedule.*not flow"):
+        gaussian_or_flow(dit(min_snr=5.0))
 
 
 # --------------------------------------------------------------------------------------------------

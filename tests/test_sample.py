@@ -434,7 +434,7 @@ def test_an_official_file_draws_the_same(runs, tmp_path, name, Model):
 
 @pytest.mark.parametrize("name, words", [
     ("latent", "has schedule flow, and the official code linear"), ("ae", "does not sample"),
-    (BASE, "holds a unet, with no such form: leave --official out")])
+    (BASE, "is no DiT or U-DiT of classes: leave --official out")])
 def test_what_the_official_code_does_not_have_is_refused(runs, tmp_path, capsys, name, words):
     path = name if name.endswith(".pt") else str(runs / name / "ckpt.pt")
     with pytest.raises(SystemExit):
@@ -565,9 +565,9 @@ def test_every_option_changes_the_files_or_is_refused(runs, known, tmp_path, mon
     always = {"base", "scale", "vae", "bpe", "image_size", "dtype", "concept", "official"}
     none, words = {"cfg_scale", "cfg_channels"}, {"prompt", "negative"}
     expected = {
-        "flow": {"truncation", "eta", *words}, "gaussian": {"truncation", *words},
-        "unguided": {"truncation", "eta", "classes", *words, *none},
-        "text": {"truncation", "eta", "classes", "weights"},
+        "flow": {"truncation", *words}, "gaussian": {"truncation", *words},
+        "unguided": {"truncation", "classes", *words, *none},
+        "text": {"truncation", "classes", "weights"},
         "tokens": {"eta", "classes", "weights", "cfg_channels"}}
     assert refused == always | expected[kind]
     for name, value in SAME.items():
