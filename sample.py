@@ -60,7 +60,7 @@ class Options:
     vae: str = flag(None, "official files: the autoencoder, if it is not inside")
     bpe: str = flag(None, f"Stable Diffusion: CLIP's list of merges (default: {MERGES})")
     image_size: int = flag(None, "Stable Diffusion: side in pixels (default: 512)", "[64, 1e5]")
-    dtype: str = flag(None, "Stable Diffusion, --vae (default: float16 on cuda, else float32)", "",
+    dtype: str = flag(None, "of products (default: float32; official files on cuda: float16)", "",
                       ["float32", "float16", "bfloat16"])
     out: str = flag(None, "file for the grid (default: samples.png beside a run's checkpoint)")
     export: str = flag(None, "write a small checkpoint here instead of sampling")
@@ -89,8 +89,9 @@ def load(path, device="cpu", options=None):
         raise ValueError(f"{path} is a concept: say --ckpt BASE --concept {path}")
     elif "adapter" not in state:
         refuse(options, "base scale", f"is for adapters, and {path} is none")
-        refuse(options, "vae bpe image_size dtype", f"is for official files, and {path} is none")
+        refuse(options, "vae bpe image_size", f"is for official files, and {path} is none")
         task = task_from(state, path, options.weights or "ema")
+        task.dtype = getattr(torch, options.dtype or "float32")
     elif not options.base:
         raise ValueError(f"{path} is an adapter: give the --base that it was trained on")
     else:

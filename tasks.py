@@ -42,6 +42,7 @@ class DiffusionTask:
     with a tokenizer caption ids (B, L); process: its noise; first_stage: see vae.py.
     shape: of one example in model space, (C, H, W) or (N,). Source: DiT §3; LDM §3."""
     frozen = frozenset()            # names of tensors that do not learn, and are not saved again
+    dtype = torch.float32           # of the network's products when it samples
     check_batch = finish = lambda self, *given: None                        # nothing to do
 
     def __init__(self, settings, info, model, process, first_stage, tokenizer=None):
@@ -94,7 +95,8 @@ class DiffusionTask:
         if self.tokenizer is not None:      # encode the words once, not at every step
             y, null = model.text(y), model.text(null)                       # (B, L, D_ctx)
         options |= {"clip": True} if self.on_pixels and self.shape[0] in (1, 3) else {}
-        for x, x0 in self.process.trajectory(model, (len(y), *self.shape), y, null, sampler, steps,
+        net = torch.autocast(y.device.type, self.dtype, self.dtype != torch.float32)(model)
+        for x, x0 in self.process.trajectory(net, (len(y), *self.shape), y, null, sampler, steps,
                                              cfg_scale=cfg_scale, device=y.device, **options):
             callback(x0)
         return x

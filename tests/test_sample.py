@@ -518,7 +518,7 @@ GIVEN = {"ckpt": None, "classes": "1", "prompt": "a large red circle", "n": "3",
          "negative": "a small red circle", "cfg_channels": "1",
          "sampler": None, "steps": "3", "truncation": "0.2", "eta": "0.9", "seed": "7",
          "base": BASE, "scale": "0.5", "concept": BASE, "weights": "model", "vae": BASE, "bpe": "x",
-         "image_size": "64", "dtype": "float16", "out": None, "export": "e.pt", "note": "x",
+         "image_size": "64", "dtype": "bfloat16", "out": None, "export": "e.pt", "note": "x",
          "official": True,
          "strip": True, "gif": True, "npz": "2", "init": "init.png",
          "mask": "mask.png", "strength": "0.4"}
@@ -562,7 +562,7 @@ def test_every_option_changes_the_files_or_is_refused(runs, known, tmp_path, mon
             before = files(*ALSO[name]) if name in ALSO else plain
             refused |= {name} if got == 2 else set()
             assert got == 2 or isinstance(got, dict) and got != before, name
-    always = {"base", "scale", "vae", "bpe", "image_size", "dtype", "concept", "official"}
+    always = {"base", "scale", "vae", "bpe", "image_size", "concept", "official"}
     none, words = {"cfg_scale", "cfg_channels"}, {"prompt", "negative"}
     expected = {
         "flow": {"truncation", *words}, "gaussian": {"truncation", *words},
