@@ -18,6 +18,7 @@ import copy
 import csv
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -281,6 +282,8 @@ def check_out(config):
     out = pathlib.Path(config.out)
     for name in ("samples/000000.png", "config.json", "log.csv"):
         check_target(out / name, b"")
+    if config.log_to and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--log-to tensorboard: no such package is here; pip install tensorboard")
     has = lambda name: any((out / file).is_file() for file in (name, f"first_stage/{name}"))
     if config.resume and not out.is_dir():
         raise ValueError(f"--resume: no checkpoint is in {out}; leave the flag out to start")
@@ -339,17 +342,24 @@ def begin_files(config, task, s):
 
 
 def save(path, config, task, step, s):
-    """Write the run's checkpoint, but no tensor that does not learn. Raises ValueError for nan."""
+    """Write the run's checkpoint, but no tensor that does not learn; --keep: also as ckpt-STEP.pt,
+    of which so many stay. Raises ValueError for nan."""
     learned = lambda net: {k: v for k, v in net.state_dict().items() if k not in task.frozen}
     nets = {"model": learned(task.model), "ema": learned(step.ema)}
     held = [*nets.values(), *(m for o in step.optimizers for m in o.state.values())]
     if not all(v.isfinite().all() for tensors in held for v in tensors.values()):
         raise ValueError(f"the weights of step {s} are not finite and were not saved; the previous "
                          "checkpoint, if any, is intact: lower --lr (and --muon-lr)")
-    save_checkpoint(path, {
+    state = {
         "task": task.family, "config": dataclasses.asdict(config), "info": task.info, "step": s,
         "settings": dict(vars(task.settings)), "opt": [o.state_dict() for o in step.optimizers],
-        **nets, **task.state()})
+        **nets, **task.state()}
+    save_checkpoint(path, state)
+    if config.keep:
+        save_checkpoint(path.with_name(f"ckpt-{s:06d}.pt"), state)
+        number = lambda file: int(file.stem.removeprefix("ckpt-"))
+        for old in sorted(path.parent.glob("ckpt-[0-9]*.pt"), key=number)[:-config.keep]:
+            old.unlink()
 
 
 def resume(path, task, step):

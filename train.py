@@ -125,6 +125,9 @@ def train(config, dataset, task, caught, bar, held_out=None):
     bar.initial, bar.n, started, signum = s, s, time.perf_counter(), 0
     if rank == 0:
         begin_files(config, task, s)
+        if config.log_to:
+            from torch.utils.tensorboard import SummaryWriter       # a package of its own
+            board = SummaryWriter(out, purge_step=s + 1)            # rows of a crash are replaced
     while s < config.steps:
         metrics, norm, keep = step(s)
         bad = (bad + 1) * (1 - keep)                    # skipped steps in a row, on the device
@@ -155,6 +158,8 @@ def train(config, dataset, task, caught, bar, held_out=None):
                 row = dict(zip(["step", *metrics, "grad_norm", "lr", "muon_lr"], [s, *values]))
                 row |= {"held_out": step.held_out() if preview else math.nan} if held_out else {}
                 add_row(out / "log.csv", {**row, "seconds": time.perf_counter() - started})
+                for name in row if config.log_to else ():
+                    board.add_scalar(name, row[name], s)
         stopping = bool(signum)                         # which all processes have agreed on
         if s == config.steps:
             task.finish(step.ema, dataset, device)
@@ -221,8 +226,10 @@ class Config:
     resume: bool = flag(False, "go on with the run in --out")
     init: str = flag("", "start from the averaged weights of this checkpoint")
     log_every: int = flag(10, "steps between rows of log.csv", "[1, inf)")
+    log_to: str = flag(None, "where the rows also go, for curves", "", ["tensorboard"])
     sample_every: int = flag(500, "steps between previews; 0 = only at the end", "[0, inf)")
     save_every: int = flag(500, "steps between checkpoints; previews save as well", "[1, inf)")
+    keep: int = flag(0, "also keep the last so many of them, as ckpt-STEP.pt", "[0, inf)")
     save_latents: str = flag("", "only encode the training pictures of --data into this file")
 
 

@@ -113,7 +113,8 @@ EXCUSED = {         # flag, or "context flag": why it may change nothing
 
 # read by the loop, which does not ask what it trains: tried with one model, with FUZZ with all
 LOOP = ("steps", "batch_size", "lr", "weight_decay", "warmup", "lr_decay", "grad_clip", "ema",
-        "seed", "compile", "precision", "out", "log_every", "sample_every", "save_every")
+        "seed", "compile", "precision", "out", "log_every", "log_to", "sample_every", "save_every",
+        "keep")
 # a refusal may name what no longer fits in place of these, which choose or change all else
 CHOOSERS = ("model", "ckpt", "models", "images", "files", "padding", "save_latents")
 

@@ -2,6 +2,7 @@
 import copy
 import csv
 import dataclasses
+import importlib.util
 import inspect
 import itertools
 import json
@@ -554,7 +555,7 @@ def run(begun, tmp_path):
 KEPT = ["steps", "data_dir", "skip_bad", "flip", "batch_size", "accum", "lr", "muon_lr",
         "weight_decay", "warmup", "lr_decay", "grad_clip", "ema", "log_every", "sample_every",
         "save_every", "class_dropout", "cfg_scale", "flow_shift", "device", "compile",
-        "checkpointing", "precision"]
+        "checkpointing", "precision", "keep"]
 
 
 def another(field):
@@ -567,7 +568,7 @@ def another(field):
 
 @pytest.mark.parametrize("field", [f for cls in (Config, settings_class("dit"))
                                    for f in dataclasses.fields(cls)
-                                   if f.name not in ("out", "resume", "save_latents")],
+                                   if f.name not in ("out", "resume", "save_latents", "log_to")],
                          ids=lambda f: f.name)
 def test_a_flag_on_resume_is_used_or_refused(run, pictures, field, capsys):
     """Every flag: the new checkpoint says the new value, or one line names the flag and --init."""
@@ -702,6 +703,7 @@ def test_the_papers_recipe_wins_over_what_suits_a_model():
     (["--factor", "2", "--first-stage", "FILE"], "--first-stage new"),
     (["--model", "vq-tiny", "--codes", "9", "--first-stage", "FILE"], "--first-stage new"),
     (["--schedule", "linear", "--flow-shift", "2"], "--schedule flow"),
+    (["--log-to", "tensorboard"], "pip install tensorboard"),
     (["--data", "mnist", "--skip-bad"], "folder:PATH"), (["--data-dir", "x"], "mnist"),
     (["--data", "latents:x", "--image-size", "8"], "pictures"),
     (["--data", "latents:x", "--flip", "on"], "pictures"),
@@ -715,6 +717,7 @@ def test_the_papers_recipe_wins_over_what_suits_a_model():
     (["--save-latents", "x.npz", "--first-stage", "FILE", "--resume"], "training")])
 def test_a_flag_that_nothing_reads_is_refused(tmp_path, monkeypatch, capsys, argv, words):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)     # no tensorboard
     line = refused(capsys, *argv)
     assert words in line and argv[0] in " ".join(argv) and not list(tmp_path.iterdir())
 
@@ -855,6 +858,26 @@ def test_the_log_says_both_rates(tmp_path, pictures):
         ("0.00025", "0.0025"), ("0.0005", "0.005")]
     main(tmp_path / "b", pictures, *DIT, "--steps", "1", "--optimizer", "adamw")
     assert "muon_lr" not in rows(tmp_path / "b")[0]
+
+
+def test_the_last_checkpoints_are_kept_and_the_rows_go_to_tensorboard(tmp_path, pictures,
+                                                                      monkeypatch):
+    found, out = [], tmp_path / "run"
+    board = types.SimpleNamespace(add_scalar=lambda *row: found.append(row))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(
+        SummaryWriter=lambda folder, purge_step: found.append((folder, purge_step)) or board))
+    flags = [*DIT, "--save-every", "1", "--keep", "2", "--log-to", "tensorboard"]
+    main(out, pictures, *flags, "--steps", "3")
+    assert sorted(file.name for file in out.glob("*.pt")) == [
+        "ckpt-000002.pt", "ckpt-000003.pt", "ckpt.pt"]
+    last = main(out, pictures, "--steps", "4", "--resume")
+    assert sorted(file.name for file in out.glob("ckpt-*")) == ["ckpt-000003.pt", "ckpt-000004.pt"]
+    assert load_checkpoint(out / "ckpt-000003.pt")["step"] == 3
+    assert_same(load_checkpoint(out / "ckpt-000004.pt"), last)
+    assert [row for row in found if len(row) == 2] == [(out, 1), (out, 4)]
+    said = [(row[2], f"{row[1]:.9g}") for row in found if row[0] == "loss"]
+    assert said == [(int(row["step"]), row["loss"]) for row in rows(out)]
 
 
 def test_a_compile_probe_counts_nothing(pictures, monkeypatch):
