@@ -108,6 +108,7 @@ EXCUSED = {         # flag, or "context flag": why it may change nothing
     "skip_bad": "a permission: test_skip_bad",
     "train vq relative": "its --init has no such weights, and says which: test_tokens.py",
     "train vq learned_null": "its --init has no such weights, and says which: test_tokens.py",
+    "sample tokens dtype": "it may change no token in two steps: test_sample.py has a larger model",
     "batch_size": "of sampling: picture i has its own seed; its passes are counted in one context"}
 
 

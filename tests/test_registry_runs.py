@@ -171,8 +171,10 @@ def leaves(tree):
     return [leaf for t in tree for leaf in leaves(t)] if isinstance(tree, (list, tuple)) else [tree]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_saved_loaded_and_resumed_is_bit_for_bit_one_run(family, arrays, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family, more", [*((family, ()) for family in FAMILIES),
+                                          ("udit", ("--captions",))])
+def test_saved_loaded_and_resumed_is_bit_for_bit_one_run(family, more, arrays, tmp_path,
+                                                         monkeypatch):
     monkeypatch.setattr(tasks.DiffusionTask, "preview", lambda *args: None)
     monkeypatch.setattr(train, "plot_loss", lambda *args: None)
     monkeypatch.setattr(tasks, "macs", lambda task: 0)
@@ -182,8 +184,8 @@ def test_saved_loaded_and_resumed_is_bit_for_bit_one_run(family, arrays, tmp_pat
     if FAMILIES[family].axes == 1:
         run(tmp_path / "stage", "vq-vae", arrays, "", 2)
         stage = str(tmp_path / "stage" / "ckpt.pt")
-    whole = run(tmp_path / "whole", family, arrays, stage, 4)
-    run(tmp_path / "parts", family, arrays, stage, 2)
+    whole = run(tmp_path / "whole", family, arrays, stage, 4, *more)
+    run(tmp_path / "parts", family, arrays, stage, 2, *more)
     parts = run(tmp_path / "parts", family, arrays, stage, 4, "--resume")
     assert whole["step"] == 4 and whole.keys() == parts.keys()
     for a, b in zip(leaves(whole), leaves(parts), strict=True):
