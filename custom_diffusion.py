@@ -43,6 +43,7 @@ from train import Config, check_out, load_data, micro_size, run
 KV = r"\.attn2\.to_[kv]\.weight$"
 # what learns in the U-Net: Custom Diffusion; its choice for faces; its "all"; textual inversion
 PARTS = {"kv": KV, "crossattn": r"\.attn2\.", "all": r"", "none": r"(?!)"}
+lead = lambda what: "painting in the style of " if "art" in what.split() else "photo of a "
 
 
 def keys_and_values(unet):
@@ -157,9 +158,6 @@ def caption_rows(text, tokenizer, captions, lead=""):
             end = min(len(tokenizer.encode(caption)) + 1, len(state) - 1)   # a long caption was cut
             rows.append(state[1 + skip:end + 1])                                    # (n, D)
     return rows
-
-
-lead = lambda what: "painting in the style of " if "art" in what.split() else "photo of a "
 
 
 def prompt_rows(text, tokenizer, concept):
