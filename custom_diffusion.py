@@ -224,15 +224,13 @@ def geometry(u, size, factor):
 
 
 def augment(x, u, factor=1):
-    """Shrink or enlarge targets x (n, C, S, S) by draws u (n, 5) -> (x, mask, words), see geometry.
-    The canvas is 0. Source: finetune_data.py."""
+    """Shrink or enlarge targets x (n, C, S, S) by u (n, 5) -> (x, mask, words), see geometry."""
     side, corner, mask, words = geometry(u, size := x.shape[-1], factor)
-    canvas = torch.zeros_like(x)
-    for out, picture, n, (top, left) in zip(canvas, x, side.tolist(), corner.tolist()):
+    placed = []
+    for picture, n, (top, left) in zip(x, side.tolist(), corner.tolist()):
         picture = F.interpolate(picture[None], (n, n), mode="bilinear", antialias=True)[0]
-        out[:, max(0, top):top + n, max(0, left):left + n] = picture[
-            :, max(0, -top):size - top, max(0, -left):size - left]      # what lies on the canvas
-    return canvas, mask, words                                                      # (n, C, S, S)
+        placed.append(F.pad(picture, (left, size - left - n, top, size - top - n)))  # negative: cut
+    return torch.stack(placed), mask, words                                         # (n, C, S, S)
 
 
 def mix(concepts, prior, count, factor=1, words=SIZE_WORDS, augmented=True, generator=None,
