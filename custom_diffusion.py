@@ -212,15 +212,14 @@ def geometry(u, size, factor):
     low, high = torch.where(far, half, middle), torch.where(far, size - half, scale - middle) + 1
     centre = pick(u[:, 2:4], low, high)                                             # (n, 2)
     first, last = (centre - half) // factor + 1, (centre + half) // factor - 1      # cells
-    empty, cell = first >= last, centre // factor
-    first, last = torch.where(empty, cell, first), torch.where(empty, cell + 1, last)
-    valid = torch.arange(size // factor) >= first[..., None]                        # (n, 2, h)
-    valid = valid & (torch.arange(size // factor) < last[..., None]) | ~far[..., None]
+    cells = torch.arange(size // factor)
+    valid = (cells >= first[..., None]) & (cells < last[..., None])                 # (n, 2, h)
+    valid = torch.where(valid.any(2, True), valid, cells == centre[..., None] // factor)
     words = torch.where(far, 1, 3) + pick(u[:, 4:], 0, 2)                           # (n, 1)
-    mask = (valid[:, :1, :, None] & valid[:, 1:, None]).float()                     # (n, 1, h, w)
+    mask = valid[:, :1, :, None] & valid[:, 1:, None] | ~far[..., None, None]       # (n, 1, h, w)
     corner = torch.where(far, centre - half, torch.where(near, middle - centre, 0))
     side, words = torch.where(far | near, torch.cat([scale, words], 1), torch.tensor([size, 0])).T
-    return side, corner, mask, words
+    return side, corner, mask.float(), words
 
 
 def augment(x, u, factor=1):
