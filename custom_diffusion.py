@@ -343,11 +343,10 @@ class ConceptTask(DiffusionTask):
         """All pictures, augmented and encoded at once; 8,192 targets at most, which then repeat."""
         config, rows, generator = self.config, [], torch.Generator().manual_seed(self.config.seed)
         total = min(8192, -(-config.steps * config.batch_size // (2 if self.prior else 1)))
-        words = SIZE_WORDS if self.tokenizer.open else ()
+        how = self.first_stage.factor, SIZE_WORDS * self.tokenizer.open, self.options.augment
         for first in range(0, total, 500):
-            x, captions, mask = mix(self.pictures, self.prior, min(500, total - first),
-                                    self.first_stage.factor, words, self.options.augment, generator,
-                                    first)
+            x, captions, mask = mix(self.pictures, self.prior, min(500, total - first), *how,
+                                    generator, first)
             z = torch.cat([self.encode(some.to(device)) for some in x.split(self.at_once)])
             rows.append((z, self.tokenizer(captions), mask))
         z, ids, mask = (torch.cat(column) for column in zip(*rows))
