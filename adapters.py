@@ -124,8 +124,7 @@ def add_adapters(unet, read, add, rank=None, budget=None, activation="relu", sca
     if rank is None:                    # the size is a straight line in the rank: take the nearest
         with torch.device("meta"):
             one, two = (sum(w.numel() for w in _tensors(make(r)).values()) for r in (1, 2))
-        rank = 1 + round((budget - one) / (two - one))
-        if rank < 1:
+        if (rank := 1 + round((budget - one) / (two - one))) < 1:
             raise ValueError(f"a budget of {budget:,} parameters is too small: rank 1 has {one:,}")
     _attach(unet, make(rank))
 

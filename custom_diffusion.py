@@ -100,8 +100,7 @@ def merge_map(C, C_reg, ridge=1e-6):
     G = C_reg.T @ C_reg                                                             # (d, d)
     G = G + ridge * G.trace() / d * torch.eye(d, dtype=G.dtype)
     values, Q = torch.linalg.eigh(G)                                        # ascending (d,), (d, d)
-    rank = int((values > d * eps * values[-1]).sum())
-    if rank < d:
+    if (rank := int((values > d * eps * values[-1]).sum())) < d:
         raise ValueError(f"the captions span {rank} of {d} directions: give more, or a --ridge")
     # D C^T = A A^T with A = C G^-1/2: by A's singular values, no digit is lost to squaring
     A = C @ Q / values.sqrt()                                                       # (s, d)
@@ -190,8 +189,7 @@ def select_prior(text, tokenizer, captions, target, count=200, threshold=0.85, g
     Near: cosine of end states > threshold; none: ValueError. Source: details of training."""
     ends = torch.stack([rows[-1] for rows in caption_rows(text, tokenizer, [target, *captions])])
     cosine = F.cosine_similarity(ends[1:], ends[:1])                    # (N,)
-    near = torch.nonzero(cosine > threshold)[:, 0].cpu()
-    if not len(near):
+    if not len(near := torch.nonzero(cosine > threshold)[:, 0].cpu()):
         raise ValueError(f"no caption is as near to {target!r} as {threshold}, the nearest has "
                          f"{cosine.max():.3f}: say --prior generated")
     return near[torch.randperm(len(near), generator=generator)[:count]]
