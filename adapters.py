@@ -138,13 +138,12 @@ def _make(unet, read, add, rank, activation, scale, init="zero"):
         raise ValueError(f"rank {rank!r}: give a whole number of at least 1")
     if not math.isfinite(scale):
         raise ValueError(f"scale {scale}: give a finite number")
-    blocks = [(path, m) for path, m in unet.named_modules()
-              if (re.search(r"\battn2\.to_[kv]$", path) if (read, add) == LORA else
-                  isinstance(m, Tapped) and read in m.taps)]
-    if not blocks:
-        raise ValueError(f"no block of this {type(unet).__name__} has a {read}: give a U-Net")
-    return [(path, block, Adapter(block, read, add, rank, activation, scale, init))
-            for path, block in blocks]
+    if made := [(path, m, Adapter(m, read, add, rank, activation, scale, init))
+                for path, m in unet.named_modules()
+                if (re.search(r"\battn2\.to_[kv]$", path) if (read, add) == LORA else
+                    isinstance(m, Tapped) and read in m.taps)]:
+        return made
+    raise ValueError(f"no block of this {type(unet).__name__} has a {read}: give a U-Net")
 
 
 def _attach(unet, made):
@@ -162,11 +161,10 @@ def _attach(unet, made):
 
 def _placed(unet):
     """The adapters of a model -> [(path of the block, block, adapter)]; none is an error."""
-    found = [(path, m, m.adapter) for path, m in unet.named_modules()
-             if getattr(m, "adapter", None) is not None]
-    if not found:
-        raise ValueError("there is no adapter in this model: add_adapters first")
-    return found
+    if found := [(path, m, m.adapter) for path, m in unet.named_modules()
+                 if getattr(m, "adapter", None) is not None]:
+        return found
+    raise ValueError("there is no adapter in this model: add_adapters first")
 
 
 def set_scale(unet, scale):
