@@ -56,13 +56,11 @@ ACTIVATIONS = {"relu": F.relu, "sigmoid": torch.sigmoid, "silu": F.silu, "identi
 
 
 class Adapter(nn.Module):
-    """The adapter of one block, called as adapter(name, x) -> x: reads one tap, adds to another.
-    transformer block   A(x) = up(act(down(x))), two Linear: x (B, N, d_in) -> (B, N, d_out)
-    ResBlock            A(x) = up(act(down(SiLU(GN(x))))), two 3x3 convolutions:
-                        x (B, d_in, H, W) -> (B, d_out, H, W)
-    to_k, to_v          A(x) = up(act(down(x))), no biases; identity: W + scale * up @ down
-    Arguments: see add_adapters. Source: Xiang et al. 2023 (form); official code (norm); LoRA §4.1.
-    """
+    """One block's adapter, called as adapter(name, x) -> x: reads one tap, adds to another. A(x):
+    transformer block  up(act(down(x))), Linear: x (B, N, d_in) -> (B, N, d_out)
+    ResBlock           up(act(down(SiLU(GN(x))))), 3x3 Conv2d: (B, d_in, H, W) -> (B, d_out, H, W)
+    to_k, to_v         up(act(down(x))), no biases; with identity: W + scale * up @ down
+    Arguments: see add_adapters. Source: Xiang et al. (form); official code (norm); LoRA §4.1."""
 
     def __init__(self, block, read, add, rank, activation, scale, init):
         super().__init__()
@@ -70,14 +68,11 @@ class Adapter(nn.Module):
         self.read, self.add, self.act = read, add, ACTIVATIONS[activation]
         self.scale, self.delta, tapped = float(scale), None, isinstance(block, Tapped)
         d_in, d_out = (block.taps[read], block.taps[add]) if tapped else block.weight.shape[::-1]
+        layer, norm = lambda *widths: nn.Linear(*widths, bias=tapped), nn.Identity()
         if read.startswith("res"):
-            groups = block.in_layers[0].num_groups
-            self.before = nn.Sequential(nn.GroupNorm(groups, d_in), nn.SiLU())
-            self.down = nn.Conv2d(d_in, rank, 3, padding=1)
-            self.up = nn.Conv2d(rank, d_out, 3, padding=1)
-        else:
-            self.before = nn.Identity()
-            self.down, self.up = nn.Linear(d_in, rank, tapped), nn.Linear(rank, d_out, tapped)
+            layer = lambda *widths: nn.Conv2d(*widths, 3, padding=1)
+            norm = nn.Sequential(nn.GroupNorm(block.in_layers[0].num_groups, d_in), nn.SiLU())
+        self.before, self.down, self.up = norm, layer(d_in, rank), layer(rank, d_out)
         if init == "zero":      # A(x) = 0 at first, yet `up` learns (LoRA §4.1); else torch's own
             for parameter in self.up.parameters():
                 nn.init.zeros_(parameter)
