@@ -200,8 +200,7 @@ def load_adapters(unet, state):
             made = _make(unet, **state["spec"])
         words = state.get("modifiers", {})              # checked here; apply_concept adds them
         rows = {w: unet.text.text_model.embeddings.token_embedding.weight[0] for w in words}
-        check_tensors({**_tensors(made), **rows}, {**state["adapter"], **words},
-                      "the adapter does not fit,")
+        check_tensors(_tensors(made) | rows, state["adapter"] | words, "the adapter does not fit,")
         if base_hash(unet) != state["base"]:
             raise ValueError("the adapter's base has the same shape with other weights")
     for path, _, adapter in made:
