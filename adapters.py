@@ -289,10 +289,9 @@ class AdapterTask(DiffusionTask):
         self.frozen = frozenset(self.model.state_dict()) - learned
 
     def finish(self, model, dataset, device):
-        words = dict(zip(self.words, model.text.rows)) if self.words else {}
         save_checkpoint(f"{self.config.out}/adapter.pt", {      # base: as it was without the words
-            **adapter_state(model), "base": self.belongs["base"], "modifiers": words,
-            "concepts": self.things})
+            **adapter_state(model), "base": self.belongs["base"], "concepts": self.things,
+            "modifiers": dict(zip(self.words, getattr(model.text, "rows", ())))})
 
 
 class ThingTask(ConceptTask):
