@@ -395,9 +395,8 @@ def load_concept(path, unet):
         wrong += [text for text in concepts if not rows.keys() & {*text.split()}]
     if wrong := wrong or ([] if given or rows else ["a file without one"]):
         raise ValueError(f"{path} holds no concept for this U-Net: {wrong[0]} does not fit")
-    W = {name: w.float() + (unet[name].cpu().float() if isinstance(given[name], dict) else 0)
-         for name, w in W.items()}
-    return W, rows, concepts
+    return {name: w.float() + (unet[name].cpu().float() if isinstance(given[name], dict) else 0)
+            for name, w in W.items()}, rows, concepts
 
 
 def gather(paths, unet, categories=()):
