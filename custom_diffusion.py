@@ -150,8 +150,7 @@ def caption_rows(text, tokenizer, captions, lead=""):
     """Text states of each caption's words and end token -> list of (n, D). lead: first words to
     leave out. Source: composenW.py."""
     rows, device = [], next((p.device for p in text.parameters()), "cpu")
-    for first in range(0, len(captions), 256):
-        some = captions[first:first + 256]
+    for some in (captions[k:k + 256] for k in range(0, len(captions), 256)):
         for caption, state in zip(some, text(tokenizer(some).to(device))):          # state (L, D)
             skip = len(tokenizer.encode(lead)) if (caption + " ").startswith(lead + " ") else 0
             end = min(len(tokenizer.encode(caption)) + 1, len(state) - 1)   # a long caption was cut
