@@ -483,16 +483,11 @@ def learn(argv):
           f'"{task.prompt(task.things[0])}"')
 
 
-def opened(argv, Options):
-    """Flags -> (options, the base's task), if --out is a new file. Raises ValueError."""
-    options, = parse(argv, __doc__, Options)
-    data.check_target(options.out, None)
-    return options, base_task(options.base, options.bpe)
-
-
 def merge_files(argv):
     """`merge`: several concept files of one base into one that samples them all."""
-    o, base = opened(argv, MergeOptions)
+    o, = parse(argv, __doc__, MergeOptions)
+    data.check_target(o.out, None)
+    base = base_task(o.base, o.bpe)
     unet, texts = base.model.denoiser.state_dict(), o.captions or base.info["name"]
     W0, (Ws, words, concepts) = keys_and_values(unet), gather(o.files, unet, o.category)
     if not Ws or any(set(W) != set(W0) for W in Ws):
@@ -526,10 +521,11 @@ def merge_files(argv):
 
 def compress_file(argv):
     """`compress`: one concept file -> a smaller one."""
-    o, base = opened(argv, CompressOptions)
+    o, = parse(argv, __doc__, CompressOptions)
+    data.check_target(o.out, None)
+    unet = base_task(o.base, o.bpe).model.denoiser.state_dict()
     if len(o.files) != 1:
         raise ValueError(f"compress: name one concept file, not {len(o.files)}")
-    unet = base.model.denoiser.state_dict()
     W, rows, concepts = load_concept(o.files[0], unet)
     if not W:
         raise ValueError(f"{o.files[0]} holds new words alone, which compress leaves as they are")
