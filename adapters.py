@@ -261,8 +261,7 @@ class Options:
 
 
 class AdapterTask(DiffusionTask):
-    """Train an adapter beside the frozen model of the task `base`, on captioned pictures.
-    At the end it is written to OUT/adapter.pt, which sample.py reads."""
+    """Train an adapter on captioned pictures, the model of `base` frozen -> OUT/adapter.pt."""
     family, words, things, state = "adapter", {}, [], ConceptTask.state
 
     def __init__(self, base, dataset, options, config):
