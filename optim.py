@@ -82,12 +82,9 @@ def make_optimizers(config, model):
     groups = [{"params": rest}, {"params": words, "lr": getattr(config, "word_lr", config.lr)}]
     if not (groups := [group for group in groups if group["params"]]):
         raise ValueError("--optimizer muon leaves nothing to adamw here: leave it out")
-    fused = next(model.parameters()).device.type in ("cuda", "cpu")
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay,
-                                    fused=fused)]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
-    return optimizers
+    fused, decay = next(model.parameters()).device.type in ("cuda", "cpu"), config.weight_decay
+    adamw = torch.optim.AdamW(groups, lr=config.lr, weight_decay=decay, fused=fused)
+    return [adamw, Muon(matrices, lr=config.muon_lr, weight_decay=decay)] if matrices else [adamw]
 
 
 def load_moments(optimizer, saved):
