@@ -53,17 +53,15 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         keep = 1.0 - self.found_inf                                         # 0 = change nothing
         for group in self.param_groups:
-            stacks = {}
+            rate, stacks = group["lr"] * keep, {}
             for p in group["params"]:
                 stacks.setdefault(p.shape, []).append(p)
             for shape, params in stacks.items():
                 grads = torch.stack([p.grad for p in params])               # (n, *shape)
                 grads = torch.where(keep > 0, grads, 0.0)
-                state = self.state[params[0]]                               # one tensor per stack
-                momentum = state.setdefault("momentum", torch.zeros_like(grads))
-                momentum.lerp_(grads, (1 - group["momentum"]) * keep)
+                momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
+                momentum.lerp_(grads, (1 - group["momentum"]) * keep)       # one tensor per stack
                 nesterov = grads.lerp(momentum, group["momentum"]).flatten(2)   # (n, rows, cols)
-                rate = group["lr"] * keep
                 scale = max(1, shape[0] / math.prod(shape[1:])) ** 0.5
                 update = orthogonalise(nesterov).view_as(grads) * (scale * rate)
                 if group["weight_decay"]:
