@@ -72,19 +72,17 @@ def make_step(config, dataset, task, held_out=None):
                                     use_reentrant=False, preserve_rng_state=False)
     low = config.precision == "bfloat16" or (config.precision == "auto" and device == "cuda")
     autocast = torch.autocast(device, torch.bfloat16, enabled=low)
-    generator = torch.Generator(device)
 
     def micro_batch(s, micro, batches=batches):
-        generator.manual_seed((config.seed * 1_000_003 + s) % 2 ** 63)
+        generator = torch.Generator(device).manual_seed((config.seed * 1_000_003 + s) % 2 ** 63)
         draws = task.draw(config.batch_size, generator, device)     # of the whole batch,
         first = (micro * world + rank) * size
         rows = slice(first, first + size)                           # of which these rows are ours
         batch = batches.batch(s, rows, draws.pop("flip"))
         return {**batch, **{name: value[rows] for name, value in draws.items()}}
 
-    net = model
-    if world > 1:
-        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    net = model if world == 1 else nn.parallel.DistributedDataParallel(
+        model, broadcast_buffers=False)
     if config.compile == "on" or (config.compile == "auto" and device == "cuda"):
         with autocast:
             compile_or_warn(net, lambda: task.loss(net, **micro_batch(0, 0))[0])
