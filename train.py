@@ -120,7 +120,7 @@ def train(config, dataset, task, caught, bar, held_out=None):
     s = resume(out / "ckpt.pt", task, step) if config.resume else 0
     task.at_once = min(task.at_once, micro_size(config))        # of a preview, as in a step
     bad, worst = torch.zeros((), device=device), torch.zeros((), device=device)
-    bar.initial, bar.n, started, signum = s, s, time.perf_counter(), 0
+    bar.initial, bar.n, started, stop = s, s, time.perf_counter(), 0
     if rank == 0:
         begin_files(config, task, s)
         if config.log_to:
@@ -134,15 +134,14 @@ def train(config, dataset, task, caught, bar, held_out=None):
         bar.update()
 
         preview = s == config.steps or (config.sample_every and s % config.sample_every == 0)
-        due = preview or s % config.log_every == 0
-        if due or (world == 1 and caught):
+        if preview or s % config.log_every == 0 or (world == 1 and caught):
             signum = torch.tensor(float(sum(caught[:1])), device=device)
             values = torch.stack([*metrics.values(), norm, worst, signum])
             if world > 1:
                 dist.all_reduce(values)                 # norm and counter are alike; losses average
                 values /= world
-            *values, skipped, signum = values.tolist()  # the one place where the host waits
-            caught += [math.ceil(signum)] if signum and not caught else []
+            *values, skipped, stop = values.tolist()    # the one place where the host waits
+            caught += [math.ceil(stop)] if stop and not caught else []      # all processes agree
             if skipped >= 10:
                 raise ValueError(f"loss or gradient not finite ten times in a row, up to step {s}; "
                                  "the last checkpoint is intact: lower --lr (and --muon-lr)")
@@ -158,15 +157,14 @@ def train(config, dataset, task, caught, bar, held_out=None):
                 add_row(out / "log.csv", {**row, "seconds": time.perf_counter() - started})
                 for name in row if config.log_to else ():
                     board.add_scalar(name, row[name], s)
-        stopping = bool(signum)                         # which all processes have agreed on
         if s == config.steps:
             task.finish(step.ema, dataset, device)
-        if rank == 0 and (s % config.save_every == 0 or preview or stopping):
+        if rank == 0 and (s % config.save_every == 0 or preview or stop):
             save(out / "ckpt.pt", config, task, step, s)
-        if rank == 0 and preview and not stopping:
+        if rank == 0 and preview and not stop:
             task.preview(step.ema, dataset, device, out / "samples" / f"{s:06d}.png")
             plot_loss(out / "log.csv", out / "loss.png")
-        if stopping or (preview and caught and world == 1):
+        if stop or (preview and caught and world == 1):
             break
     bar.close()
     if world > 1:
