@@ -319,12 +319,10 @@ def main(argv):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dataset = load_data(config)             # a loss on held-out data: from 200 training pictures on
     held_out = rank == 0 and len(dataset) >= 200 and load_data(config, "test", config.batch_size)
-    task = make_task(config, settings, dataset)
     if getattr(settings, "first_stage", "") == "new" and not config.resume:
-        check_fit(config, task)                                 # raises if the parts do not fit
+        check_fit(config, make_task(config, settings, dataset))     # raises if parts do not fit
         settings.first_stage = train_first_stage(config, settings, dataset)
-        task = make_task(config, settings, dataset)
-    path = run(config, task, dataset, held_out)
+    path = run(config, make_task(config, settings, dataset), dataset, held_out)
     if rank == 0:
         print(f"done: {path}\nlook at {config.out}/samples; python sample.py --ckpt {path}")
     if world > 1:
