@@ -250,8 +250,8 @@ def read_flags(argv):
         saved = resumed_flags(given, path, "settings") if path else {
             **start.get("settings", {}), "first_stage": "auto", "model": model}
         flags = {**PRESETS.get(model, {}), **paper, **saved, "resume": False, "out": out}
-        flow = {**flags, **given}.get("schedule", "flow") == "flow"
-        return {**flags, **{name: FLAGS[name][1].default for name in UNREAD[flow]}}
+        flow = {**flags, **given}.get("schedule", "flow") == "flow"     # unset what is not read
+        return flags | {name: FLAGS[name][1].default for name in UNREAD[flow]}
     family = settings_class(find_model(model)[0])
     config, settings = parse(argv, __doc__, Config, family, presets=presets, other=readers_of)
     resolve_first_stage(config, settings)
