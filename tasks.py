@@ -143,18 +143,16 @@ class DiffusionTask:
 class AutoencoderTask:
     """Train a first stage to give pictures back. Source: LDM §3.1; VQ-Diffusion §3.1."""
     frozen, at_once = frozenset(), 32
+    prepare = lambda self, dataset, device: dataset                     # as it is: pictures
 
     def __init__(self, settings, info, model):
         self.settings, self.info, self.model = settings, info, model
         self.sizes = model.sizes            # for the checkpoint, measured anew at the end
-        self.check_batch = model.check_batch
-        model.latent_shape(image_shape(info))                           # raises if it cannot fit
-
-    def prepare(self, dataset, device):
-        return dataset
+        self.check_batch, self.shape = model.check_batch, image_shape(info)
+        model.latent_shape(self.shape)                                  # raises if it cannot fit
 
     def draw(self, n, generator, device):
-        return {**self.model.draw(n, image_shape(self.info), generator, device),
+        return {**self.model.draw(n, self.shape, generator, device),
                 "flip": torch.rand(n, generator=generator, device=device)}
 
     def loss(self, net, x, y, index, **draws):
@@ -174,7 +172,7 @@ class AutoencoderTask:
         x = to_float(dataset.images[::max(1, len(dataset) // 2000)][:2000]).to(device)
         model.standardise(x)
         self.sizes, x, generator = model.sizes, x[:200], torch.Generator(device).manual_seed(0)
-        draws = model.draw(len(x), image_shape(self.info), generator, device)
+        draws = model.draw(len(x), self.shape, generator, device)
         found = {k: v.item() for k, v in model.objective(x, draws)[1].items() if v.dim() == 0}
         print(f"{len(x)} pictures: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
 
@@ -182,9 +180,8 @@ class AutoencoderTask:
         return {"sizes": self.sizes}
 
     def inputs(self, count):
-        shape = image_shape(self.info)
-        x = torch.zeros(count, *shape, device="meta")
-        return x, self.model.draw(count, shape, None, "meta")
+        x = torch.zeros(count, *self.shape, device="meta")
+        return x, self.model.draw(count, self.shape, None, "meta")
 
 
 def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=False, **options):
