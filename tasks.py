@@ -60,8 +60,7 @@ class DiffusionTask:
             captions = dataset.captions if words.open else [
                 " ".join([word for word in words.WORD.findall(text.lower()) if word in words.ids]
                          [:words.max_length - 2]) for text in dataset.captions]
-            ids = words(captions)                                           # (N, L)
-            dataset = dataclasses.replace(dataset, labels=ids, captions=None)
+            dataset = dataclasses.replace(dataset, labels=words(captions), captions=None)   # (N, L)
         if self.on_pixels or dataset.images.dtype != torch.uint8:       # or latents already
             return dataset
         x, y = dataset.images, dataset.labels
@@ -163,8 +162,7 @@ class AutoencoderTask:
         x = to_float(dataset.images[:32])
         y = torch.cat([model.decode(model.encode(some.to(device))).clamp(-1, 1).cpu()
                        for some in x.split(self.at_once)])
-        pairs = torch.stack([x, y], 1)                                          # (32, 2, C, H, W)
-        save_grid(pairs.flatten(0, 1), path, nrow=16, scale=2)                  # (64, C, H, W)
+        save_grid(torch.stack([x, y], 1).flatten(0, 1), path, nrow=16, scale=2)    # (64, C, H, W)
 
     @torch.no_grad()
     def finish(self, model, dataset, device):
@@ -334,8 +332,7 @@ def begin_files(config, task, s):
     with written_whole(table) as file:
         file.write("".join(f"{line}\n" for line in lines).encode())
     with written_whole(pathlib.Path(config.out, "config.json")) as file:
-        values = {**dataclasses.asdict(config), **vars(task.settings)}
-        file.write(json.dumps(values, indent=1).encode())
+        file.write(json.dumps(dataclasses.asdict(config) | vars(task.settings), indent=1).encode())
 
 
 def save(path, config, task, step, s):
@@ -347,10 +344,9 @@ def save(path, config, task, step, s):
     if not all(v.isfinite().all() for tensors in held for v in tensors.values()):
         raise ValueError(f"the weights of step {s} are not finite and were not saved; the previous "
                          "checkpoint, if any, is intact: lower --lr (and --muon-lr)")
-    state = {
-        "task": task.family, "config": dataclasses.asdict(config), "info": task.info, "step": s,
-        "settings": dict(vars(task.settings)), "opt": [o.state_dict() for o in step.optimizers],
-        **nets, **task.state()}
+    state = {"task": task.family, "config": dataclasses.asdict(config), "info": task.info,
+             "step": s, "settings": dict(vars(task.settings)), **nets, **task.state(),
+             "opt": [o.state_dict() for o in step.optimizers]}
     save_checkpoint(path, state)
     if config.keep:
         save_checkpoint(path.with_name(f"ckpt-{s:06d}.pt"), state)
@@ -388,12 +384,11 @@ def plot_loss(table, path):
         for name in ("step", "loss", "held_out")]).nan_to_num(math.nan, math.nan, math.nan)
     # of 5 rows before and 5 after, at first of equally fewer: a mean of the past would come late
     means = [losses[i - min(i, 5):i + min(i, 5) + 1].nanmean() for i in range(len(rows))]
-    figure = Figure(figsize=(5, 4), dpi=90, layout="tight")
-    axes = figure.subplots()
+    axes = Figure(figsize=(5, 4), dpi=90, layout="tight").subplots()
     axes.plot(steps, losses, alpha=0.3, label="loss of a batch")
     axes.plot(steps, means, label="running mean")
     if (there := held_out.isfinite()).any():
         axes.plot(steps[there], held_out[there], "o-", label="held-out data, averaged weights")
     axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
     axes.legend()
-    figure.savefig(path)
+    axes.figure.savefig(path)
