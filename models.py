@@ -202,16 +202,14 @@ def find_model(name):
     for family, row in FAMILIES.items():
         if name in row.sizes:
             return family, dict(row.sizes[name])
-    if size := re.fullmatch(r"DiT-([1-9]\d*)x([1-9]\d*)/([1-9]\d*)", name):
+    size = re.fullmatch(r"DiT-([1-9]\d*)x([1-9]\d*)/([1-9]\d*)", name)
+    if size and int(size[1]) % 32 == 0:
         width, depth, patch = map(int, size.groups())
-        if width % 32 == 0:
-            heads = width // 32
-            return "dit", dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
+        return "dit", dict(hidden_size=width, depth=depth, num_heads=width // 32, patch_size=patch)
     known = [model for row in FAMILIES.values() for model in row.sizes]
     near = difflib.get_close_matches(name, known, 1, 0.4)
-    raise ValueError(f"unknown model {name!r}{f', did you mean {near[0]}?' if near else '.'} "
-                     "Known: DiT-WxD/p (width, a multiple of 32; depth; patch), "
-                     f"{', '.join(known)}")
+    raise ValueError(f"unknown model {name!r}{f', did you mean {near[0]}?' if near else '.'} Known:"
+                     f" DiT-WxD/p (width, a multiple of 32; depth; patch), {', '.join(known)}")
 
 
 def build_task(model, settings, info, first_stage):
