@@ -272,7 +272,6 @@ def make_task(config, settings, dataset):
     row, name = FAMILIES[find_model(config.model)[0]], getattr(settings, "first_stage", "none")
     path = f"{config.out}/ckpt.pt" if config.resume else config.init
     start = load_checkpoint(path, "ema") if path else {}
-    known = start.get("info", {}).get("vocabulary")
     with built_from(path or ("" if name in ("new", "none") else name)):
         if config.resume:
             first_stage = first_stage_from(start.get("first_stage"), path)
@@ -282,8 +281,8 @@ def make_task(config, settings, dataset):
         else:
             first_stage = Pixels() if name == "none" else load_first_stage(name)
         info = describe(dataset, config.model, first_stage, getattr(settings, "captions", None))
-        if "vocabulary" in info and known:                      # words keep their rows
-            tokenizer = WordTokenizer(**known)
+        if "vocabulary" in info and (known := start.get("info", {}).get("vocabulary")):
+            tokenizer = WordTokenizer(**known)                  # words keep their rows
             for word in [w for w in info["vocabulary"]["words"] if w not in tokenizer.ids]:
                 tokenizer.add_token(word)
             tokenizer(dataset.captions)                         # raises for one that is too long
@@ -392,8 +391,7 @@ def official_task(path, vae, dtype, bpe, image_size):
 # ---- what adapters.py and custom_diffusion.py build on -------------------------------------------
 def base_task(path, bpe=None, image_size=512):
     """A text-to-image checkpoint of ours, or Stable Diffusion v1 -> its task, in float32."""
-    official = is_official(path)
-    if bpe and not official:
+    if not (official := is_official(path)) and bpe:
         raise ValueError(f"--bpe is for Stable Diffusion: {path} brings its own words")
     task = official_task(path, None, torch.float32, bpe or MERGES, image_size) if official else (
         task_from(load_checkpoint(path), path))
