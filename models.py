@@ -120,7 +120,7 @@ def text_conditional(denoiser, width, process, settings, info, first_stage, Enco
 def build_unet(sizes, settings, info, first_stage):
     """A text-conditional U-Net. Source: LDM §3.3."""
     channels = first_stage.latent_shape(image_shape(info))[0]
-    unet = UNet(**{**sizes, "in_channels": channels, "out_channels": channels})
+    unet = UNet(**dict(sizes, in_channels=channels, out_channels=channels))
     process = gaussian_or_flow(settings)
     return text_conditional(unet, unet.context_dim, process, settings, info, first_stage)
 
@@ -130,10 +130,9 @@ def build_vq(sizes, settings, info, first_stage):
     K, classes, text = first_stage.num_codes, len(info["class_names"]), "vocabulary" in info
     if settings.learned_null and not (text and settings.class_dropout):
         raise ValueError("--learned-null is for captions, and --class-dropout above 0")
-    model = VQTransformer(**{
-        **sizes, "num_codes": K, "grid": first_stage.grid, "relative": settings.relative,
-        "condition": "text" if text else "class" if classes else "none", "num_classes": classes,
-        "class_dropout_prob": settings.class_dropout, "codebook": first_stage.codebook})
+    model = VQTransformer(**dict(sizes, num_codes=K, grid=first_stage.grid, num_classes=classes,
+        condition="text" if text else "class" if classes else "none", relative=settings.relative,
+        class_dropout_prob=settings.class_dropout, codebook=first_stage.codebook))
     process, rest = MaskReplace(num_codes=K, aux_weight=settings.aux_weight), (info, first_stage)
     if text:
         width = sizes.get("context_dim", CONTEXT_DIM)
