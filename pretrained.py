@@ -18,12 +18,10 @@ import itertools
 import json
 import pathlib
 import re
-from functools import partial
 
 import torch
 
-from checkpoint import (check_tensors, load_checkpoint, named_tensors, read_safetensors,
-                        read_torch)
+from checkpoint import check_tensors, load_checkpoint, named_tensors, read_safetensors, read_torch
 from dit import DIT_CONFIGS
 from text import TextEncoder
 from unet import UNet
@@ -262,7 +260,7 @@ def read_word(state, stem):
 # what it is; a pattern in its tensors, listed in lines like "out.2.bias (4,)", the first that fits;
 # its reader, (tensors, file's stem) -> {part: tensors}, or a sentence: why it is not read
 only = lambda part, rename=dict: lambda tensors, stem: {part: rename(tensors)}
-renumbered = lambda part: only(part, partial(from_diffusers, part))
+renumbered = lambda part: only(part, lambda tensors: from_diffusers(part, tensors))
 KINDS = (
     *PUBLISHED["refused"],
     ("a concept of Custom Diffusion", r"^unet\.|^modifier_token\.|^embed |_custom_diffusion\.|"
