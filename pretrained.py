@@ -332,12 +332,11 @@ def read_config(path, part):
     if schedule := bool(part == "process" and said):
         said["betas"] = [said.get(f"beta_{key}") for key in ("schedule", "start", "end")]
     names, usable = (PUBLISHED[key].get(part, {}) for key in ("arguments", "usable"))
-    wrong = [k for k in usable if k in said and said[k] not in usable[k]] + [
-        k for k in names if k in said and not (
-            type(said[k]) in (int, float) and 0 < said[k] < 1000)]
-    for key in wrong:
-        raise ValueError(f"{path} says {key} {str(said[key])[:60]}, and only "
-                         f"{usable.get(key, 'one positive number')} can be read")
+    for key in [key for key in (*usable, *names) if key in said]:
+        positive = type(said[key]) in (int, float) and 0 < said[key] < 1000
+        if not (said[key] in usable[key] if key in usable else positive):
+            raise ValueError(f"{path} says {key} {str(said[key])[:60]}, and only "
+                             f"{usable.get(key, 'one positive number')} can be read")
     return {names[key]: said[key] for key in names if key in said} if not schedule else {
         "schedule": said["betas"][0], "spacing": tuple({**SPACING, **said}[k] for k in SPACING),
         "prediction": PREDICTIONS[said.get("prediction_type", "epsilon")]}
