@@ -35,12 +35,11 @@ def infer_unet(state):
     model_channels, in_channels = shape("input_blocks.0.0.weight", 4)[:2]
     down = sorted(int(name.split(".")[1]) for name in state
                   if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name))
-    first = [1, *(i + 1 for i in down)]             # the first block of each level
+    first = [1, *(i + 1 for i in down)]     # each level's first block; 0 is the first convolution
     widths = [shape(f"input_blocks.{i}.0.out_layers.3.weight", 4)[0] for i in first]
     return dict(
         in_channels=in_channels, out_channels=shape("out.2.weight", 4)[0],
         model_channels=model_channels, channel_mult=tuple(w / model_channels for w in widths),
-        # block 0 is the first convolution
         num_res_blocks=(down or [_count(state, r"input_blocks\.(\d+)\.")])[0] - 1,
         attention_resolutions=tuple(2 ** level for level, i in enumerate(first)
                                     if f"input_blocks.{i}.1.norm.weight" in state),
@@ -81,32 +80,30 @@ def infer_dit(state):
         raise ValueError("a SiT, or another DiT whose variance was never trained, is not read here")
     heads = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DIT_CONFIGS.values()}
     side = round(shape("pos_embed", 3)[1] ** 0.5) if "pos_embed" in state else 16   # of diffusers
-    return dict(input_size=side * patch, patch_size=patch,
-                in_channels=in_channels, hidden_size=width, depth=_count(state, r"blocks\.(\d+)\."),
-                num_heads=heads.get(width, width // 32),
-                num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1,
-                learn_sigma=learn_sigma)
+    return dict(
+        input_size=side * patch, patch_size=patch, in_channels=in_channels, hidden_size=width,
+        depth=_count(state, r"blocks\.(\d+)\."), num_heads=heads.get(width, width // 32),
+        num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1, learn_sigma=learn_sigma)
 
 
 def infer_udit(state):
     """Arguments of the UDiT with this state_dict. What no tensor shows is the paper's: input size
     32, down_factor 2, shortcut; rope if cosine, else heads of 24 channels. Source: U-DiT §4.1."""
     shape = _shapes(state, "a U-DiT")
-    hidden_size, in_channels = shape("x_embedder.proj.weight", 4)[:2]
+    hidden_size, in_channels = shape("x_embedder.proj.weight", 4)[:2]      # latent: 4 times as wide
     kinds = {"dwconv.0": "rep", "dwconv": "dw", "fc1": "basic"}     # by a layer that only it has
     layer = next((layer for layer in kinds if f"latent.0.mlp1.{layer}.weight" in state), "fc1")
     levels = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
     scale, kernel = "latent.0.attn1.logit_scale", "latent.0.attn1.downsampler.layer.weight"
     cosine = scale in state
-    return dict(
-        in_channels=in_channels, hidden_size=hidden_size,
-        depth=tuple(_count(state, rf"{level}\.(\d+)\.") for level in levels),
-        num_heads=shape(scale, 3)[0] if cosine else max(1, hidden_size // 24),
-        mlp_ratio=shape(f"latent.0.mlp1.{layer}.weight", 4)[0] / (4 * hidden_size),     # width 4D
-        num_classes=shape("y_embedder_1.embedding_table.weight", 2)[0] - 1,
-        learn_sigma=shape("final_layer.out_proj.weight", 4)[0] == 2 * in_channels,
-        cosine=cosine, rope=cosine, mlp=kinds[layer],
-        kernel_size=shape(kernel, 4)[-1] if kernel in state else 0)
+    return dict(in_channels=in_channels, hidden_size=hidden_size,
+                depth=tuple(_count(state, rf"{level}\.(\d+)\.") for level in levels),
+                num_heads=shape(scale, 3)[0] if cosine else max(1, hidden_size // 24),
+                mlp_ratio=shape(f"latent.0.mlp1.{layer}.weight", 4)[0] / (4 * hidden_size),
+                num_classes=shape("y_embedder_1.embedding_table.weight", 2)[0] - 1,
+                learn_sigma=shape("final_layer.out_proj.weight", 4)[0] == 2 * in_channels,
+                cosine=cosine, rope=cosine, mlp=kinds[layer],
+                kernel_size=shape(kernel, 4)[-1] if kernel in state else 0)
 
 
 def _shapes(state, what):
