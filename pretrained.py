@@ -73,10 +73,9 @@ def infer_dit(state):
     its weights of the variance never got a gradient and are 0. Source: DiT Table 1; SiT's code."""
     shape = _shapes(state, "an adaln_zero DiT")
     width, in_channels, patch, _ = shape("x_embedder.proj.weight", 4)
-    out_channels = shape("final_layer.linear.weight", 2)[0] // patch ** 2
-    learn_sigma, final = out_channels == 2 * in_channels, state["final_layer.linear.weight"]
-    variance = final.view(patch ** 2, -1, width)[:, in_channels:]
-    if learn_sigma and final.any() and not variance.any():
+    learn_sigma = shape("final_layer.linear.weight", 2)[0] == patch ** 2 * 2 * in_channels
+    final = state["final_layer.linear.weight"].view(patch ** 2, -1, width)      # -1: channels out
+    if learn_sigma and final.any() and not final[:, in_channels:].any():
         raise ValueError("a SiT, or another DiT whose variance was never trained, is not read here")
     heads = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DIT_CONFIGS.values()}
     side = round(shape("pos_embed", 3)[1] ** 0.5) if "pos_embed" in state else 16   # of diffusers
