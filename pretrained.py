@@ -157,7 +157,7 @@ PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
             "text": "cond_stage_model.transformer."}
 
 
-def split_compvis(state):
+def split_compvis(state, _):
     """A CompVis file -> {"unet": state, "vae": state, "text": state}, what is there, without its
     EMA copy and schedule. Source: LDM."""
     named = {part: _plain({name.removeprefix(prefix): tensor for name, tensor in state.items()
@@ -266,8 +266,7 @@ KINDS = (
     ("a U-DiT", r"^latent\.0\.attn1\.to_qkv\.", only("udit")),
     ("a DiT", r"^x_embedder\.proj\.", only("dit")),
     ("a DiT of diffusers", r"^transformer_blocks\.0\.norm1\.emb\.class_", only("dit", rename_dit)),
-    ("Stable Diffusion v1", r"^(model\.diffusion_model|first_stage_model|cond_stage_model\."
-     r"transformer)\.", lambda tensors, stem: split_compvis(tensors)),
+    ("Stable Diffusion v1", f"^({'|'.join(map(re.escape, PREFIXES.values()))})", split_compvis),
     ("a U-Net", r"^input_blocks\.0\.0\.", only("unet", _plain)),
     ("an autoencoder", r"^encoder\.down\.0\.block\.0\.", only("vae", _plain)),
     ("a U-Net of diffusers", r"^down_blocks\.0\.resnets\.0\.", renumbered("unet")),
