@@ -61,16 +61,16 @@ def read_shapes(images):
 @torch.no_grad()
 def _read_chunk(images):
     """read_shapes for images (B, 3, H, W) on the 0..1 scale."""
-    ground, away, coverage, area, near, count, dusty = _find_objects(images)
+    ground, step, away, coverage, area, near, count, dusty = _find_objects(images)
     present = area >= MIN_AREA                              # (B, 2)
     image_of, slot = present.nonzero(as_tuple=True)         # (P,): all objects of all images
-    ground_of, away, near = ground[image_of], away[image_of], near[image_of, slot]
+    step, away, near = step[image_of], away[image_of], near[image_of, slot]
     forms = torch.tensor([*range(6), RING])                 # the last: a ring with a disc in it
     fits = torch.stack([_fit(coverage[image_of], near, form, k == 6)
                         for k, form in enumerate(forms)], 1)                # (P, F, 4)
     # The outline names two candidates, (P, 2), and the colours decide.
     likely, rows = fits[:, :, 3].topk(2, largest=False).indices, torch.arange(len(fits))
-    one, two = (_explain(away, ground_of, near, forms[k], *fits[rows, k].T) for k in likely.T)
+    one, two = (_explain(away, step, near, forms[k], *fits[rows, k].T) for k in likely.T)
     _, error, shape, cx, cy, r, color, tint, part, part_color = (       # (P,)
         torch.where(two[0] < one[0], b, a) for a, b in zip(one, two))
     def direction(dx, dy):              # left 0, right 1, up 2, down 3: the order of RELATIONS
@@ -86,10 +86,9 @@ def _read_chunk(images):
     backgrounds = torch.tensor(list(worlds.BACKGROUNDS.values())) / 255     # (4, 3)
     return {"background": torch.cdist(ground, backgrounds).argmin(1), "count": count,
             "shape": slots(shape, -1), "color": slots(color, -1), "place": slots(place, -1),
-            "part": slots(part, -1), "part_color": slots(part_color, -1),
-            "size": slots((r > SIZE_SPLIT).long(), -1),
-            "center": center, "radius": slots(r, torch.nan), "tint": tint, "residual": residual,
-            "relation": relation.masked_fill(~present.all(1), -1),
+            "part": slots(part, -1), "part_color": slots(part_color, -1), "center": center,
+            "size": slots((r > SIZE_SPLIT).long(), -1), "radius": slots(r, torch.nan), "tint": tint,
+            "residual": residual, "relation": relation.masked_fill(~present.all(1), -1),
             "legible": (residual < MAX_RESIDUAL) & (tint < MAX_TINT) & ~dusty & (count <= 2)}
 
 
@@ -127,9 +126,9 @@ def _fit(coverage, near, shape, disc):
 
 
 def _find_objects(images):
-    """Images (B, 3, H, W) -> ground (B, 3); away (B, 3, H, W), the difference from it; coverage
-    (B, H, W), smoothed, 0 where a pixel has its colour, 1 where it has one of the palette; the two
-    largest objects' area (B, 2) and near (B, 2, H, W): round it, not in the other; count, dusty."""
+    """Images (B, 3, H, W) -> ground (B, 3); from there to each colour step (B, 8, 3), to a pixel
+    away (B, 3, H, W); coverage (B, H, W), smoothed, 0 on the ground, 1 in a colour; of the two
+    largest objects area (B, 2) and near (B, 2, H, W): round it, not in the other; count, dusty."""
     B, _, H, W = images.shape
     # Objects may touch the border but never fill half of it, so its median is the background.
     border = torch.cat([images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]], -1)
@@ -155,18 +154,17 @@ def _find_objects(images):
     while not torch.equal(grown := F.max_pool2d(label, 3, stride=1, padding=1) * mask, label):
         label = grown
     label = label.long()
-    pixels = solid.flatten(1) * (32 / W) ** 2
+    pixels = solid.flatten(1) * (32 / W) ** 2               # none in label 0, the background
     area = torch.zeros(B, H * W + 1).scatter_add_(1, label.flatten(1), pixels)  # (B, HW + 1)
-    area[:, 0] = 0                                          # label 0 is the background
     large = area >= MIN_AREA
     count, dusty = large.sum(1), (area * ~large).sum(1) >= MIN_AREA
     area, piece = area.topk(2)                              # (B, 2)
     mask = (label.unsqueeze(1) == piece.view(B, 2, 1, 1)) & (area >= MIN_AREA).view(B, 2, 1, 1)
     near = F.max_pool2d(mask.float(), 5, stride=1, padding=2) * ~mask.flip(1)
-    return ground, away, coverage, area, near, count, dusty
+    return ground, step, away, coverage, area, near, count, dusty
 
 
-def _explain(away, ground, near, shape, cx, cy, r, _):
+def _explain(away, step, near, shape, cx, cy, r, _):
     """What explains P objects of known outline best: the two palette colours, and the part.
     A picture is away = b (body - ground) + p (part - ground), with maps b, p of how much is seen
     of each: least squares over all pairs of colours and all maps, in one of which there is no part.
@@ -174,7 +172,6 @@ def _explain(away, ground, near, shape, cx, cy, r, _):
     the step; shape, cx, cy, r as given; color, tint, part, part_color (-1 without a part)."""
     away, rows = (away * near.unsqueeze(1)).flatten(2).mT, torch.arange(len(shape))     # (P, WW, 3)
     parts, b, p = _maps(near, shape, cx, cy, r)                                 # (H,), (P, H, WW)
-    step = torch.tensor(list(worlds.COLORS.values())) / 255 - ground.unsqueeze(1)   # (P, 8, 3)
     bb, bp, pp = ((u * v).sum(2).unsqueeze(2) for u, v in ((b, b), (b, p), (p, p)))     # (P, H, 1)
     on_b, on_p, size = b @ away, p @ away, step.square().sum(2).unsqueeze(1)    # 2x (P, H, 3)
     body_cost, part_cost = bb * size - 2 * on_b @ step.mT, pp * size - 2 * on_p @ step.mT
