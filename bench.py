@@ -38,10 +38,9 @@ class Options:
 def run_of(model, options, *flags):
     """(config, task, data set) of a model as train.py trains it, on an untrained first stage."""
     world = "scenes" if FAMILIES[find_model(model)[0]].captions else "shapes"
-    for name in ("batch_size", "image_size", "device", "compile"):
-        if getattr(options, name):
-            flags += f"--{name.replace('_', '-')}", str(getattr(options, name))
-    config, settings = read_flags(["--model", model, "--data", world, *flags])
+    given = [f"--{name}={value}" for name in ("batch_size", "image_size", "device", "compile")
+             if (value := getattr(options, name))]
+    config, settings = read_flags(["--model", model, "--data", world, *flags, *given])
     config.device = resolve_device(config.device)
     dataset = data.load(config.data, config.image_size, count=max(512, config.batch_size))
     return config, make_task(config, settings, dataset), dataset
