@@ -242,10 +242,9 @@ def class_accuracy(images, labels):
 
 def _judge(seen, asked):
     """One reading against one parsed caption: {axis: bool}, for the axes that it mentions."""
-    names = {"shape": worlds.SHAPES, "color": tuple(worlds.COLORS),
-             "size": worlds.SIZES, "place": worlds.PLACES}
+    axes = dict(shape=worlds.SHAPES, color=[*worlds.COLORS], size=worlds.SIZES, place=worlds.PLACES)
     wanted, relation, count = asked["objects"], asked.get("relation"), min(seen["count"], 2)
-    found = [{axis: names[axis][seen[axis][k]] for axis in names} for k in range(count)]
+    found = [{axis: axes[axis][seen[axis][k]] for axis in axes} for k in range(count)]
     hits = {"count": seen["count"] == len(wanted)} | ({"relation": False} if relation else {})
     def agreements(axis, found):    # for each asked object that mentions the axis, in its role
         return [want[axis] == have.get(axis) for want, have in zip(wanted, found + [{}, {}])
@@ -260,7 +259,7 @@ def _judge(seen, asked):
         score, swapped = (sum(agreements("shape", objects) + agreements("color", objects))
                           for objects in (found, found[::-1]))
         hits["relation"] = seen["relation"] // 2 == index // 2 and score >= max(swapped, 1)
-    hits |= {axis: all(agreed) for axis in names if (agreed := agreements(axis, found))}
+    hits |= {axis: all(agreed) for axis in axes if (agreed := agreements(axis, found))}
     if "background" in asked:
         hits["background"] = list(worlds.BACKGROUNDS)[seen["background"]] == asked["background"]
     hits["all"] = all(hits.values())
