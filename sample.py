@@ -95,13 +95,12 @@ def load(path, device="cpu", options=None):
     elif not options.base:
         raise ValueError(f"{path} is an adapter: give the --base that it was trained on")
     else:
-        task, model = load(options.base, device, dataclasses.replace(
-            options, base=None, scale=None))
-        load_adapters(model, state)
-        set_scale(model, state["spec"]["scale"] if options.scale is None else options.scale)
+        task = load(options.base, device, dataclasses.replace(options, base=None, scale=None))[0]
+        load_adapters(task.model, state)
+        set_scale(task.model, state["spec"]["scale"] if options.scale is None else options.scale)
         if words := state.get("modifiers"):
             refuse(options, "concept", f"is not read: {path} brings new words of its own")
-            apply_concept(model, task.tokenizer, {}, words)
+            apply_concept(task.model, task.tokenizer, {}, words)
             task.info["examples"] = [f"a {thing}" for thing in state.get("concepts", words)]
     task.model = fold(task.model).to(device).eval().requires_grad_(False)   # fold: a cheaper U-DiT
     return task, task.model
