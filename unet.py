@@ -44,8 +44,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(num_heads * head_dim, query_dim))
 
     def forward(self, x, context):
-        # q (B, h, N, d), k and v (B, h, L, d)
-        q, k, v = (u.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        q, k, v = (u.unflatten(2, (self.num_heads, -1)).transpose(1, 2)     # (B, h, N or L, d)
                    for u in (self.to_q(x), self.to_k(context), self.to_v(context)))
         x = F.scaled_dot_product_attention(q, k, v)                             # (B, h, N, d)
         return self.to_out(x.transpose(1, 2).flatten(2))                        # (B, N, query_dim)
@@ -63,7 +62,6 @@ class Tapped(nn.Module):
         self.register_module("adapter", None)
 
     def tap(self, name, x):
-        """The tensor x, or what the adapter makes of it."""
         return x if self.adapter is None else self.adapter(name, x)
 
 
@@ -118,11 +116,9 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(width, channels, 1)
 
     def forward(self, x, context):
-        h = self.proj_in(self.norm(x))                                          # (B, C, H, W)
-        H, W = h.shape[2:]
-        h = h.flatten(2).transpose(1, 2)                                        # (B, H*W, C)
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)               # (B, H*W, C)
         h = self.transformer_blocks[0](h, context)                              # (B, H*W, C)
-        return x + self.proj_out(h.transpose(1, 2).unflatten(2, (H, W)))        # (B, C, H, W)
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))   # (B, C, H, W)
 
 
 # ---- convolutions --------------------------------------------------------------------------------
@@ -189,10 +185,8 @@ class UNet(nn.Module):
 
         def layers(ch_in, ch, attend):
             stage = [ResBlock(ch_in, emb_dim, ch, norm_groups)]
-            if attend:
-                stage.append(SpatialTransformer(ch, num_heads, ch // num_heads, context_dim,
-                                                norm_groups))
-            return stage
+            sizes = ch, num_heads, ch // num_heads, context_dim, norm_groups
+            return [*stage, SpatialTransformer(*sizes)] if attend else stage
 
         levels = [(int(mult * model_channels), factor in attention_resolutions)
                   for mult, factor in zip(channel_mult, factors)]   # width, and whether it attends
