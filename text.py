@@ -261,11 +261,8 @@ class CLIPTokenizer:
         """From bytes on, join everywhere the pair that comes first in the list of merges."""
         symbols = [self.symbols[byte] for byte in piece.encode()]
         symbols[-1] += "</w>"
-        while len(symbols) > 1:
-            first = min(zip(symbols, symbols[1:]), key=lambda p: self.ranks.get(p, len(self.ranks)))
-            if first not in self.ranks:
-                break
-            merged = []
+        while known := [pair for pair in zip(symbols, symbols[1:]) if pair in self.ranks]:
+            first, merged = min(known, key=self.ranks.get), []
             for symbol in symbols:
                 # from the left: what has been joined is longer than first[0], it cannot join again
                 if merged and (merged[-1], symbol) == first:
