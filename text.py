@@ -152,11 +152,9 @@ def _rows(captions, encode, start, end, pad, length):
     """Captions -> (B, length) int64: start, the ids that `encode` gives, end, then pad."""
     if isinstance(captions, str):
         raise ValueError(f"a tokenizer takes a list of captions, not a string: [{captions!r}]")
-    rows = torch.full((len(captions), length), pad)                                 # (B, length)
-    for row, caption in zip(rows, captions):
-        ids = [start, *encode(caption), end]
-        row[:len(ids)] = torch.tensor(ids)
-    return rows
+    rows = [[start, *encode(caption), end] for caption in captions]
+    rows = [ids + [pad] * (length - len(ids)) for ids in rows]
+    return torch.tensor(rows, dtype=torch.int64).view(len(rows), length)            # (B, length)
 
 
 class WordTokenizer:
@@ -185,11 +183,10 @@ class WordTokenizer:
     def encode(self, caption):
         """Raises ValueError for an unknown word, or too many."""
         words = self.WORD.findall(caption.lower())
-        for word in words:
-            if word not in self.ids:
-                near = ", ".join(difflib.get_close_matches(word, self.words, n=3, cutoff=0.0))
-                raise ValueError(f"unknown word {word!r} in the caption {caption!r}: the nearest "
-                                 f"known words are {near} (a new word needs add_token first)")
+        if unknown := [word for word in words if word not in self.ids]:
+            near = ", ".join(difflib.get_close_matches(unknown[0], self.words, n=3, cutoff=0.0))
+            raise ValueError(f"unknown word {unknown[0]!r} in the caption {caption!r}: the nearest "
+                             f"known words are {near} (a new word needs add_token first)")
         if len(words) > self.max_length - 2:
             raise ValueError(f"caption of {len(words)} words, expected at most "
                              f"{self.max_length - 2}: shorten {caption!r}")
