@@ -57,12 +57,11 @@ class Layer(nn.Module):
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
-        wide = int(hidden_size * mlp_ratio)
-        self.self_attn = CausalAttention(hidden_size, num_heads)
-        self.layer_norm1 = nn.LayerNorm(hidden_size, eps=1e-5)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(hidden_size, wide),
-                                  "fc2": nn.Linear(wide, hidden_size)})
-        self.layer_norm2 = nn.LayerNorm(hidden_size, eps=1e-5)
+        D, wide = hidden_size, int(hidden_size * mlp_ratio)
+        self.self_attn = CausalAttention(D, num_heads)
+        self.layer_norm1 = nn.LayerNorm(D, eps=1e-5)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, wide), "fc2": nn.Linear(wide, D)})
+        self.layer_norm2 = nn.LayerNorm(D, eps=1e-5)
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
@@ -122,9 +121,8 @@ class TextEncoder(nn.Module):
 class TextConditional(nn.Module):
     """A text encoder and a denoiser that reads its states: model(x, t, y) with captions y.
     denoiser: denoiser(x, t, context (B, L, D)), any that reads text; text: ids (B, L) ->
-    states (B, L, D); null_ids (L,): ids of the empty caption, which replaces a share
-    class_dropout_prob of the captions in training; so guidance can compare with it, if the share is
-    above 0. Source: LDM §3.3; VQ-Diffusion §4.3."""
+    states (B, L, D); null_ids (L,): the empty caption, which replaces a share class_dropout_prob of
+    the captions in training, so that guidance can use it. Source: LDM §3.3; VQ-Diffusion §4.3."""
 
     def __init__(self, denoiser, text, null_ids, class_dropout_prob):
         super().__init__()
@@ -140,8 +138,7 @@ class TextConditional(nn.Module):
         return self.denoiser(x, t, context)
 
     def null_condition(self, count, device="cpu"):
-        """The empty caption's ids, (count, L)."""
-        return self.null_ids.to(device).expand(count, -1)
+        return self.null_ids.to(device).expand(count, -1)                           # (count, L)
 
     def drop_labels(self, y, draws):
         """Captions y (B, L), the empty one where draws (B,), uniform in [0, 1), says so."""
@@ -212,7 +209,7 @@ class WordTokenizer:
 class CLIPTokenizer:
     """CLIP's byte pairs: any string -> ids below 49,408; 49406 starts, 49407 ends and pads.
     path: the published list of merges, bpe_simple_vocab_16e6.txt.gz, or Stable Diffusion's
-    tokenizer/merges.txt. Source: CLIP §2.4; Sennrich et al. 2016, algorithm 1."""
+    tokenizer/merges.txt. Source: CLIP §2.4 and its code; Sennrich et al. 2016, algorithm 1."""
     open = True
     MERGES = 48_894                     # 49,408 ids - 2 x 256 single bytes - start and end
 
@@ -248,7 +245,6 @@ class CLIPTokenizer:
         return rows
 
     def encode(self, caption):
-        """Source: CLIP's released tokenizer."""
         text = html.unescape(html.unescape(unicodedata.normalize("NFC", caption)))
         pieces = self.pattern.findall(" ".join(text.split()).lower())
         return [self.ids[symbol] for piece in pieces
