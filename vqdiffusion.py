@@ -70,8 +70,7 @@ class MaskReplace:
         t, s = torch.arange(steps)[:, None], torch.arange(steps + 1)[None]
         t, s = torch.broadcast_tensors(t, torch.where(s < t, s, -1))            # 2x (T, T+1)
         bars = torch.stack([self.alpha_bar, self.beta_bar, self.gamma_bar])     # (3, T+1)
-        jumps = torch.cat([torch.stack(self.transition(t, s)), bars[:, t], bars[:, s]])
-        self._jumps = jumps.float()
+        self._jumps = torch.stack([*self.transition(t, s), *bars[:, t], *bars[:, s]]).float()
 
     def q_sample(self, x0, t, u):
         """x0 (B, N) after step t (B,), given uniforms u (B, N, 2) -> xt (B, N). Source: Eq. 8."""
@@ -148,8 +147,7 @@ class MaskReplace:
         tokens. Source: VQ-Diffusion algorithm 2; Improved §3, Eq. 11."""
         sampler = sampler or self.default_sampler
         check_options(self, sampler, options)
-        o = SimpleNamespace(**{
-            **SAMPLING, "purity": 1.0 if sampler == "purity" else None, **options})
+        o = SimpleNamespace(**SAMPLING | {"purity": 1.0 if sampler == "purity" else None} | options)
         jumps = self._plan(sampler, steps, shape[1], o)
         denoise = guided(model, cond, uncond, o.cfg_scale)
         xt = self._begin(sampler, jumps, shape, o)                              # (B, N)
@@ -248,8 +246,7 @@ class AdaLayerNorm(nn.Module):
         self.layernorm = nn.LayerNorm(hidden_size, elementwise_affine=False)
 
     def forward(self, x, index):
-        change = self.linear(F.silu(self.emb(index)))[:, None]                  # (B, 1, 2D)
-        scale, shift = change.chunk(2, dim=-1)                                  # 2x (B, 1, D)
+        scale, shift = self.linear(F.silu(self.emb(index)))[:, None].chunk(2, -1)  # 2x (B, 1, D)
         return self.layernorm(x) * (1 + scale) + shift
 
 
