@@ -398,13 +398,12 @@ class LearnedNull(TextEncoder):
 
 # name -> arguments of VQTransformer. The paper's: S (by its count), B (COCO, CUB-200), L (ITHQ)
 PUBLISHED = dict(grid=32, num_heads=16, context_dim=512)
+SMALL_GRID = dict(PUBLISHED, grid=16, hidden_size=512, mlp="conv", class_dropout_prob=0)
 VQ_CONFIGS = {
     "vq-tiny": dict(hidden_size=128, depth=4, num_heads=4),
     "vq-small": dict(hidden_size=192, depth=6, num_heads=6),
     "VQ-S": dict(PUBLISHED, num_codes=2887, hidden_size=192, depth=18, mlp="conv", mlp_ratio=2),
     "VQ-B": dict(PUBLISHED, num_codes=2887, hidden_size=1024, depth=19),
     "VQ-L": dict(PUBLISHED, num_codes=4096, hidden_size=1408, depth=36),
-    "VQ-ImageNet": dict(PUBLISHED, num_codes=974, hidden_size=512, depth=24, mlp="conv", grid=16,
-        condition="class", num_classes=1000, class_dropout_prob=0),
-    "VQ-FFHQ": dict(PUBLISHED, num_codes=1024, hidden_size=512, depth=20, mlp="conv", grid=16,
-        condition="none", class_dropout_prob=0)}
+    "VQ-ImageNet": dict(SMALL_GRID, num_codes=974, depth=24, condition="class", num_classes=1000),
+    "VQ-FFHQ": dict(SMALL_GRID, num_codes=1024, depth=20, condition="none")}
