@@ -19,10 +19,9 @@ import re
 import torch
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-COLORS = {
-    "red": (230, 40, 40), "green": (50, 180, 60), "blue": (60, 100, 255), "yellow": (250, 220, 40),
-    "orange": (255, 125, 10), "purple": (160, 60, 220), "cyan": (40, 215, 230),
-    "white": (250, 250, 250)}
+COLORS = {"red": (230, 40, 40), "green": (50, 180, 60), "blue": (60, 100, 255),
+          "yellow": (250, 220, 40), "orange": (255, 125, 10), "purple": (160, 60, 220),
+          "cyan": (40, 215, 230), "white": (250, 250, 250)}
 # Dull colours, so that every object can be seen: at RGB distance >= 90 from each colour above.
 BACKGROUNDS = {"black": (20, 20, 26), "gray": (110, 110, 115), "navy": (20, 30, 90),
                "brown": (90, 55, 25)}
@@ -118,8 +117,7 @@ def render_shapes(shape, color, cx, cy, r, background, image_size=32):
 def caption_of(objects, relation=None, background=None):
     """The caption of a scene, e.g. "a red circle left of a blue square on gray".
     objects: one or two dicts with shape, optionally color and, for a single object, size and place;
-    relation: between two objects, not said of one.
-    The inverse of parse_caption: caption_of(**parse_caption(text)) == text."""
+    relation: between two, not said of one.  Inverse: caption_of(**parse_caption(text)) == text."""
     phrases = []
     for thing in objects:
         words = [thing[key] for key in ("size", "color", "shape", "place") if key in thing]
