@@ -78,11 +78,9 @@ class Batches:
         """The batch of a step (from 0): {"x": (B, C, H, W) as stored, "y": (B,), "index": (B,)}.
         rows: the slice of the whole batch that this process works on.  flip_draws: (batch_size,),
         uniform in [0, 1), of the whole batch: if dataset.flip, those below 0.5 are mirrored."""
-        position, end, pieces = step * self.batch_size, (step + 1) * self.batch_size, []
-        while position < end:
-            epoch, offset = divmod(position, len(self.images))
-            pieces.append(self.order(epoch)[offset:offset + end - position])
-            position += len(pieces[-1])
+        start, end, count = step * self.batch_size, (step + 1) * self.batch_size, len(self.images)
+        pieces = [self.order(epoch)[max(0, start - epoch * count):end - epoch * count]
+                  for epoch in range(start // count, (end - 1) // count + 1)]
         index = torch.cat(pieces)[rows]                                              # (B,)
         x = self.images[index]                                                       # (B, C, H, W)
         if self.flip and flip_draws is not None:
