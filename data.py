@@ -185,7 +185,6 @@ def _official_bytes(name, file, data_dir):
     return bytearray(gzip.decompress(raw))
 
 
-# ---------------------------------------------------------------- arrays and latents
 LATENTS = ("latents", "labels", "captions", "class_names")  # all in a file of latents, empty = none
 LATENTS_MARK = b"latents.npy"           # so begins the file: no other command writes such an array
 FORMS = {"latents": (LATENTS, "finite floats (N, C, h, h)"),
@@ -259,10 +258,9 @@ def _font(letters):
     if letters.isascii():
         return ImageFont.load_default(10)
     from matplotlib import font_manager, ft2font  # slow to import and seldom needed
-    fonts = {f.fname: ft2font.FT2Font(f.fname) for f in font_manager.fontManager.ttflist
-             if os.path.exists(f.fname) and "Last Resort" not in f.name}    # which has only boxes
-    lacks = {f: {*map(ord, letters)} - {*font.get_charmap()} for f, font in fonts.items()
-             if font.scalable}
+    fonts = (ft2font.FT2Font(f.fname) for f in font_manager.fontManager.ttflist
+             if os.path.exists(f.fname) and "Last Resort" not in f.name)    # which has only boxes
+    lacks = {f.fname: {*map(ord, letters)} - {*f.get_charmap()} for f in fonts if f.scalable}
     best = min(lacks, key=lambda f: len(lacks[f]))
     if missing := "".join(map(chr, sorted(lacks[best])))[:20]:
         print(f"no font here has {missing!r}: apt install fonts-noto-cjk", file=sys.stderr)
