@@ -177,31 +177,43 @@ def _plain(state):
 
 
 # names of others. Of diffusers: layers, {their layer: ours}, of a U-Net and an autoencoder outside
-# blocks, then inside each kind of block; places, {their block: ours}; of a config, arguments,
-# {key: ours}; usable, {key: all values that can be used}
+# blocks, then inside each kind of block; places, {their block: ours}, see layer_names; of a config,
+# arguments, {key: ours}; usable, {key: all values that can be used}
 PUBLISHED = json.loads((pathlib.Path(__file__).parent / "assets/published.json").read_text())
+
+
+def layer_names(part, blocks, levels, attends):
+    """{diffusers' layer: ours} of a U-Net or AutoencoderKL. There a block has a level and a number
+    in it. In our U-Net one number counts all, down-samplers too; an up-sampler ends the last block
+    of its level. Our decoder counts levels from the highest resolution. blocks: of a level, up has
+    one more; attends: levels of up_blocks with attention. Source: diffusers'
+    convert_diffusers_to_original_stable_diffusion.py."""
+    kinds = PUBLISHED["layers"][part]
+    names = {**kinds[""]}
+    for level, j in itertools.product(range(levels), range(blocks + 1)):
+        first = level * (blocks + 1)                # in our U-Net, of this level
+        numbers = dict(level=level, j=j, up=first + j, last=first + blocks, down=first + j + 1,
+                       half=first + blocks + 1, above=levels - 1 - level,
+                       after=1 + (level in attends))
+        for theirs, ours in PUBLISHED["places"][part].items():
+            theirs, ours = theirs.format(**numbers), ours.format(**numbers)
+            names |= {f"{theirs}.{layer}": f"{ours}.{new}"
+                      for layer, new in kinds[theirs.split(".")[-2]].items()}
+    return names
 
 
 def from_diffusers(part, state):
     """{diffusers' name: tensor} of a U-Net or AutoencoderKL, also before diffusers 0.17, -> {our
-    name: tensor}; an unknown name stays: build refuses it. There a block has a level and a number
-    in it. In our U-Net one number counts all, down-samplers too; an up-sampler ends the last block
-    of its level. Our decoder counts levels from the highest resolution. Source: diffusers'
-    convert_diffusers_to_original_stable_diffusion.py."""
+    name: tensor}. An unknown name stays: build refuses it."""
     blocks = _count(state, r"(?:encoder\.)?down_blocks\.0\.(?:resnets|attentions)\.(\d+)\.")
     levels = [k for k in range(8) if _count(state, rf"(.*)(?:down|up)_blocks\.{k}\.")]
     attends = [k for k in levels if _count(state, rf"(.*)up_blocks\.{k}\.attentions\.")]
-    kinds, lowest = PUBLISHED["layers"][part], max(levels, default=0)
-    layers = {**kinds[""]}                          # {diffusers' layer: ours}
-    for level, j in itertools.product(range(lowest + 1), range(blocks + 1)):    # up has one more
-        first = level * (blocks + 1)                # in our U-Net, of this level
-        numbers = dict(level=level, j=j, up=first + j, last=first + blocks, down=first + j + 1,
-                       half=first + blocks + 1, above=lowest - level, after=1 + (level in attends))
-        for theirs, ours in PUBLISHED["places"][part].items():
-            theirs, ours = theirs.format(**numbers), ours.format(**numbers)
-            layers |= {f"{theirs}.{layer}": f"{ours}.{new}"
-                       for layer, new in kinds[theirs.split(".")[-2]].items()}
-    split = ((*name.rpartition("."), tensor) for name, tensor in state.items())  # layer, weight
+    return renamed(state, layer_names(part, blocks, 1 + max(levels, default=0), attends))
+
+
+def renamed(state, layers):
+    """{name: tensor} with every layer, a name without its last word, renamed by {old: new}."""
+    split = ((*name.rpartition("."), tensor) for name, tensor in state.items())
     return _plain({f"{layers.get(end, end)}.{kind}": tensor for end, _, kind, tensor in split})
 
 
