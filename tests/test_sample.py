@@ -595,7 +595,7 @@ def test_an_export_reads_nothing_else(runs, tmp_path, capsys, flags):
     ("latent", ["--prompt", "x"], "say --class, not --prompt"),
     ("latent", ["--negative", "x"], "say --class, not --prompt"),
     ("latent", ["--sampler", "plms"], "unknown sampler 'plms': choose"),
-    ("latent", ["--eta", "0.5"], "does not read eta"),
+    ("latent", ["--sampler", "heun", "--eta", "0.5"], "or use sampler euler"),
     ("latent", ["--truncation", "0.9"], "does not read truncation"),
     ("pixel", ["--sampler", "ddpm", "--eta", "0.5"], "leave it out, or use sampler ddim"),
     ("latent", ["--steps", "ddim25"], "invalid int value: 'ddim25'"),
