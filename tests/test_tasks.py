@@ -30,6 +30,15 @@ def test_a_mirrored_picture_keeps_its_label():
     assert torch.equal(made.labels, y[row % 5])
 
 
+def test_latents_as_large_as_the_pictures_are_latents():
+    """A first stage of factor 1 with three channels: it encodes, and is saved with the model."""
+    x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=seeded())
+    stage, info = TinyAutoencoder(3, 3, factor=1, width=8), {"channels": 3, "image_size": 8}
+    task = DiffusionTask(None, info, None, None, stage)
+    made = task.prepare(data.Dataset("four", x, torch.zeros(4).long(), None, [], flip=False), "cpu")
+    assert torch.equal(made.images, stage.encode(data.to_float(x))) and task.state()
+
+
 @pytest.mark.parametrize("classes,each,count", [
     (0, 40, 40), (1, 40, 40), (2, 20, 40), (9, 4, 36), (41, 1, 41), (48, 1, 48), (100, 1, 48)])
 def test_a_preview_shows_a_few_of_each_class_in_turn(classes, each, count):
