@@ -4,11 +4,11 @@ Claims (Kumari et al. 2022, tables 1 and 4, figure 10): training keys and values
 comes near to training all weights and beats the word alone; the prior keeps the meaning of the
 category; a change can be compressed. Here: twelve things (things.py), 10 pictures each, on
 assets/unet-scenes.pt, 500 steps of 8 + 8 pictures without shrinking or enlarging, 16 Euler steps.
-The learning rates of K/V, word and all weights are, of those below "Rates", the ones with the most
-part minus leak on two other things; the other arms have those of K/V. "no prior" sees as many
-pictures of the thing as the others. "augmented" shrinks and enlarges; the words for it, which the
-paper adds to captions, are not in this vocabulary. One more thing, cut in two colours, is outside
-of what the base can draw. Six things have three seeds, the others one or two. Columns:
+The learning rates of each method are, of the four that are tried, those with the most part minus
+leak on two other things. "no prior" sees as many pictures of the thing as the others. "augmented"
+shrinks and enlarges; the words for it, which the paper adds to captions, are not in this
+vocabulary. One more thing, cut in two colours, is outside of what the base can draw. Six things
+have three seeds, the others one or two. Columns:
   part       contrast of the part (things.py), 48 pictures: 0 no part, 1 real pictures
   body, hits likeness of the body's colour; share of pictures with part > 0.5 and body > 0.6
   text       share of pictures with size and background as asked
@@ -48,11 +48,13 @@ ALWAYS = ["--no-augment", "--steps", "500"]
 METHODS = {"K/V and word": [], "word alone": ["--part", "none"], "all weights": ["--part", "all"],
            "no prior": ["--prior", "none", "--batch-size", "8"],
            "generated prior": ["--prior", "generated"], "augmented": ["--augment"],
-           "word not optimised": ["--word-lr", "0"]}
-MAIN = ("K/V and word", "word alone", "all weights")    # the others have the rates of the first
-RATES = {"K/V and word": [(3e-3, 1e-1), (1e-2, 1e-1), (2e-2, 1e-1), (4e-2, 1e-1)],
-         "word alone": [(0, 1e-1), (0, 3e-2), (0, 1e-2)],
-         "all weights": [(5e-4, 1e-1), (2e-4, 1e-1)]}
+           "word not optimised": []}                    # its rates below say so
+MAIN = ("K/V and word", "word alone", "all weights")
+LR = (3e-3, 1e-2, 2e-2, 4e-2)                           # of keys and values
+RATES = {**{method: [(lr, 1e-1) for lr in LR] for method in METHODS},
+         "word alone": [(0, 1e-1), (0, 3e-2), (0, 1e-2), (0, 3e-1)],
+         "all weights": [(5e-4, 1e-1), (2e-4, 1e-1), (1e-3, 1e-1), (2e-3, 1e-1)],
+         "word not optimised": [(lr, 0) for lr in LR]}
 RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)                        # of the sum of singular values
 RATE = Table("custom_rates", ["method", "lr", "word_lr", "thing"])
 SINGLE = Table("custom_concepts", ["thing", "method", "seed"])
@@ -77,17 +79,16 @@ def folder_of(name, turned=False):
 
 
 def flags_of(method):
-    """The flags of a method, with the learning rates that RATE chose for its arm."""
-    flags, arm = METHODS[method], method if method in MAIN else MAIN[0]
+    """The flags of a method, with the learning rates that RATE chose for it."""
     score = {}
     for row in RATE.rows():
-        if row["method"] == arm:
+        if row["method"] == method:
             score.setdefault((row["lr"], row["word_lr"]), []).append(row["part"] - row["leak"])
-    if {len(values) for values in score.values()} != {len(TUNING)} or len(score) < len(RATES[arm]):
-        raise ValueError(f"the rates of {arm!r} are not all measured: when the other --part has "
+    if [len(score.get(rates, ())) for rates in RATES[method]] != [len(TUNING)] * len(RATES[method]):
+        raise ValueError(f"the rates of {method!r} are not all measured: when the other --part has "
                          "done that, say the same command again")
     lr, word_lr = max(score, key=lambda rates: sum(score[rates]))
-    return [*ALWAYS, *rate_flags(lr, word_lr), *flags]      # of a flag said twice the last is read
+    return [*ALWAYS, *rate_flags(lr, word_lr), *METHODS[method]]
 
 
 def rate_flags(lr, word_lr):
@@ -383,7 +384,7 @@ def cells_of(seeds):
     single = lambda methods, things, seed: [{"thing": thing, "method": method, "seed": seed}
                                             for method in methods for thing in things]
     rates = [{"method": method, "lr": lr, "word_lr": word, "thing": thing}
-             for k in range(4) for method in MAIN for thing in TUNING
+             for k in range(4) for method in METHODS for thing in TUNING
              for lr, word in RATES[method][k:k + 1]]
     plan, others = [(RATE, rates)], [m for m in METHODS if m not in MAIN]
     plan += [(SINGLE, single(MAIN, EASY, 0)), (SINGLE, single(others, EASY, 0)),

@@ -6,14 +6,15 @@ custom_concepts.py, each thing in two of them, learned apart as there; together 
 batch, so each thing is seen as often. Columns as there, the mean of both things; and
   both       share of 48 pictures "a <new1> ... left of a <new2> ..." with each a hit in its half
   plain      48 held-out captions of any category: share with all attributes right
-"apart" is what each thing's own file draws. "joint, all weights" learns together with all weights,
-from captions that name the thing also as the second of two objects. "merge" is Eq. 5 as published.
-It asks only the rows of two prompts, from the second word to the end token, but the U-Net reads the
-start token and the padding after a short caption too. "softly" (soft_merge) asks all rows of many
-captions, as a compromise of least squares; its weight was chosen on two things that are in no
-table. Missed: what a merge leaves out of the change of keys and values that a thing learned, at the
-rows of one kind of its prompts, ||(W - W_n) C^T|| / ||(W_n - W0) C^T||; 1 = all of it. The paper's
-tables have neither average nor sum. About 25 CPU-seconds a cell, 130 if it trains.
+"apart" is what each thing's own file draws. "joint, all weights" learns together with all weights
+at a rate of 5e-4, half of the best one for single things, from captions that name the thing also as
+the second of two objects. "merge" is Eq. 5 as published. It asks only the rows of two prompts, from
+the second word to the end token, but the U-Net reads the start token and the padding after a short
+caption too. "softly" (soft_merge) asks all rows of many captions, as a compromise of least squares;
+its weight was chosen on two things that are in no table. Missed: what a merge leaves out of the
+change of keys and values that a thing learned, at the rows of one kind of its prompts,
+||(W - W_n) C^T|| / ||(W_n - W0) C^T||; 1 = all of it. The paper's tables have neither average nor
+sum. About 25 CPU-seconds a cell, 130 if it trains.
 
     python -m studies.custom_merge          # after studies.custom_concepts
 """
@@ -29,13 +30,14 @@ from custom_diffusion import (apply_concept, gather, keys_and_values, load_conce
 from evaluate import prompt_accuracy
 from models import base_task
 from studies.common import RULE, Table, claims, figure, markdown, mean_se, parser, run, shown
-from studies.custom_concepts import BASE, OUT, Bench, flags_of, learn
+from studies.custom_concepts import ALWAYS, BASE, OUT, Bench, flags_of, learn
 from studies.things import SIX, THINGS
 
 PAIRS = [(name, SIX[(k + 1) % len(SIX)]) for k, name in enumerate(SIX)]
 COMBINE = ("apart", "average", "sum", "merge", "softly", "joint", "sequential",
            "joint, all weights")
 TABLE = Table("custom_merge", ["pair", "how", "seed"])
+WHOLE = [*ALWAYS, "--part", "all", "--lr", "5e-4", "--word-lr", "0.1"]
 KINDS = ("start", "words", "end", "padding")
 
 
@@ -105,7 +107,7 @@ def combine(pair, how, seed, path):
     if how == "joint":
         learn(pair, path, [*flags, "--batch-size", "32"], seed)
     elif how == "joint, all weights":
-        learn(pair, path, [*flags_of("all weights"), "--batch-size", "32"], seed, turned=True)
+        learn(pair, path, [*WHOLE, "--batch-size", "32"], seed, turned=True)
     elif how == "sequential":
         learn(pair[1:], path, flags, seed, before=load_concept(own[0], unet))
     elif how == "merge":

@@ -961,8 +961,9 @@ def test_verdicts_of_custom_diffusion_by_made_up_rows(whole, tmp_path, monkeypat
     noise = lambda k: 0.01 * (-1) ** k
     for lr, gain in ((3e-3, 0.1), (1e-2, 0.3), (2e-2, 0.2)):
         single.RATE.add(*[{"method": m, "lr": lr, "word_lr": 0.1, "thing": thing, "part": gain,
-                           "leak": 0.0} for m in single.MAIN for thing in things.TUNING])
-    monkeypatch.setattr(single, "RATES", {m: [(1, 1)] * 3 for m in single.MAIN})
+                           "leak": 0.0} for m in single.METHODS for thing in things.TUNING])
+    monkeypatch.setattr(single, "RATES", {m: [(lr, 0.1) for lr in (3e-3, 1e-2, 2e-2)]
+                                          for m in single.METHODS})
     for method in [*part][:4 if whole else 3]:
         for k, thing in enumerate(single.EASY[:12 if whole or method != "all weights" else 11]):
             single.SINGLE.add({"thing": thing, "method": method, "seed": 0, **row, "part":
