@@ -50,7 +50,7 @@ class DiffusionTask:
         self.settings, self.info, self.model, self.process = settings, info, model, process
         self.first_stage, self.tokenizer = first_stage, tokenizer
         self.shape = first_stage.latent_shape(image_shape(info))
-        self.on_pixels = first_stage.kind == "none"     # though another's latents may be as large
+        self.on_pixels = not first_stage.state_dict()   # vae.Pixels: the identity, without weights
         self.at_once = max(1, 1_024_000 // info["image_size"] ** 2)     # pictures in memory
 
     @torch.no_grad()
