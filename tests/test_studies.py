@@ -361,7 +361,8 @@ def macs_of(table, side):
     from studies import dit_rivals
     from tasks import macs
     dit_rivals.add_models({name: row for name, row in table.items() if "/" not in name})
-    stage = types.SimpleNamespace(kind="stub", latent_shape=lambda shape: (4, side, side))
+    stage = types.SimpleNamespace(state_dict=lambda: {"w": 0},
+                                  latent_shape=lambda shape: (4, side, side))
     info = {"channels": 3, "image_size": 32, "class_names": list(worlds.CLASS_NAMES)}
     with torch.device("meta"):
         return {name: macs(models.build_task(name, models.settings_class(family)(), info, stage))
