@@ -72,9 +72,10 @@ def make_step(config, dataset, task, held_out=None):
                                     use_reentrant=False, preserve_rng_state=False)
     low = config.precision == "bfloat16" or (config.precision == "auto" and device == "cuda")
     autocast = torch.autocast(device, torch.bfloat16, enabled=low)
+    generator = torch.Generator(device)
 
     def micro_batch(s, micro, batches=batches):
-        generator = torch.Generator(device).manual_seed((config.seed * 1_000_003 + s) % 2 ** 63)
+        generator.manual_seed((config.seed * 1_000_003 + s) % 2 ** 63)
         draws = task.draw(config.batch_size, generator, device)     # of the whole batch,
         first = (micro * world + rank) * size
         rows = slice(first, first + size)                           # of which these rows are ours
