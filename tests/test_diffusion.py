@@ -815,3 +815,20 @@ def test_wrong_names_are_named():
         GaussianDiffusion(steps=10)
     with pytest.raises(ValueError, match="from 1 to 1000"):
         GaussianDiffusion().sample(read_all, SHAPE, COND, steps=1001)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_min_snr_weighs_errors_of_x0_by_the_snr_and_at_most_by_gamma(prediction):
+    """Hang et al. 2023, Eq. 8: whatever is predicted, the error of the x0 that it stands for."""
+    x0, eps, said = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    t = torch.tensor([10, 300, 600, 900])                       # SNR above gamma, and below
+    p = GaussianDiffusion(schedule="cosine", prediction=prediction, min_snr=5.0)
+    ab = p.alpha_bar[t].view(4, 1, 1, 1)
+    xt = ab.sqrt() * x0 + (1 - ab).sqrt() * eps
+    guess = {"x0": said, "eps": (xt - (1 - ab).sqrt() * said) / ab.sqrt(),
+             "v": ab.sqrt() * xt - (1 - ab).sqrt() * said}[prediction]
+    snr = (ab / (1 - ab)).flatten()
+    expected = (snr.clamp(max=5) * ((guess - x0) ** 2).mean((1, 2, 3))).mean()
+    loss = p.loss(lambda x, t, y: said.float(), x0.float(), None, t=t, eps=eps.float())[0]
+    assert_close(loss, expected.float(), rtol=1e-4, atol=1e-6)
+    assert (snr > 5).any() and (snr < 5).any()

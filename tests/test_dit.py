@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import GOLDEN, fill_by_recipe, golden_case
 from diffusion import guided, timestep_embedding
-from dit import BLOCKS, DIT_CONFIGS, DiT, sincos_positions
+from dit import BLOCKS, DIT_CONFIGS, DiT, joined, sincos_positions
 from models import find_model
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
@@ -375,3 +375,11 @@ def test_sizes_that_do_not_fit_are_named():
     for shape in ((1, 4, 4, 16), (1, 3, 8, 8), (1, 4, 16, 16)):  # the first has 16 tokens
         with pytest.raises(ValueError, match=r"expects pictures of shape \(4, 8, 8\), got \(\d"):
             DiT(**TINY)(torch.zeros(shape), t, y)
+
+
+def test_of_a_caption_adaln_reads_the_time_alone_and_attention_reads_all():
+    t, one, words = torch.randn(2, 8), torch.randn(2, 8), torch.randn(2, 5, 8)
+    c, tokens = joined(t, one)                                  # a class
+    assert torch.equal(c, t + one) and torch.equal(tokens, torch.stack([t, one], 1))
+    c, tokens = joined(t, words)
+    assert torch.equal(c, t) and torch.equal(tokens, torch.cat([t[:, None], words], 1))

@@ -960,9 +960,9 @@ def test_verdicts_of_custom_diffusion_by_made_up_rows(whole, tmp_path, monkeypat
     part = {"K/V and word": 0.7, "word alone": 0.1, "all weights": 0.9, "no prior": 0.6}
     row = dict(body=1.0, hits=0.5, text=1.0, category=0.9, kid=3.0, plain=0.8)
     noise = lambda k: 0.01 * (-1) ** k
-    for lr, gain in ((3e-3, 0.1), (1e-2, 0.3), (2e-2, 0.2)):
+    for lr, gain, leak in ((3e-3, 0.1, 0.0), (1e-2, 0.3, 0.0), (2e-2, 0.4, 0.2)):
         single.RATE.add(*[{"method": m, "lr": lr, "word_lr": 0.1, "thing": thing, "part": gain,
-                           "leak": 0.0} for m in single.METHODS for thing in things.TUNING])
+                           "leak": leak} for m in single.METHODS for thing in things.TUNING])
     monkeypatch.setattr(single, "RATES", {m: [(lr, 0.1) for lr in (3e-3, 1e-2, 2e-2)]
                                           for m in single.METHODS})
     for method in [*part][:4 if whole else 3]:
