@@ -8,7 +8,7 @@ The learning rates of each method are, of the four that are tried, those with th
 leak on two other things. "no prior" sees as many pictures of the thing as the others. "augmented"
 shrinks and enlarges; the words for it, which the paper adds to captions, are not in this
 vocabulary. One more thing, cut in two colours, is outside of what the base can draw. Six things
-have three seeds ("word not optimised": two), the others one or two. Columns:
+have three seeds, the others one or two. Columns:
   part       contrast of the part (things.py), 48 pictures: 0 no part, 1 real pictures
   body, hits likeness of the body's colour; share of pictures with part > 0.5 and body > 0.6
   text       share of pictures with size and background as asked
