@@ -16,8 +16,9 @@ have three seeds, the others one or two. Columns:
   category   48 held-out captions of its category: share with all attributes right
   kid        classifier-KID (x 1000) of these pictures to real ones, less that of the base
   plain      48 held-out captions of any category: share with all attributes right
-Then, from the files that this leaves behind: what a compressed change still samples, and how far
-each kind of layer moved when all weights learned. About 80 CPU-seconds a cell.
+Then, from the files that this leaves behind: what a compressed change still samples, how far each
+kind of layer moved when all weights learned, and what the exact reader says of the hits, which are
+judged by one axis of colour inside the thing's outline. About 80 CPU-seconds a cell.
 
     python -m studies.custom_concepts       # -> results/custom_*.csv, a figure
 """
@@ -61,6 +62,8 @@ SINGLE = Table("custom_concepts", ["thing", "method", "seed"])
 SMALL = Table("custom_compression", ["thing", "ratio"])
 MOVED = Table("custom_change", ["thing", "seed"])
 CHANCE = Table("custom_chance", ["thing"])
+SECOND = Table("custom_second_look", ["thing", "look"])         # look: the method whose hits they are
+LOOKS = ("K/V and word", "all weights", "no prior")
 
 
 def folder_of(name, turned=False):
@@ -210,6 +213,8 @@ class Bench:
 def run_cell(cell, bench):
     """One row of the table of rates, of single things, or of compression."""
     path = OUT / ("-".join(map(str, cell.values())).replace("/", " ") + ".pt")
+    if "look" in cell:
+        return second_look(cell, bench)
     if [*cell] == CHANCE.keys:
         judge, x = bench.judges[cell["thing"]], data.to_float(any_part(cell["thing"]))
         pictures = bench.task.to_pictures(bench.task.encode(x))
@@ -228,6 +233,21 @@ def run_cell(cell, bench):
     else:
         learn([cell["thing"]], path, flags_of(cell["method"]), cell["seed"])
     return {**cell, **bench.measure(path, cell["thing"])}
+
+
+def second_look(cell, bench):
+    """One row: of the hits among 96 pictures, half of them of the bare category, those in which the
+    exact reader sees the category's shape, and the part in its own colour."""
+    name, path = cell["thing"], OUT / f"{cell['thing']}-{cell['look'].replace('/', ' ')}-0.pt"
+    learn([name], path, flags_of(cell["look"]), 0)
+    category, _, _, color, _ = THINGS[name]
+    prompts = [f"a <new1> {category}"] * 48 + [f"a {category}"] * 48
+    pictures = bench.sample(bench.with_concept(path), prompts)
+    hits, read = bench.judges[name].hits(pictures), read_shapes(pictures)
+    seen = {"shape": read["shape"][:, 0] == worlds.SHAPES.index(category),
+            "part_color": read["part_color"][:, 0] == list(worlds.COLORS).index(color)}
+    return {**cell, "hits": hits.sum().item(), "in_bare": hits[48:].sum().item(),
+            **{what: (hits & right).sum().item() for what, right in seen.items()}}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -310,7 +330,7 @@ def report():
                        f"{tried[m]}" for m in MAIN)
     text = (RULE + "\n" + verdicts() + "\n**Methods**; mean of the things ± its standard error; a "
             "thing is the mean of its seeds\n\n" + markdown(["method", "seeds", *columns], table)
-            + chance_text() + "\n**Things**\n\n" + markdown(
+            + chance_text() + second_text() + "\n**Things**\n\n" + markdown(
                 ["thing", *(f"{column}, {m}" for column in ("part", "leak") for m in MAIN)], parts)
             + f"\n**Rates**, chosen by part - leak on {' and '.join(TUNING)}: {chosen}\n")
     if SMALL.rows():
@@ -336,6 +356,17 @@ def chance_text():
     part, hits = (shown(CHANCE.by("thing", column).values()) for column in ("part", "hits"))
     return (f"\nReal pictures of the body with any other part of the world, or none, have part "
             f"{part} and hits {hits}: this, and not 0, is what learning the body alone reaches.\n")
+
+
+def second_text():
+    """What the exact reader says of the hits."""
+    total = {what: sum(SECOND.column(what)) for what in ("hits", "in_bare", "shape", "part_color")}
+    if not total["hits"]:
+        return ""
+    return (f"\nThe exact reader, which looks at shapes and at all eight colours, was asked about "
+            f"{total['hits']} hits ({', '.join(LOOKS)}; {total['in_bare']} where the bare category "
+            f"was asked for): it sees the category's shape in {total['shape'] / total['hits']:.1%} "
+            f"and the part in its own colour in {total['part_color'] / total['hits']:.1%}.\n")
 
 
 def weight_change(W0, W):
@@ -391,7 +422,8 @@ def cells_of(seeds):
              (SINGLE, single(MAIN, HARD, 0))]
     for seed in range(1, seeds):
         plan += [(SINGLE, single(METHODS, SIX, seed))]
-    plan += [(CHANCE, [{"thing": name} for name in EASY])]
+    plan += [(CHANCE, [{"thing": name} for name in EASY]),
+             (SECOND, [{"thing": name, "look": look} for look in LOOKS for name in EASY])]
     return [*plan, (SMALL, [{"thing": name, "ratio": ratio} for name in EASY for ratio in RATIOS])]
 
 

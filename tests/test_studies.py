@@ -999,6 +999,26 @@ def test_verdicts_of_custom_diffusion_by_made_up_rows(whole, tmp_path, monkeypat
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
+def test_the_second_look_tells_a_hit_by_another_part(monkeypatch):
+    """Real pictures are confirmed; of bodies with any other part, hits are and colours are not."""
+    from studies import custom_concepts as study
+    name = "gem cross"
+    judge = things.Judge(name, types.SimpleNamespace(encode=lambda x: x, to_pictures=to_uint8))
+    real = things.photographs(name, 80, seed=5)[0][torch.arange(80) % 5 < 3]            # (48, ...)
+    other, asked = things.any_part(name, 48), []
+    bench = types.SimpleNamespace(judges={name: judge}, with_concept=lambda path: None,
+                                  sample=lambda task, prompts: asked.append(prompts) or pictures)
+    monkeypatch.setattr(study, "learn", lambda *given: None)
+    pictures = torch.cat([real, other])
+    row = study.run_cell({"thing": name, "look": "no prior"}, bench)
+    assert asked[0][0] == "a <new1> cross" and asked[0][48:] == ["a cross"] * 48
+    assert row["hits"] == row["shape"] == 48 + row["in_bare"] and row["in_bare"] > 5
+    assert 48 <= row["part_color"] < 48 + row["in_bare"] / 2
+    square = list(things.THINGS[name])
+    monkeypatch.setitem(things.THINGS, name, ("square", *square[1:]))   # crosses are no squares
+    assert study.second_look({"thing": name, "look": "no prior"}, bench)["shape"] == 0
+
+
 def test_kernel_distance_brute_force():
     from studies import custom_concepts
     generator = torch.Generator().manual_seed(4)
