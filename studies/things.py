@@ -6,7 +6,8 @@ there is. The hard thing is cut in two colours, which no picture of the base's w
 measured by its part, the difference of colour between the part's pixels and the body's along the
 thing's own difference, 0 = no part, 1 = as in real pictures, and by its body, 1 = its own colour. A
 picture is a hit if part > 0.5 and body > 0.6. Colour and outline without a part do not make a hit,
-but a part of another colour can: what any part scores is measured too (any_part).
+but a part of another colour can: what any part scores is measured too (any_part), and so is what
+the exact reader, which knows shapes and all colours, sees in the hits (custom_concepts).
 
     python -m studies.adapter_sweep                 # one of the studies that use this
 """
