@@ -58,7 +58,7 @@ class Block(nn.Module):
                                              fc2=nn.Linear(wide, hidden_size)))
         self.adaLN_modulation = make_modulation(hidden_size, self.modulations)
         self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6) if cross else None
-        self.cross_attn = CrossAttention(hidden_size, num_heads, qk_norm) if cross else None
+        self.cross_attn = Attention(hidden_size, num_heads, qk_norm, cross=True) if cross else None
 
     def read(self, x, tokens):
         """x, and what it reads in the tokens, if this block has a cross-attention."""
@@ -98,41 +98,29 @@ BLOCKS = {"in_context": Block, "cross_attention": Block, "adaln": AdaLNBlock,
 
 # ---- layers of a block ---------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D). Source: Vaswani et al. 2017 Eq. 1.
+    """Multi-head attention, x (B, N, D) -> (B, N, D). Queries come from x, keys and values too, or
+    if `cross` from tokens (B, L, D). Source: Vaswani et al. 2017 Eq. 1; DiT §3.2 (cross-attention).
     qk_norm: RMSNorm of each query and each key over its head width d, one learned weight (d,) for
     queries and one for keys, for all heads. Source: Stable Diffusion 3 (2403.03206) Fig. 2."""
 
-    def __init__(self, hidden_size, num_heads, qk_norm=False):
+    def __init__(self, hidden_size, num_heads, qk_norm=False, cross=False):
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-        self.q_norm, self.k_norm = (nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm
+        self.num_heads, D = num_heads, hidden_size
+        if cross:
+            self.q, self.kv = nn.Linear(D, D), nn.Linear(D, 2 * D)
+        else:
+            self.qkv = nn.Linear(D, 3 * D)
+        self.proj = nn.Linear(D, D)
+        self.q_norm, self.k_norm = (nn.RMSNorm(D // num_heads, eps=1e-6) if qk_norm
                                     else nn.Identity() for _ in range(2))
 
-    def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))                 # (B, N, 3, h, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # 3x (B, h, N, d)
-        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)   # (B, h, N, d)
-        return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
-
-
-class CrossAttention(nn.Module):
-    """x (B, N, D) reads tokens (B, L, D) -> (B, N, D). Source: DiT §3.2 (cross-attention)."""
-
-    def __init__(self, hidden_size, num_heads, qk_norm=False):
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(hidden_size, hidden_size)
-        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-        self.q_norm, self.k_norm = (nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm
-                                    else nn.Identity() for _ in range(2))
-
-    def forward(self, x, tokens):
-        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)        # (B, h, N, d)
-        kv = self.kv(tokens).unflatten(2, (2, self.num_heads, -1))              # (B, L, 2, h, d)
-        k, v = kv.permute(2, 0, 3, 1, 4)                                        # 2x (B, h, L, d)
+    def forward(self, x, tokens=None):
+        if tokens is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)                              # 3x (B, N, D)
+        else:
+            q, (k, v) = self.q(x), self.kv(tokens).chunk(2, dim=-1)             # (B, N or L, D)
+        q, k, v = (u.unflatten(2, (self.num_heads, -1)).transpose(1, 2)         # (B, h, N or L, d)
+                   for u in (q, k, v))
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)   # (B, h, N, d)
         return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dit import CrossAttention, DiT, LabelEmbedder, TimestepEmbedder, joined, modulate
+from dit import Attention as DiTAttention, DiT, LabelEmbedder, TimestepEmbedder, joined, modulate
 
 MAX_LOGIT_SCALE = 4.6052        # ln 100: cosine logits stay within +-100. Source: Swin V2 §3.2
 
@@ -201,7 +201,7 @@ class UDiTBlock(nn.Module):
             self.add_module(f"attn{i}", Attention(D, **attention))
             self.add_module(f"mlp{i}", MLPS[mlp](D, hidden))
             self.add_module(f"adaLN_modulation{i}", nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D)))
-        self.cross_attn = CrossAttention(D, attention["num_heads"]) if cross else None
+        self.cross_attn = DiTAttention(D, attention["num_heads"], cross=True) if cross else None
 
     def forward(self, x, c, tokens=None):
         if self.cross_attn:
