@@ -49,16 +49,15 @@ class Block(nn.Module):
 
     def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm=False, cross=False):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
-        self.attn = Attention(hidden_size, num_heads, qk_norm)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not self.modulations)
-        wide = int(hidden_size * mlp_ratio)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(hidden_size, wide),      # ViT §3.1
-                                             gelu=nn.GELU(approximate="tanh"),
-                                             fc2=nn.Linear(wide, hidden_size)))
-        self.adaLN_modulation = make_modulation(hidden_size, self.modulations)
-        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6) if cross else None
-        self.cross_attn = Attention(hidden_size, num_heads, qk_norm, cross=True) if cross else None
+        D, wide = hidden_size, int(hidden_size * mlp_ratio)
+        self.norm1 = nn.LayerNorm(D, eps=1e-6, elementwise_affine=not self.modulations)
+        self.attn = Attention(D, num_heads, qk_norm)
+        self.norm2 = nn.LayerNorm(D, eps=1e-6, elementwise_affine=not self.modulations)
+        self.mlp = nn.Sequential(OrderedDict(       # ViT §3.1
+            fc1=nn.Linear(D, wide), gelu=nn.GELU("tanh"), fc2=nn.Linear(wide, D)))
+        self.adaLN_modulation = make_modulation(D, self.modulations)
+        self.norm_cross = nn.LayerNorm(D, eps=1e-6) if cross else None
+        self.cross_attn = Attention(D, num_heads, qk_norm, cross=True) if cross else None
 
     def read(self, x, tokens):
         """x, and what it reads in the tokens, if this block has a cross-attention."""
