@@ -243,12 +243,11 @@ class GaussianDiffusion:
         self._on_device = {}
 
     def _at(self, name, t, x):
-        """Entries t (B,) of a table in float32, (B, 1, ..., 1) like x; "t" stays (B,) int64."""
+        """Entries t (B,) of a table in float32, (B, 1, ..., 1) like x; of "t" (B,) int64."""
         if x.device not in self._on_device:     # copied once per device, not at every step
-            rounded = {k: v.float() if v.is_floating_point() else v for k, v in self.tables.items()}
-            self._on_device[x.device] = {k: v.to(x.device) for k, v in rounded.items()}
+            self._on_device[x.device] = {k: v.float().to(x.device) for k, v in self.tables.items()}
         values = self._on_device[x.device][name][t]                                 # (B,)
-        return values if name == "t" else values.view(-1, *[1] * (x.dim() - 1))
+        return values.long() if name == "t" else values.view(-1, *[1] * (x.dim() - 1))
 
 
 class RectifiedFlow:
