@@ -39,11 +39,10 @@ import torch.nn.functional as F
 class CausalAttention(nn.Module):
     """Self-attention, token i sees tokens 0..i only, (B, L, D) -> same. Source: CLIP §2.4."""
 
-    def __init__(self, hidden_size, num_heads):
+    def __init__(self, D, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (
-            nn.Linear(hidden_size, hidden_size) for _ in range(4))
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
     def forward(self, x):
         q, k, v = (proj(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)   # 3x (B, h, L, d)
