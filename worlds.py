@@ -170,7 +170,7 @@ def plan_world(name, split="train", count=None, seed=0, hold_out=False):
     removed = {f"{c} {s}" for s, c in HELD_OUT} if hold_out and split == "train" else {}
     allowed = torch.tensor([name not in removed for name in CLASS_NAMES])            # (48,)
     classes = allowed.nonzero()[:, 0]   # (42,) or (48,): as the first object, all equally often
-    first = torch.arange(count)[torch.randperm(count, generator=generator)] % len(classes)
+    first = torch.randperm(count, generator=generator) % len(classes)
     distance = torch.randint(1, len(classes), (count,), generator=generator)    # never the same two
     first, second = classes[first], classes[(first + distance) % len(classes)]
     return {"label": first, **(_shapes_world(first, generator) if name == "shapes" else
@@ -187,10 +187,9 @@ def _shapes_world(first, generator):
     count = len(first)
     cx, cy = (_uniform((count, 1), 13.0, 19.0, generator) for _ in range(2))
     r = _uniform((count, 1), 8.0, 11.0, generator)
-    of_class = [caption_of([thing]) for thing in OBJECTS]
     return {"shape": first[:, None] // 8, "color": first[:, None] % 8, "cx": cx, "cy": cy, "r": r,
             "background": torch.zeros(count, dtype=torch.int64),
-            "captions": [of_class[label] for label in first.tolist()]}
+            "captions": [caption_of([OBJECTS[label]]) for label in first.tolist()]}
 
 
 def _scenes_world(first, second, allowed, generator, split):
