@@ -210,7 +210,7 @@ def _scenes_world(first, second, allowed, generator, split):
     r2 = _uniform(count, 4.5, 6.0, generator)
     pair_x, pair_y = _place_pair(relation, r1, r2, generator)                        # (N, 2) each
     classes = torch.stack([first, torch.where(two, second, -1)], 1)                  # (N, 2)
-    scene = {"shape": classes.div(8, rounding_mode="floor"),                         # -1 stays -1
+    scene = {"shape": classes // 8,                                                  # -1 stays -1
              "color": torch.where(classes < 0, -1, classes % 8), "background": ground,
              "cx": torch.where(two[:, None], pair_x, alone[:, :1]),     # (N, 2); an absent object's
              "cy": torch.where(two[:, None], pair_y, alone[:, 1:]),     # is not used
@@ -229,10 +229,9 @@ def _parts(classes, r, allowed, generator):
     inner = (known > chosen[..., None]).long().argmax(2)    # (N, 2), the first of the highest
     there = (torch.rand(classes.shape, generator=generator) < PART_SHARE) & (classes >= 0)
     share = _uniform(classes.shape, *PART_RADIUS, generator)
-    ring = classes.div(8, rounding_mode="floor") == SHAPES.index("ring")
     return {"part": torch.where(there, inner // 8, -1),
             "part_color": torch.where(there, inner % 8, -1),
-            "part_r": torch.where(ring, HUB_RADIUS, share) * r}
+            "part_r": torch.where(classes // 8 == SHAPES.index("ring"), HUB_RADIUS, share) * r}
 
 
 def _place_pair(relation, r1, r2, generator):
