@@ -56,8 +56,7 @@ class Downsampler(nn.Module):
     def __init__(self, dim, down_factor, kernel_size, shortcut):
         super().__init__()
         self.down_factor, self.shortcut = down_factor, shortcut
-        self.layer = MapConv2d(dim, dim, kernel_size, padding=kernel_size // 2,
-                               groups=dim) if kernel_size else None
+        self.layer = MapConv2d(dim, dim, kernel_size, groups=dim) if kernel_size else None
 
     def kernel(self):
         """The filter (D, 1, k, k); x + conv(x) has 1 more at its centre. Source: U-DiT §3.2."""
@@ -154,7 +153,7 @@ def depthwise_mlp(dim, hidden):
     """An MLP with a 5x5 depth-wise convolution in the middle. Source: U-DiT §3.4, Table 9."""
     return nn.Sequential(OrderedDict(
         project_in=MapConv2d(dim, hidden, 1), gelu=nn.GELU(),
-        dwconv=MapConv2d(hidden, hidden, 5, padding=2, groups=hidden),
+        dwconv=MapConv2d(hidden, hidden, 5, groups=hidden),
         project_out=MapConv2d(hidden, dim, 1)))
 
 
@@ -166,8 +165,7 @@ class RepMlp(nn.Module):
         super().__init__()
         half = hidden // 2
         self.project_in = nn.Sequential(MapConv2d(dim, half, 1), MapConv2d(half, hidden, 1))
-        self.dwconv = nn.ModuleList(MapConv2d(hidden, hidden, k, padding=k // 2, groups=hidden)
-                                    for k in (5, 3, 1))
+        self.dwconv = nn.ModuleList(MapConv2d(hidden, hidden, k, groups=hidden) for k in (5, 3, 1))
         self.project_out = nn.Sequential(MapConv2d(hidden, half, 1), MapConv2d(half, dim, 1))
 
     def summed(self):
@@ -266,7 +264,7 @@ class UDiT(nn.Module):
                          cosine=cosine, rope=rope, kernel_size=kernel_size, shortcut=shortcut)
         level = lambda count, dim, side: Level(UDiTBlock(
             dim, int(mlp_ratio * dim), mlp, cross, side=side, **attention) for _ in range(count))
-        self.x_embedder = nn.ModuleDict({"proj": MapConv2d(in_channels, D, 3, padding=1)})
+        self.x_embedder = nn.ModuleDict({"proj": MapConv2d(in_channels, D, 3)})
         for i, dim in ((1, D), (2, 2 * D), (3, 4 * D)):
             self.add_module(f"t_embedder_{i}", TimestepEmbedder(dim))
             self.add_module(f"y_embedder_{i}", nn.Linear(context_dim, dim) if context_dim else
@@ -282,9 +280,9 @@ class UDiT(nn.Module):
         self.up2_1 = Resample(2 * D, up=True)
         self.reduce_chan_level1 = MapConv2d(2 * D, 2 * D, 1)    # reduces nothing, as published, so
         self.decoder_level_1 = level(depth[4], 2 * D, S)        # decoder 1 is as wide as decoder 2
-        self.output = MapConv2d(2 * D, 2 * D, 3, padding=1)
+        self.output = MapConv2d(2 * D, 2 * D, 3)
         self.final_layer = nn.ModuleDict({
-            "out_proj": MapConv2d(2 * D, self.out_channels, 3, padding=1),
+            "out_proj": MapConv2d(2 * D, self.out_channels, 3),
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(2 * D, 4 * D))})
         self.initialize_weights()
 
@@ -369,7 +367,7 @@ def norm(x):
 
 
 class MapConv2d(nn.Conv2d):
-    """nn.Conv2d for maps, (B, H, W, D) -> (B, H, W, D_out). k must be odd and padding k // 2."""
+    """nn.Conv2d for maps, (B, H, W, D) -> (B, H, W, D_out), always padded by k // 2; k is odd."""
 
     def forward(self, x):
         return convolve(x, self.weight, self.bias)
