@@ -340,15 +340,14 @@ class UDiT(nn.Module):
 def fold(model):
     """A copy of a UDiT with the equal depthwise_mlp for every RepMlp. Source: RepVGG §3.3."""
     folded = copy.deepcopy(model)
-    for name, module in list(folded.named_modules()):
-        if isinstance(module, RepMlp):
+    for name, mlp in list(folded.named_modules()):
+        if isinstance(mlp, RepMlp):
             with torch.device("meta"):              # no memory, and no random numbers drawn
-                dim, hidden = module.project_in[0].in_channels, module.dwconv[0].in_channels
-                plain = depthwise_mlp(dim, hidden)
-            state = {f"{layer}.{kind}": tensor.detach() for layer, pair in module.summed().items()
+                plain = depthwise_mlp(mlp.project_in[0].in_channels, mlp.dwconv[0].in_channels)
+            state = {f"{layer}.{kind}": tensor.detach() for layer, pair in mlp.summed().items()
                      for kind, tensor in zip(("weight", "bias"), pair)}
             plain.load_state_dict(state, assign=True)
-            folded.set_submodule(name, plain.train(module.training))
+            folded.set_submodule(name, plain.train(mlp.training))
     return folded
 
 
