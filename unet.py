@@ -108,12 +108,11 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels, num_heads, head_dim, context_dim, norm_groups=32):
         super().__init__()
-        width = num_heads * head_dim
         self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)       # as published, else 1e-5
-        self.proj_in = nn.Conv2d(channels, width, 1)
-        block = TransformerBlock(width, num_heads, head_dim, context_dim)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        block = TransformerBlock(channels, num_heads, head_dim, context_dim)
         self.transformer_blocks = nn.ModuleList([block])        # one; in a list, as published
-        self.proj_out = nn.Conv2d(width, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x, context):
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)               # (B, H*W, C)
