@@ -153,8 +153,7 @@ def depthwise_mlp(dim, hidden):
     """An MLP with a 5x5 depth-wise convolution in the middle. Source: U-DiT §3.4, Table 9."""
     return nn.Sequential(OrderedDict(
         project_in=MapConv2d(dim, hidden, 1), gelu=nn.GELU(),
-        dwconv=MapConv2d(hidden, hidden, 5, groups=hidden),
-        project_out=MapConv2d(hidden, dim, 1)))
+        dwconv=MapConv2d(hidden, hidden, 5, groups=hidden), project_out=MapConv2d(hidden, dim, 1)))
 
 
 class RepMlp(nn.Module):
