@@ -229,12 +229,11 @@ def augment(x, u, factor=1):
     return torch.stack(placed), mask, words                                         # (n, C, S, S)
 
 
-def mix(concepts, prior, count, factor=1, words=SIZE_WORDS, augmented=True, generator=None,
-        first=0):
+def mix(targets, prior, count, factor=1, words=SIZE_WORDS, augmented=True, generator=None, first=0):
     """`count` targets, then as many of the prior -> (x (N, C, S, S), captions, mask (N, 1, h, w)).
-    concepts: [(pictures (n, C, S, S), n captions)], in turn, from the turn `first` on; prior: the
+    targets: [(pictures (n, C, S, S), n captions)], in turn, from the turn `first` on; prior: the
     same, in random order, or None; words: SIZE_WORDS, or () for a vocabulary without them."""
-    turns = [(concepts[k % len(concepts)], k // len(concepts)) for k in range(first, first + count)]
+    turns = [(targets[k % len(targets)], k // len(targets)) for k in range(first, first + count)]
     x = torch.stack([pictures[k % len(pictures)] for (pictures, _), k in turns])
     captions = [texts[k % len(texts)] for (_, texts), k in turns]
     mask = torch.ones(count, 1, *(side // factor for side in x.shape[2:]))
