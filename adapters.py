@@ -107,8 +107,7 @@ def check_placement(read, add):
                      f"Legal: {', '.join(PLACEMENTS)}")
 
 
-def add_adapters(unet, read, add, rank=None, budget=None, activation="relu", scale=1.0,
-                 init="zero"):
+def add_adapters(unet, read, add, rank=None, budget=None, activation="relu", scale=1, init="zero"):
     """Put an adapter into every block, in place, and freeze everything else.
     unet: a UNet, or a module that holds one; read, add: names of taps, or *LORA; rank: width of the
     adapter, or budget: its parameters over the whole U-Net, from which the rank follows;
