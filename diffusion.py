@@ -37,7 +37,6 @@ MIN_LOG_SNR = -10.2
 # the options that all samplers of this file read, with their defaults; `sample` explains them
 DEFAULTS = dict(cfg_scale=1.0, cfg_channels=None, x_init=None, mask=None, strength=1.0, noise=None,
                 clip=False, generator=None, device="cpu")
-COMMON = frozenset(DEFAULTS)
 
 
 class GaussianDiffusion:
@@ -50,7 +49,7 @@ class GaussianDiffusion:
     timestep_map (T,): the network's t. Source: DDPM §2-3."""
     samplers = ("ddim", "ddpm", "dpm++")
     default_steps = {"ddim": 50, "ddpm": 250, "dpm++": 50}
-    options = {"ddim": COMMON | {"eta"}, "ddpm": COMMON, "dpm++": COMMON}
+    options = dict.fromkeys(samplers, frozenset(DEFAULTS)) | {"ddim": {*DEFAULTS, "eta"}}
 
     def __init__(self, steps=1000, schedule="linear", prediction="eps", learn_sigma=False,
                  spacing=("linspace", 0, True), min_snr=None):
@@ -258,7 +257,7 @@ class RectifiedFlow:
     high noise. Source: Liu et al. 2022 Eq. 1; Stable Diffusion 3 Eq. 19 (logit-normal), 23."""
     samplers, default_sampler = ("euler", "heun"), "euler"
     default_steps = {"euler": 25, "heun": 50}
-    options = {"euler": COMMON | {"eta"}, "heun": COMMON}
+    options = {"euler": {*DEFAULTS, "eta"}, "heun": frozenset(DEFAULTS)}
     trajectory, sample = GaussianDiffusion.trajectory, GaussianDiffusion.sample
 
     def __init__(self, shift=1.0, logit_normal=False):
