@@ -15,6 +15,7 @@ read a sampled picture back and compare it with its caption, exactly.
 A world is a function of (name, image size, split, count, seed, hold_out) and of nothing else."""
 import math
 import re
+from functools import partial
 
 import torch
 
@@ -177,7 +178,7 @@ def plan_world(name, split="train", count=None, seed=0, hold_out=False):
                                _scenes_world(first, second, allowed, generator, split))}
 
 
-def _uniform(shape, low, high, generator):
+def _uniform(generator, shape, low, high):
     """Uniform draws in [low, high) of this shape; the ends may be tensors."""
     return low + (high - low) * torch.rand(shape, generator=generator)
 
@@ -185,8 +186,8 @@ def _uniform(shape, low, high, generator):
 def _shapes_world(first, generator):
     """One large object near the centre."""
     count = len(first)
-    cx, cy = (_uniform((count, 1), 13.0, 19.0, generator) for _ in range(2))
-    r = _uniform((count, 1), 8.0, 11.0, generator)
+    cx, cy = (_uniform(generator, (count, 1), 13.0, 19.0) for _ in range(2))
+    r = _uniform(generator, (count, 1), 8.0, 11.0)
     return {"shape": first[:, None] // 8, "color": first[:, None] % 8, "cx": cx, "cy": cy, "r": r,
             "background": torch.zeros(count, dtype=torch.int64),
             "captions": [caption_of([OBJECTS[label]]) for label in first.tolist()]}
@@ -194,21 +195,20 @@ def _shapes_world(first, generator):
 
 def _scenes_world(first, second, allowed, generator, split):
     """One object (60 %) or two, with parts."""
-    count = len(first)
+    count, uniform = len(first), partial(_uniform, generator)
     two = torch.rand(count, generator=generator) < 0.4                               # (N,)
     small, place, upright, ground = (torch.randint(n, (count,), generator=generator)
                                      for n in (2, 5, 2, 4))
     small, turned = small.bool(), torch.rand(count, generator=generator) < CONVERSE[split]
     relation = 2 * upright + turned                                     # (N,), as RELATIONS
     # One object: a small one has more room, so it goes further to the side.
-    r1 = torch.where(small | two, _uniform(count, 4.5, 6.0, generator),
-                     _uniform(count, 8.5, 10.5, generator))
+    r1 = torch.where(small | two, uniform(count, 4.5, 6.0), uniform(count, 8.5, 10.5))
     side = torch.tensor([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])[place]  # (N, 2), as PLACES
-    jitter = _uniform((count, 2), -1.0, 1.0, generator) * torch.where(small, 1.5, 1.0)[:, None]
+    jitter = uniform((count, 2), -1.0, 1.0) * torch.where(small, 1.5, 1.0)[:, None]
     alone = 16.0 + side * torch.where(small, 8.0, 5.0)[:, None] + jitter             # (N, 2) x, y
     alone = alone.clamp(r1[:, None], CANVAS - r1[:, None])  # fully inside
-    r2 = _uniform(count, 4.5, 6.0, generator)
-    pair_x, pair_y = _place_pair(relation, r1, r2, generator)                        # (N, 2) each
+    r2 = uniform(count, 4.5, 6.0)
+    pair_x, pair_y = _place_pair(relation, r1, r2, uniform)                          # (N, 2) each
     classes = torch.stack([first, torch.where(two, second, -1)], 1)                  # (N, 2)
     scene = {"shape": classes // 8,                                                  # -1 stays -1
              "color": torch.where(classes < 0, -1, classes % 8), "background": ground,
@@ -228,19 +228,18 @@ def _parts(classes, r, allowed, generator):
     chosen = (torch.rand(classes.shape, generator=generator) * known[..., -1]).long()
     inner = (known > chosen[..., None]).long().argmax(2)    # (N, 2), the first of the highest
     there = (torch.rand(classes.shape, generator=generator) < PART_SHARE) & (classes >= 0)
-    share = _uniform(classes.shape, *PART_RADIUS, generator)
+    share = _uniform(generator, classes.shape, *PART_RADIUS)
     return {"part": torch.where(there, inner // 8, -1),
             "part_color": torch.where(there, inner % 8, -1),
             "part_r": torch.where(classes // 8 == SHAPES.index("ring"), HUB_RADIUS, share) * r}
 
 
-def _place_pair(relation, r1, r2, generator):
+def _place_pair(relation, r1, r2, uniform):
     """Centres x (N, 2), y (N, 2) of two objects: along the axis of their relation each is in its
     half, at least one pixel apart; on the other axis they nearly agree."""
     count = len(relation)
-    near, far = (_uniform(count, r + 0.5, 15.5 - r, generator) for r in (r1, r2))
-    level = (_uniform(count, 10.0, 22.0, generator)[:, None]
-             + _uniform((count, 2), -1.0, 1.0, generator))                           # (N, 2)
+    near, far = (uniform(count, r + 0.5, 15.5 - r) for r in (r1, r2))
+    level = uniform(count, 10.0, 22.0)[:, None] + uniform((count, 2), -1.0, 1.0)     # (N, 2)
     along = torch.stack([near, CANVAS - far], 1)     # (N, 2): first object low, second object high
     along = torch.where((relation % 2 == 0)[:, None], along, CANVAS - along)  # right of, below
     sideways = (relation < 2)[:, None]
