@@ -33,8 +33,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 # With even shares neither the order of the objects nor the relation tells by itself which object is
 # where, only both together (an exclusive or): a U-Net did not learn that in 4,000 steps.
 CONVERSE = {"train": 0.2, "test": 0.5}
-# Pairs that hold_out removes from training, to test whether a model can combine what it has seen
-# apart: each shape once, with six different colours.
+# Pairs that hold_out removes from training: can a model combine what it has seen apart?
 HELD_OUT = (("circle", "purple"), ("square", "cyan"), ("triangle", "orange"),
             ("star", "blue"), ("cross", "yellow"), ("ring", "red"))
 
@@ -127,9 +126,8 @@ def caption_of(objects, relation=None, background=None):
 
 
 def parse_caption(caption):
-    """The facts that a caption of `shapes` or `scenes` states.
-    Returns {"objects": [{"shape", "color"?, "size"?, "place"?}, ...], "relation"?, "background"?};
-    a key with ? only if the caption states it.  Raises ValueError for any other caption."""
+    """The facts that a caption of `shapes` or `scenes` states ("?": if it does), else ValueError:
+    {"objects": [{"shape", "color"?, "size"?, "place"?}, ...], "relation"?, "background"?}."""
     colors, shapes = "|".join(COLORS), "|".join(SHAPES)
     one = (rf"an? (?:(?P<size>{'|'.join(SIZES)}) )?(?:(?P<color>{colors}) )?(?P<shape>{shapes})"
            rf"(?: (?P<place>{'|'.join(PLACES)}))?")
@@ -164,8 +162,7 @@ def plan_world(name, split="train", count=None, seed=0, hold_out=False):
     color (N, K), -1 = absent; cx, cy, r (N, K) in pixels of a 32-pixel picture.  `scenes`, K = 2,
     also has size, place (of a single object, else -1), relation (N,), -1 for one object, and of the
     parts part, part_color (N, 2), -1 = no part, and part_r (N, 2).  Each is an index into SHAPES,
-    COLORS, ...  count: pictures; None = 48,000 for split "train" and 2,000 for "test".
-    hold_out: leave the pairs of HELD_OUT out of the training split."""
+    COLORS, ...  count: how many; None: see data.load.  hold_out: split "train" without HELD_OUT."""
     count = count or (48_000 if split == "train" else 2_000)
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     removed = {f"{c} {s}" for s, c in HELD_OUT} if hold_out and split == "train" else {}
