@@ -147,8 +147,7 @@ def missed(W, V, C):
 
 @torch.no_grad()
 def caption_rows(text, tokenizer, captions, lead=""):
-    """Text states of each caption's words and end token -> list of (n, D). lead: first words to
-    leave out. Source: composenW.py."""
+    """List of states (n, D), of each caption's words after `lead` and end. Source: composenW.py."""
     rows, device = [], next((p.device for p in text.parameters()), "cpu")
     for some in (captions[k:k + 256] for k in range(0, len(captions), 256)):
         for caption, state in zip(some, text(tokenizer(some).to(device))):          # state (L, D)

@@ -314,8 +314,7 @@ class UDiT(nn.Module):
     drop_labels, null_condition = DiT.drop_labels, DiT.null_condition       # exactly as in DiT
 
     def forward(self, x, t, y):
-        """x (B, C, H, W), t (B,) steps 0..999, y (B,) int64 classes or text states
-        (B, L, context_dim) -> (B, C_out, H, W)."""
+        """x (B, C, H, W), and t, y as in DiT.forward -> (B, C_out, H, W)."""
         if x.shape[2:] != (self.input_size, self.input_size):
             raise ValueError(f"x is {x.shape[2]}x{x.shape[3]}, this model was made for input_size "
                              f"{self.input_size}: change one of them")
