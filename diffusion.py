@@ -363,8 +363,7 @@ def cosine_betas(steps):
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
-# name -> function(steps) -> noise added per step, betas (steps,) float64. DDPM §4; Stable Diffusion
-SCHEDULES = {
+SCHEDULES = {   # name -> function(steps) -> betas (steps,) float64. Source: DDPM §4; LDM's code
     "linear": lambda steps: torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64),
     "scaled_linear": lambda steps: torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps,
                                                   dtype=torch.float64) ** 2,

@@ -35,8 +35,7 @@ from diffusion import check_name, timestep_embedding
 
 def modulate(x, shift, scale):
     """x (B, N, D) scaled and shifted by (B, D) each -> (B, N, D). Source: DiT §3.2 (adaLN)."""
-    # addcmul(a, b, c) is a + b * c, in one pass over memory
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])     # addcmul: a + b * c, one pass
 
 
 # ---- the four blocks -----------------------------------------------------------------------------
@@ -292,8 +291,7 @@ def sincos_positions(hidden_size, grid_size):
     return torch.cat([line.repeat(grid_size, 1), line.repeat_interleave(grid_size, 0)], 1).float()
 
 
-# the twelve of the paper (Table 1); the number after the slash is the patch size
-DIT_CONFIGS = {
+DIT_CONFIGS = {     # the twelve of the paper (Table 1); after the slash stands the patch size
     f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
     for name, width, depth, heads in (("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16),
                                       ("XL", 1152, 28, 16))

@@ -75,11 +75,10 @@ class TextEncoder(nn.Module):
     def __init__(self, vocab_size, max_length, hidden_size=64, depth=2, num_heads=4, mlp_ratio=4.0):
         super().__init__()
         self.vocab_size, self.max_length, self.hidden_size = vocab_size, max_length, hidden_size
-        # the nesting is that of the official names, text_model.encoder.layers.0. ...
         layers = nn.ModuleList(Layer(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         tables = {"token_embedding": nn.Embedding(vocab_size, hidden_size),
                   "position_embedding": nn.Embedding(max_length, hidden_size)}
-        self.text_model = nn.ModuleDict({
+        self.text_model = nn.ModuleDict({       # nested as in official names, ...encoder.layers.0.
             "embeddings": nn.ModuleDict(tables), "encoder": nn.ModuleDict({"layers": layers}),
             "final_layer_norm": nn.LayerNorm(hidden_size, eps=1e-5)})
         self.initialize_weights()

@@ -349,8 +349,7 @@ def fold(model):
     return folded
 
 
-UDIT_CONFIGS = {
-    # the paper's three, and two for a laptop; comments: millions of parameters, trained and folded
+UDIT_CONFIGS = {    # the paper's three, two for a laptop; millions of parameters, and when folded
     "U-DiT-S": dict(hidden_size=96, num_heads=4),       # 59, 52
     "U-DiT-B": dict(hidden_size=192, num_heads=8),      # 231, 204
     "U-DiT-L": dict(hidden_size=384, num_heads=16),     # 916, 810

@@ -327,8 +327,7 @@ class VQTransformer(nn.Module):
     "class" (B,), or "none", not read; class_dropout_prob: of classes, as in DiT; mlp: "fc", "conv";
     relative: rotary angles and a learned bias per head and offset in self-attention, beside the
     published tables; codebook: the VQ-VAE's, to start code vectors. Source: VQ-Diffusion §4.3."""
-    # Muon's share; AdamW: the tables and biases
-    matrices = r"blocks\.\d+\.(attn\d?\.(?!bias)|mlp|ln\w*\.linear)"
+    matrices = r"blocks\.\d+\.(attn\d?\.(?!bias)|mlp|ln\w*\.linear)"  # Muon's share (optim.py)
 
     def __init__(self, num_codes=256, grid=8, hidden_size=128, depth=4, num_heads=4, steps=100,
                  condition="text", context_dim=64, num_classes=0, class_dropout_prob=0.1, mlp="fc",
