@@ -59,9 +59,8 @@ def _star(x, y):
     angle = torch.remainder(torch.atan2(x, -y) + wedge, 2 * wedge).sub_(wedge).abs_()
     radius = torch.hypot(x, y)
     edge = (notch * math.cos(wedge) - tip, notch * math.sin(wedge))  # from the tip to the notch
-    length = math.hypot(*edge)
-    return ((radius * angle.cos() - tip) * (edge[1] / length)
-            - radius * angle.sin() * (edge[0] / length))
+    dx, dy = (side / math.hypot(*edge) for side in edge)                # its direction
+    return (radius * angle.cos() - tip) * dy - radius * angle.sin() * dx
 
 
 # Signed distance, negative inside, of a shape of r = 1 around the origin.  x (n, 1, W),
