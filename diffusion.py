@@ -55,8 +55,7 @@ class GaussianDiffusion:
                  spacing=("linspace", 0, True), min_snr=None):
         check_name("prediction", prediction, ("eps", "v", "x0"))
         self.prediction, self.learn_sigma, self.spacing = prediction, learn_sigma, spacing
-        self.min_snr = min_snr
-        self.original_steps = steps                     # stays when the chain is respaced
+        self.min_snr, self.original_steps = min_snr, steps      # both stay when it is respaced
         self.default_sampler = "ddpm" if learn_sigma else "ddim"
         check_name("schedule", schedule, SCHEDULES)
         betas = SCHEDULES[schedule](steps)
