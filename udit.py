@@ -257,7 +257,6 @@ class UDiT(nn.Module):
         self.input_size, self.in_channels = input_size, in_channels
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.can_guide = num_classes > 0 and class_dropout_prob > 0         # there is a null class
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
         D, S, cross = hidden_size, input_size, context_dim > 0
         attention = dict(num_heads=num_heads, down_factor=down_factor, downsample=downsample,
                          cosine=cosine, rope=rope, kernel_size=kernel_size, shortcut=shortcut)
@@ -281,7 +280,7 @@ class UDiT(nn.Module):
         self.decoder_level_1 = level(depth[4], 2 * D, S)        # decoder 1 is as wide as decoder 2
         self.output = MapConv2d(2 * D, 2 * D, 3)
         self.final_layer = nn.ModuleDict({
-            "out_proj": MapConv2d(2 * D, self.out_channels, 3),
+            "out_proj": MapConv2d(2 * D, (1 + learn_sigma) * in_channels, 3),
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(2 * D, 4 * D))})
         self.initialize_weights()
 

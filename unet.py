@@ -178,9 +178,8 @@ class UNet(nn.Module):
         if not set(attention_resolutions) <= set(factors):
             raise ValueError(f"attention_resolutions {tuple(attention_resolutions)} must be down-"
                              f"sampling factors out of {factors} (1 = full size), not pixel sizes")
-        self.in_channels, self.out_channels = in_channels, out_channels
         self.context_dim, self.model_channels = context_dim, model_channels
-        self.min_size, emb_dim = factors[-1], 4 * model_channels
+        self.in_channels, self.min_size, emb_dim = in_channels, factors[-1], 4 * model_channels
 
         def layers(ch_in, ch, attend):
             stage = [ResBlock(ch_in, emb_dim, ch, norm_groups)]
