@@ -329,7 +329,6 @@ class ConceptTask(DiffusionTask):
                              "another --prior, or --prior generated")
         rows = [i for i, found in enumerate(named) if found]
         rows = rows[::-(-len(rows) // 2000)]                # of the whole data set, at most 2,000
-        # half the prior captions are the bare category, to keep its meaning
         said = [captions[i] if k % 2 else f"a {named[i][0]}" for k, i in enumerate(rows)]
         return data.to_float(dataset.images[rows]), said
 

@@ -37,8 +37,7 @@ CONVERSE = {"train": 0.2, "test": 0.5}
 HELD_OUT = (("circle", "purple"), ("square", "cyan"), ("triangle", "orange"),
             ("star", "blue"), ("cross", "yellow"), ("ring", "red"))
 
-# An object's part: a smaller shape inside, in another colour, which no caption names.
-PARTS = ("circle", "square", "cross", "star")
+PARTS = ("circle", "square", "cross", "star")   # inside an object, smaller; no caption names it
 PART_SHARE = 0.6                # of the objects have one
 PART_RADIUS = (0.4, 0.55)       # of the object's r
 HUB_RADIUS = 0.35               # in the hole of a ring
