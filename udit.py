@@ -91,9 +91,8 @@ class Attention(nn.Module):
         self.downsampler = Downsampler(dim, down_factor, kernel_size, shortcut)
         # positions are counted within a group; for "kv", group 0 is at 0, f, 2f, ... of the map
         positions = torch.arange(side // self.query_factor)
-        key_positions = positions[::down_factor] if self.kv_only else positions
-        for name, p in (("query_table", positions), ("key_table", key_positions)):
-            table = rope_table(p, dim // num_heads) if rope else None
+        for name, step in (("query_table", 1), ("key_table", down_factor // self.query_factor)):
+            table = rope_table(positions[::step], dim // num_heads) if rope else None
             self.register_buffer(name, table, persistent=False)
 
     def queries_keys_values(self, x):
