@@ -174,12 +174,11 @@ class GaussianDiffusion:
         opt = SimpleNamespace(sampler=sampler, **{**DEFAULTS, "eta": 0.0, **options})
         steps = self.default_steps[sampler] if steps is None else steps
         process, path = self.path(sampler, steps, opt.strength)
-        denoise = guided(model, cond, uncond, opt.cfg_scale, opt.cfg_channels)
+        denoise, x0 = guided(model, cond, uncond, opt.cfg_scale, opt.cfg_channels), None
         batch = lambda t: torch.full(shape[:1], t, device=opt.device)               # (B,)
         xt = noise = randn(shape, opt.generator, opt.device) if opt.noise is None else opt.noise
         if opt.strength < 1:
             xt = process.q_sample(opt.x_init, batch(path[0][0]), noise)
-        x0 = None
         for (t, level), (_, level_next) in zip(path, path[1:]):
             if opt.mask is not None:              # outside the mask: the known picture, noised to t
                 known = process.q_sample(opt.x_init, batch(t), noise)
