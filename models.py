@@ -103,14 +103,14 @@ def class_conditional(Model):
         model = Model(input_size=size, in_channels=channels, num_classes=len(info["class_names"]),
                       class_dropout_prob=settings.class_dropout, **sizes, **more, **text)
         process = gaussian_or_flow(settings)
-        if text:
-            return text_conditional(model, CONTEXT_DIM, process, settings, info, first_stage)
-        return DiffusionTask(settings, info, model, process, first_stage)
+        return denoising_task(model, CONTEXT_DIM, process, settings, info, first_stage)
     return build_model
 
 
-def text_conditional(denoiser, width, process, settings, info, first_stage, Encoder=TextEncoder):
-    """The task of a denoiser that reads captions, with a new text encoder. Source: LDM §3.3."""
+def denoising_task(denoiser, width, process, settings, info, first_stage, Encoder=TextEncoder):
+    """The task of a denoiser; if it reads captions, with a new text encoder. Source: LDM §3.3."""
+    if "vocabulary" not in info:
+        return DiffusionTask(settings, info, denoiser, process, first_stage)
     tokenizer = WordTokenizer(**info["vocabulary"])
     text = Encoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=width)
     model = TextConditional(denoiser, text, tokenizer([""])[0], settings.class_dropout)
@@ -122,7 +122,7 @@ def build_unet(sizes, settings, info, first_stage):
     channels = first_stage.latent_shape(image_shape(info))[0]
     unet = UNet(**dict(sizes, in_channels=channels, out_channels=channels))
     process = gaussian_or_flow(settings)
-    return text_conditional(unet, unet.context_dim, process, settings, info, first_stage)
+    return denoising_task(unet, unet.context_dim, process, settings, info, first_stage)
 
 
 def build_vq(sizes, settings, info, first_stage):
@@ -133,12 +133,10 @@ def build_vq(sizes, settings, info, first_stage):
     model = VQTransformer(**dict(sizes, num_codes=K, grid=first_stage.grid, num_classes=classes,
         condition="text" if text else "class" if classes else "none", relative=settings.relative,
         class_dropout_prob=settings.class_dropout, codebook=first_stage.codebook))
-    process, rest = MaskReplace(num_codes=K, aux_weight=settings.aux_weight), (info, first_stage)
-    if text:
-        width = sizes.get("context_dim", CONTEXT_DIM)
-        return text_conditional(model, width, process, settings, *rest,
-                                LearnedNull if settings.learned_null else TextEncoder)
-    return DiffusionTask(settings, info, model, process, first_stage)
+    process = MaskReplace(num_codes=K, aux_weight=settings.aux_weight)
+    width = sizes.get("context_dim", CONTEXT_DIM)
+    Encoder = LearnedNull if settings.learned_null else TextEncoder
+    return denoising_task(model, width, process, settings, info, first_stage, Encoder)
 
 
 NEW_STAGES = {          # kl-ae is a small AutoencoderKL, 4 times smaller per side

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from cli import one_line
 from diffusion import check_options
-from models import FAMILIES, TOKENS, Family, text_conditional
+from models import FAMILIES, TOKENS, Family, denoising_task
 from studies.common import Table, interval, markdown, parser, run, setup, shown, train_and_watch
 from studies.vq_base import AXES, BATCH, OUT, STEPS, accuracy, base, captions_of, first_stage
 from vqdiffusion import VQ_CONFIGS, GELU2, Attention, VQTransformer, race, rand
@@ -143,7 +143,7 @@ class CausalTransformer(nn.Module):
 def build(sizes, settings, info, stage):
     """The task of the causal transformer."""
     causal = CausalTransformer(stage.num_codes, stage.grid ** 2, **sizes)
-    return text_conditional(causal, 64, NextToken(stage.num_codes), settings, info, stage)
+    return denoising_task(causal, 64, NextToken(stage.num_codes), settings, info, stage)
 
 
 def autoregressive(seed, steps=STEPS, **flags):
