@@ -20,7 +20,7 @@ import data
 from checkpoint import built_from, load_checkpoint, load_weights
 from cli import check, flag
 from diffusion import GaussianDiffusion, RectifiedFlow
-from dit import DIT_CONFIGS, DiT
+from dit import BLOCKS, DIT_CONFIGS, DiT
 from folders import read_folder
 from pretrained import build, infer_dit, infer_udit, is_official, load_first_stage, read_official
 from tasks import AutoencoderTask, DiffusionTask, check_same, identity, image_shape
@@ -47,8 +47,7 @@ FLAGS = {
     "min_snr": (float, flag(None, "Gaussian: weigh by SNR of x0, at most this; try 5", "(0, inf)")),
     "prediction": (str, flag(None, "what Gaussian ones predict (eps)", "", ["eps", "v", "x0"])),
     "learn_sigma": (bool, flag(False, "Gaussian schedules: also learn the variance")),
-    "conditioning": (str, flag("adaln_zero", "kind of block", choices=[
-        "adaln_zero", "adaln", "cross_attention", "in_context"])),
+    "conditioning": (str, flag("adaln_zero", "kind of block", choices=[*reversed(BLOCKS)])),
     "qk_norm": (bool, flag(False, "normalise queries and keys")),
     "captions": (bool, flag(None, "read captions, not classes (default: if there are no classes)")),
     "aux_weight": (float, flag(1.0, "weight of the cross-entropy; long runs: 5e-4", "[0, inf)")),
