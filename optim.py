@@ -121,9 +121,9 @@ def update_ema(ema, model, decay, keep):
         a.copy_(c)
 
 
-def update(config, model, ema, optimizers, step, vectors=None):
+def update(config, model, ema, optimizers, step, vectors=()):
     """Everything after backward: rate, clipping, optimizers, codebook, average.
-    vectors: (n, D), what the codebook of a VQ-VAE learns from; None for other models. A gradient
+    vectors: parts (n, D), what the codebook of a VQ-VAE learns from; else none. A gradient
     that is not finite changes nothing. Returns (gradient norm, 1 if the step was taken else 0)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     keep = torch.isfinite(norm).float()
@@ -135,7 +135,7 @@ def update(config, model, ema, optimizers, step, vectors=None):
         if not plain or keep:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    if vectors is not None:
-        model.codebook.update(vectors, keep, step)
+    if vectors:
+        model.codebook.update(torch.cat(vectors), keep, step)
     update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)), keep)
     return norm.float(), keep

@@ -103,8 +103,7 @@ def make_step(config, dataset, task, held_out=None):
                 vectors += parts
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.float() / config.accum
-        seen = torch.cat(vectors) if vectors else None
-        return sums, *update(config, model, ema, optimizers, s, seen)
+        return sums, *update(config, model, ema, optimizers, s, vectors)
 
     others = held_out and data.Batches(task.prepare(held_out, device), config.batch_size, device)
     step.held_out = torch.no_grad()(lambda: task.loss(ema, **micro_batch(0, 0, others))[0].item())
