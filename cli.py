@@ -59,7 +59,7 @@ def parse(argv, description, *classes, presets=lambda given: {}, other=lambda fl
     def error(message):
         raise ValueError(f"{message} (see --help)")
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = error
     told = presets({}) if {"-h", "--help"} & {*argv} else {}        # defaults of this model or base
     for cls in classes:
@@ -70,8 +70,7 @@ def parse(argv, description, *classes, presets=lambda given: {}, other=lambda fl
                        type=f.type, choices=f.metadata["choices"])
             known = told.get(f.name, f.default)
             shown = f"{f.metadata['help']}{f' (default: {known})' * (known not in (None, '', ()))}"
-            group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                               help=shown, **how)
+            group.add_argument("--" + f.name.replace("_", "-"), help=shown, **how)
     dashed = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in argv]
     given, left = parser.parse_known_args(dashed)
     if left:
