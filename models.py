@@ -9,7 +9,6 @@ and add one row here; tests/test_registry.py then tests it without another word:
     python train.py --model mine-tiny"""
 import dataclasses
 import difflib
-import functools
 import os
 import re
 
@@ -63,7 +62,6 @@ TOKENS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", "cod
 UNREAD = {True: ("prediction", "learn_sigma", "min_snr"), False: ("flow_shift", "logit_normal")}
 
 
-@functools.cache
 def settings_class(family):
     """The dataclass of a family's flags."""
     fields = [(name, *FLAGS[name]) for name in FAMILIES[family].flags]
