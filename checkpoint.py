@@ -25,9 +25,8 @@ FORMAT = 2                              # of our own files; 1 was the first edit
 HARMLESS = ("argparse.", "pathlib.", "types.SimpleNamespace", "_codecs.encode")
 
 # the types of what our files may hold, all kinds of them; what is inside them, built_from finds out
-FORMS = {str: "task base data note", int: "step", list: "opt concepts",
-         dict: "info config settings options sizes spec tensors model ema adapter modifiers "
-               "first_stage"}
+FORMS = {str: "task base data note", int: "step", list: "opt concepts", dict:
+         "info config settings options sizes spec tensors model ema adapter modifiers first_stage"}
 
 
 def save_checkpoint(path, state):

@@ -87,8 +87,7 @@ def gaussian_or_flow(settings):
     if flow:
         return RectifiedFlow(settings.flow_shift or 1.0, settings.logit_normal)
     return GaussianDiffusion(schedule=settings.schedule, prediction=settings.prediction or "eps",
-                             learn_sigma=getattr(settings, "learn_sigma", False),
-                             min_snr=settings.min_snr)
+        learn_sigma=getattr(settings, "learn_sigma", False), min_snr=settings.min_snr)
 
 
 def class_conditional(Model):
