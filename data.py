@@ -61,9 +61,8 @@ class Dataset:
 
 
 class Batches:
-    """Shuffled batches as a function of the step.
-    The examples of all epochs form one endless row, each epoch in its own order; batch s is the
-    positions [s * batch_size, (s + 1) * batch_size), which may reach into the next epoch."""
+    """Shuffled batches as a function of the step. All epochs, each in its own order, form one
+    endless row of examples, and batch s is its positions s * batch_size to (s + 1) * batch_size."""
 
     def __init__(self, dataset, batch_size, device="cpu", seed=0):
         self.images, self.labels = dataset.images.to(device), dataset.labels.to(device)

@@ -150,10 +150,9 @@ def build_autoencoder(sizes, settings, info, first_stage):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Models that share flags and builder. sizes: {model name: constructor arguments};
-    first_stage: what --first-stage new trains; always_latent: pixels are not enough; axes: of an
-    example; captions: "needed", "used" where there are any, "asked" for by --captions or the lack
-    of classes, or "" (class numbers are read)."""
+    """A row of the table. sizes: {model name: constructor arguments}; first_stage: what is trained
+    for --first-stage new; always_latent: pixels are not enough; axes: of an example; captions:
+    "needed", "used" if any, "asked" for by --captions or the lack of classes, or "" (classes)."""
     flags: tuple
     build: callable
     sizes: dict
@@ -218,9 +217,8 @@ def build_task(model, settings, info, first_stage):
 
 
 def describe(dataset, model, first_stage, asked=None):
-    """What a model needs to know of its data, as plain values that travel in the checkpoint.
-    asked: --captions. Raises ValueError for missing captions, and for latents that this first stage
-    did not make."""
+    """What a model needs to know of its data, plain values that travel in the checkpoint. asked:
+    --captions. Raises ValueError for missing captions, and for latents of another first stage."""
     row, (channels, side) = FAMILIES[find_model(model)[0]], dataset.images.shape[1:3]
     captions, latents = row.captions, dataset.images.is_floating_point()
     if latents and not row.first_stage:
@@ -258,9 +256,8 @@ def resolve_first_stage(config, settings):
 
 
 def make_task(config, settings, dataset):
-    """The task of a run. Every run, study and benchmark starts here: equal flags, equal weights.
-    settings.first_stage: new (untrained), none, or a file; a run that goes on takes it from its own
-    checkpoint. Raises ValueError, also for an --init that does not belong to it."""
+    """The task of a run, study or benchmark: equal flags, equal weights. settings.first_stage: new,
+    none, or a file; to go on, the checkpoint's. Raises ValueError, also if --init does not fit."""
     torch.manual_seed(config.seed)
     row, name = FAMILIES[find_model(config.model)[0]], getattr(settings, "first_stage", "none")
     path = f"{config.out}/ckpt.pt" if config.resume else config.init
