@@ -9,6 +9,7 @@ The idea. A checkpoint is a dict of tensors and plain values, saved by torch.sav
     load_weights(model, load_checkpoint("out/ckpt.pt")["model"], "out/ckpt.pt")
     python -m pytest tests/test_checkpoint.py"""
 import contextlib
+import hashlib
 import json
 import mmap
 import os
@@ -25,7 +26,7 @@ FORMAT = 2                              # of our own files; 1 was the first edit
 HARMLESS = ("argparse.", "pathlib.", "types.SimpleNamespace", "_codecs.encode")
 
 # the types of what our files may hold, all kinds of them; what is inside them, built_from finds out
-FORMS = {str: "task base data note", int: "step", list: "opt concepts", dict:
+FORMS = {str: "task base data note first_stage_hash", int: "step", list: "opt concepts", dict:
          "info config settings options sizes spec tensors model ema adapter modifiers first_stage"}
 
 
@@ -50,7 +51,23 @@ def load_checkpoint(path, *needed):
               if key in state and not isinstance(state[key], kind)]
     if wrong:
         raise ValueError(f"{path} is damaged or of another kind: no good {', '.join(wrong)} in it")
+    if known := state.pop("first_stage_hash", None):    # of --keep: the rest is in ckpt.pt
+        run = pathlib.Path(path).with_name("ckpt.pt")
+        with built_from(run):
+            state["first_stage"] = read_torch(run).get("first_stage", {}) if run.is_file() else {}
+            if fingerprint(state["first_stage"].get("model", {})) != known:
+                raise ValueError(f"{path} needs the first stage in {run}: none or another is there")
     return state
+
+
+def fingerprint(tensors):
+    """SHA-256 of {name: tensor}: names, shapes, values in half precision, as exports have them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        value = tensor.half() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ A new way to train is a new task; a new model is a line in models.py. Below: the
 import copy
 import csv
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import math
@@ -31,7 +30,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from checkpoint import built_from, load_checkpoint, load_weights, save_checkpoint, written_whole
+from checkpoint import (built_from, fingerprint, load_checkpoint, load_weights, save_checkpoint,
+                        written_whole)
 from data import check_target, save_grid, to_float, to_uint8
 from diffusion import seeds
 from optim import load_moments
@@ -235,16 +235,6 @@ def macs(task):
 IDENTITY = ("name", "class_names", "words", "image_size", "channels", "base", "data", "first_stage")
 
 
-def fingerprint(tensors):
-    """SHA-256 of {name: tensor}: names, shapes, values in half precision, as exports have them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        value = tensor.half() if tensor.is_floating_point() else tensor
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def identity(info, state):
     """What a run is, {key of IDENTITY: value}, by its info and a checkpoint or task.state(). A task
     over a frozen base has in its state the fingerprints "base" and "data" (of its pictures)."""
@@ -337,7 +327,7 @@ def begin_files(config, task, s):
 
 def save(path, config, task, step, s):
     """Write the run's checkpoint, but no tensor that does not learn; --keep: also as ckpt-STEP.pt,
-    of which so many stay. Raises ValueError for nan."""
+    of which so many stay, without the first stage. Raises ValueError for nan."""
     learned = lambda net: {k: v for k, v in net.state_dict().items() if k not in task.frozen}
     nets = {"model": learned(task.model), "ema": learned(step.ema)}
     held = [*nets.values(), *(m for o in step.optimizers for m in o.state.values())]
@@ -349,6 +339,8 @@ def save(path, config, task, step, s):
              "opt": [o.state_dict() for o in step.optimizers]}
     save_checkpoint(path, state)
     if config.keep:
+        if stage := state.pop("first_stage", None):         # the same in all: see load_checkpoint
+            state["first_stage_hash"] = fingerprint(stage["model"])
         save_checkpoint(path.with_name(f"ckpt-{s:06d}.pt"), state)
         number = lambda file: int(file.stem.removeprefix("ckpt-"))
         for old in sorted(path.parent.glob("ckpt-[0-9]*.pt"), key=number)[:-config.keep]:

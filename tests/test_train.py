@@ -24,6 +24,7 @@ from torch.testing import assert_close
 
 import data
 import optim
+import sample
 import tasks
 import train
 import vae
@@ -878,6 +879,39 @@ def test_the_last_checkpoints_are_kept_and_the_rows_go_to_tensorboard(tmp_path, 
     assert [row for row in found if len(row) == 2] == [(out, 1), (out, 4)]
     said = [(row[2], f"{row[1]:.9g}") for row in found if row[0] == "loss"]
     assert said == [(int(row["step"]), row["loss"]) for row in rows(out)]
+
+
+def test_a_kept_checkpoint_finds_its_first_stage_in_the_one_beside(tmp_path, pictures, capsys):
+    """No kept file holds it; all commands read them as whole ones, and none takes another's."""
+    out, other = tmp_path / "run", tmp_path / "other"
+    flags = [*DIT[:-2], "--first-stage", "new", "--factor", "2", "--first-stage-steps", "2"]
+    last = main(out, pictures, *flags, "--save-every", "1", "--keep", "2", "--steps", "2")
+    kept = torch.load(out / "ckpt-000002.pt", weights_only=True)
+    assert "first_stage" not in kept and "first_stage_hash" in kept
+    assert_same(load_checkpoint(out / "ckpt-000002.pt"), last)
+    draw = lambda name, *more: sample.main(["--ckpt", str(out / name), "--n", "2", "--steps", "2",
+                                            "--device", "cpu", "--out", str(out / "x.png"), *more])
+    drawn = []
+    for name in ("ckpt.pt", "ckpt-000002.pt"):
+        draw(name)
+        drawn.append((out / "x.png").read_bytes())
+    assert drawn[0] == drawn[1]
+    sample.main(["--ckpt", str(out / "ckpt-000001.pt"), "--export", str(tmp_path / "small.pt")])
+    assert_same(load_checkpoint(tmp_path / "small.pt")["first_stage"].keys(),
+                last["first_stage"].keys())             # an export is whole, wherever it lies
+    main(other, pictures, *flags, "--steps", "1", "--seed", "1")
+    shutil.copy(out / "ckpt-000001.pt", other)
+    shutil.copy(out / "ckpt-000001.pt", tmp_path / "ckpt-000001.pt")
+    shutil.copy(out / "ckpt-000001.pt", out / "ckpt.pt")            # whole ones are not made so
+    for path in (other / "ckpt-000001.pt", tmp_path / "ckpt-000001.pt", out / "ckpt.pt"):
+        with pytest.raises(SystemExit):
+            draw(path)
+        said = capsys.readouterr().err.strip().split("\n")[-1]
+        assert said == (f"error: {path} needs the first stage in {path.with_name('ckpt.pt')}: "
+                        "none or another is there")
+    torch.save({"first_stage": {"model": [1]}}, out / "ckpt.pt")
+    with pytest.raises(ValueError, match="nothing can be built by .*ckpt.pt"):
+        load_checkpoint(out / "ckpt-000001.pt")
 
 
 def test_a_compile_probe_counts_nothing(pictures, monkeypatch):
