@@ -78,7 +78,9 @@ class DiffusionTask:
                 **self.process.draw((n, *self.shape), generator, device)}
 
     def loss(self, net, x, y, index, drop, **draws):
-        return self.process.loss(net, as_numbers(x), self.model.drop_labels(y, drop), **draws)
+        if x.dtype != torch.int64:          # pixels, or latents in half precision, and no tokens
+            x = to_float(x) if x.dtype == torch.uint8 else x.float()
+        return self.process.loss(net, x, self.model.drop_labels(y, drop), **draws)
 
     @torch.no_grad()
     def sample(self, model, y, null=None, cfg_scale=None, steps=None, sampler=None,
@@ -104,7 +106,7 @@ class DiffusionTask:
     @torch.no_grad()
     def encode(self, x):
         """Pictures (B, C, H, W) in [-1, 1] -> model space (B, *shape). Source: LDM §3.1."""
-        return as_numbers(self.first_stage.to(x.device).encode(x))
+        return self.first_stage.to(x.device).encode(x)
 
     @torch.no_grad()
     def to_pictures(self, x):
@@ -212,12 +214,6 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
 def image_shape(info):
     """(C, H, W) of the pictures that `info` describes."""
     return info["channels"], info["image_size"], info["image_size"]
-
-
-def as_numbers(x):
-    """What a data set holds -> what a model reads: float32 pictures or latents, tokens as such."""
-    x = to_float(x) if x.dtype == torch.uint8 else x
-    return x.float() if x.is_floating_point() else x
 
 
 def macs(task):
