@@ -57,8 +57,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 stacks.setdefault(p.shape, []).append(p)
             for shape, params in stacks.items():
-                grads = torch.stack([p.grad for p in params])               # (n, *shape)
-                grads = torch.where(keep > 0, grads, 0.0)
+                grads = torch.stack([p.grad for p in params]).where(keep > 0, 0.0)  # (n, *shape)
                 momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
                 momentum.lerp_(grads, (1 - group["momentum"]) * keep)       # one tensor per stack
                 nesterov = grads.lerp(momentum, group["momentum"]).flatten(2)   # (n, rows, cols)
