@@ -122,8 +122,8 @@ def update_ema(ema, model, decay, keep):
 
 def update(config, model, ema, optimizers, step, vectors=()):
     """Everything after backward: rate, clipping, optimizers, codebook, average.
-    vectors: parts (n, D), what the codebook of a VQ-VAE learns from; else none. A gradient
-    that is not finite changes nothing. Returns (gradient norm, 1 if the step was taken else 0)."""
+    vectors: parts (n, D) of what the codebook of a VQ-VAE learns from; else none. A gradient that
+    is not finite changes nothing. Returns (gradient norm, 1 if the step was taken else 0)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     keep = torch.isfinite(norm).float()
     for optimizer in optimizers:
