@@ -62,7 +62,7 @@ SINGLE = Table("custom_concepts", ["thing", "method", "seed"])
 SMALL = Table("custom_compression", ["thing", "ratio"])
 MOVED = Table("custom_change", ["thing", "seed"])
 CHANCE = Table("custom_chance", ["thing"])
-SECOND = Table("custom_second_look", ["thing", "look"])         # look: the method whose hits they are
+SECOND = Table("custom_second_look", ["thing", "look"])           # look: whose hits they are
 LOOKS = ("K/V and word", "all weights", "no prior")
 
 

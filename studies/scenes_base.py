@@ -35,9 +35,9 @@ SILENT = ("color", "size", "place", "background", "part", "part_color")
 
 
 def trained(flags, out):
-    """A run of train.py, or what is left of it -> its checkpoint."""
+    """A run of train.py, or what is left of it, to its last step or further -> its checkpoint."""
     path, last = out / "ckpt.pt", int(flags[flags.index("--steps") + 1])
-    if not (path.is_file() and load_checkpoint(path)["step"] == last):
+    if not (path.is_file() and load_checkpoint(path)["step"] >= last):
         train_main([*flags, "--data", "scenes", "--hold-out", "--device", "cpu", "--sample-every",
                     "1500", "--out", str(out), *(["--resume"] if path.is_file() else [])])
     return str(path)

@@ -146,7 +146,7 @@ def build(sizes, settings, info, stage):
     return denoising_task(causal, 64, NextToken(stage.num_codes), settings, info, stage)
 
 
-def autoregressive(seed, steps=STEPS, **flags):
+def autoregressive(seed, steps=STEPS[-1], **flags):
     """(task, averaged model) of the rival, as a family of its own in train.py's table."""
     FAMILIES["causal"] = Family(TOKENS, build, {"causal-tiny": {}}, "vq-vae", True, 1, "needed")
     flags = {"first_stage": first_stage(), **flags} if "first_stage" not in flags else flags

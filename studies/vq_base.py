@@ -26,9 +26,9 @@ from studies.common import Table, markdown, parser, run, shown
 from studies.scenes_base import trained
 
 OUT, ASSET = pathlib.Path("out/studies/scenes-vq"), "assets/vq-scenes.pt"
-STEPS, BATCH = 4000, 16
-FIRST = ["--model", "vq-vae", "--factor", "2", "--steps", "800"]
-BASE = ["--model", "vq-tiny", "--steps", str(STEPS), "--batch-size", str(BATCH), "--ema", "0.998"]
+STEPS, BATCH = (6000, 14000), 32
+FIRST = ["--model", "vq-vae", "--codes", "1024", "--steps", "4000"]
+BASE = ["--model", "vq-tiny", "--batch-size", str(BATCH), "--ema", "0.998"]
 TRUNCATIONS = (1.0, 0.86)
 TABLE = Table("vq_base", ["what", "seed"])
 AXES = ("shape", "color", "relation", "all", "legible")
@@ -40,9 +40,12 @@ def first_stage():
 
 
 def base(seed):
-    """(task, averaged model) of the full run with this seed, trained if it is not there yet."""
+    """(task, averaged model) of the full run with this seed, trained if it is not there yet. A run
+    of STEPS[0] steps goes on to STEPS[1]: its learning rate rises once more, and falls again."""
     flags = [*BASE, "--first-stage", first_stage(), "--seed", str(seed)]
-    return sample.load(trained(flags, OUT / f"seed-{seed}"))
+    for last in STEPS:
+        path = trained([*flags, "--steps", str(last)], OUT / f"seed-{seed}")
+    return sample.load(path)
 
 
 def captions_of(one=300, two=300):
