@@ -63,11 +63,11 @@ def _read_chunk(images):
     """read_shapes for images (B, 3, H, W) on the 0..1 scale."""
     ground, step, away, coverage, area, near, count, dusty = _find_objects(images)
     present = area >= MIN_AREA                              # (B, 2)
-    image_of, slot = present.nonzero(as_tuple=True)         # (P,): all objects of all images
-    step, away, near = step[image_of], away[image_of], near[image_of, slot]
-    forms = torch.tensor([*range(6), RING])                 # the last: a ring with a disc in it
-    fits = torch.stack([_fit(coverage[image_of], near, form, k == 6)
-                        for k, form in enumerate(forms)], 1)                # (P, F, 4)
+    image_of = present.nonzero()[:, 0]                      # (P,): all objects of all images
+    step, away, coverage, near = step[image_of], away[image_of], coverage[image_of], near[present]
+    # The last form is a ring with a disc in it; (P, F, 4).
+    forms = torch.tensor([*range(6), RING])
+    fits = torch.stack([_fit(coverage, near, form, k == 6) for k, form in enumerate(forms)], 1)
     # The outline names two candidates, (P, 2), and the colours decide.
     likely, rows = fits[:, :, 3].topk(2, largest=False).indices, torch.arange(len(fits))
     one, two = (_explain(away, step, near, forms[k], *fits[rows, k].T) for k in likely.T)
@@ -77,12 +77,11 @@ def _read_chunk(images):
         return torch.where(dx.abs() > dy.abs(), (dx > 0).long(), 2 + (dy > 0).long())
     central = torch.maximum((cx - 16).abs(), (cy - 16).abs()) < PLACE_SPLIT
     place = (1 + direction(cx - 16, cy - 16)).masked_fill(central, 0)       # the order of PLACES
-    def slots(values, absent):          # (P, ...) -> (B, 2, ...)
-        empty = torch.full((*area.shape, *values.shape[1:]), absent, dtype=values.dtype)
-        return empty.index_put((image_of, slot), values)
+    def slots(found, absent):           # (P, ...) -> (B, 2, ...)
+        return found.new_full((*area.shape, *found.shape[1:]), absent).index_put((present,), found)
     center, tint = slots(torch.stack([cx, cy], -1), torch.nan), slots(tint, 0.0).amax(1)
     relation = direction(*(center[:, 0] - center[:, 1]).unbind(-1))
-    residual = slots(error / area[image_of, slot], 0.0).amax(1).masked_fill(count == 0, torch.inf)
+    residual = slots(error / area[present], 0.0).amax(1).masked_fill(count == 0, torch.inf)
     backgrounds = torch.tensor(list(worlds.BACKGROUNDS.values())) / 255     # (4, 3)
     return {"background": torch.cdist(ground, backgrounds).argmin(1), "count": count,
             "shape": slots(shape, -1), "color": slots(color, -1), "place": slots(place, -1),
@@ -144,18 +143,15 @@ def _find_objects(images):
     # An object is all that the background does not reach from the border: its hole, its part.
     solid = coverage > 0.5                                  # (B, H, W)
     outside = F.pad(torch.zeros(B, H - 2, W - 2), (1, 1, 1, 1), value=1.0) * ~solid
-    while not torch.equal(grown := torch.maximum(
-            F.max_pool2d(outside, (3, 1), stride=1, padding=(1, 0)),
-            F.max_pool2d(outside, (1, 3), stride=1, padding=(0, 1))) * ~solid, outside):
+    while not torch.equal(outside, grown := ~solid * torch.maximum(
+            F.max_pool2d(outside, (3, 1), 1, (1, 0)), F.max_pool2d(outside, (1, 3), 1, (0, 1)))):
         outside = grown
-    mask = outside == 0
     # Every pixel of a piece takes its largest pixel number; exact in float32 up to 2^24.
-    label = torch.arange(1.0, H * W + 1).view(1, H, W) * mask
-    while not torch.equal(grown := F.max_pool2d(label, 3, stride=1, padding=1) * mask, label):
+    label = torch.arange(1.0, H * W + 1).view(1, H, W) * (outside == 0)
+    while not torch.equal(label, grown := F.max_pool2d(label, 3, 1, 1) * (label > 0)):
         label = grown
-    label = label.long()
     pixels = solid.flatten(1) * (32 / W) ** 2               # none in label 0, the background
-    area = torch.zeros(B, H * W + 1).scatter_add_(1, label.flatten(1), pixels)  # (B, HW + 1)
+    area = torch.zeros(B, H * W + 1).scatter_add_(1, label.flatten(1).long(), pixels)  # (B, HW + 1)
     large = area >= MIN_AREA
     count, dusty = large.sum(1), (area * ~large).sum(1) >= MIN_AREA
     area, piece = area.topk(2)                              # (B, 2)
@@ -188,8 +184,7 @@ def _explain(away, step, near, shape, cx, cy, r, _):
     left = (away - b * step_b.unsqueeze(1) - p * step_p.unsqueeze(1)) @ step_b.unsqueeze(2)
     left = _smooth(left.view_as(near)) / step_b.square().sum(1).view(-1, 1, 1)  # (P, W, W)
     residual, part = left.square().sum((1, 2)) * (32 / near.shape[2]) ** 2, parts[maps]
-    part_color = part_color.masked_fill(part < 0, -1)
-    return least, residual, shape, cx, cy, r, color, tint, part, part_color
+    return least, residual, shape, cx, cy, r, color, tint, part, part_color.where(part >= 0, -1)
 
 
 def _maps(near, shape, *circle):
