@@ -408,10 +408,9 @@ def _imitated(options, config):
     name, drawn = config["data"], config["data"] in ("shapes", "scenes")
     if not name:
         raise ValueError("say with --data what the samples imitate, for example --data shapes")
-    unread = {"classifier_steps": drawn, "device": drawn and options.images,
-              "skip_bad": name[:7] != "folder:", "data_dir": name not in data.OFFICIAL}
-    cli.refuse(options, " ".join(flag for flag in unread if unread[flag]),
-               f"is not read for --data {name}: leave it out")
+    unread = "classifier_steps " * drawn + "device " * bool(drawn and options.images) + (
+        "skip_bad " * (name[:7] != "folder:") + "data_dir" * (name not in data.OFFICIAL))
+    cli.refuse(options, unread, f"is not read for --data {name}: leave it out")
     return config, name, drawn
 
 
