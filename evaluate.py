@@ -40,8 +40,7 @@ MADE_BY = "made by evaluate.py"
 
 
 def read_shapes(images):
-    """Read pictures of the worlds "shapes" and "scenes" back into what they show.
-    images: (B, 3, H, H) uint8, or float in [-1, 1].
+    """What images (B, 3, H, H) of shapes or scenes show; they are uint8, or float in [-1, 1].
     Returns tensors for the two objects of largest area; absent is -1, or nan for floats:
       background (B,) index into BACKGROUNDS; count (B,) of all objects, may be above 2;
       shape, color, size, place (B, 2) indices into SHAPES, COLORS, SIZES, PLACES;
@@ -65,8 +64,7 @@ def _read_chunk(images):
     present = area >= MIN_AREA                              # (B, 2)
     image_of = present.nonzero()[:, 0]                      # (P,): all objects of all images
     step, away, coverage, near = step[image_of], away[image_of], coverage[image_of], near[present]
-    # The last form is a ring with a disc in it; (P, F, 4).
-    forms = torch.tensor([*range(6), RING])
+    forms = torch.tensor([*range(6), RING])     # the last: a ring with a disc in it; fits (P, F, 4)
     fits = torch.stack([_fit(coverage, near, form, k == 6) for k, form in enumerate(forms)], 1)
     # The outline names two candidates, (P, 2), and the colours decide.
     likely, rows = fits[:, :, 3].topk(2, largest=False).indices, torch.arange(len(fits))
@@ -384,11 +382,19 @@ def sampled(path, n, config=None, device="cpu", **options):
 def main(argv):
     """Score samples, print rates with their standard errors, or distances beside their floor."""
     options, = cli.parse(argv, __doc__, Options)
-    if not options.ckpt and not options.images:
+    if not (path := options.ckpt or options.images):
         raise ValueError("give --ckpt FILE, to sample from, or --images FILE, an npz")
     if options.json:
         data.check_target(options.json, MADE_BY.encode())
-    scores = _score(options)
+    saved = load_checkpoint(path) if options.ckpt else {}
+    if options.ckpt and "info" not in saved:
+        raise ValueError(f"{path} is no run of train.py: use sample.py --npz, then --images FILE")
+    flags = {key: getattr(options, key) for key in ("data", "data_dir", "skip_bad")}
+    config = dict(data="", data_dir="data", skip_bad=False, seed=0) | saved.get("config", {})
+    config |= {key: value for key, value in flags.items() if value is not None}
+    if not config["data"]:
+        raise ValueError("say with --data what the samples imitate, for example --data shapes")
+    scores = _score(options, path, config, saved.get("info"))
     print(f"{scores['source']}: {scores['n']} images of {scores['data']}")
     for axis, (rate, n) in scores.get("rates", {}).items():
         print(f"  {axis:<24}{rate:7.3f} +- {(rate * (1 - rate) / n) ** 0.5:.3f}  of {n}")
@@ -400,50 +406,34 @@ def main(argv):
             file.write(json.dumps({"made_by": MADE_BY, **scores}, indent=1).encode())
 
 
-def _imitated(options, config):
-    """The run's config with the flags that say what is imitated. Raises ValueError."""
-    flags = {key: getattr(options, key) for key in ("data", "data_dir", "skip_bad")}
-    config = {"data": "", "data_dir": "data", "skip_bad": False, "seed": 0, **config}
-    config |= {key: value for key, value in flags.items() if value is not None}
+def _score(options, path, config, info):
+    """Score the samples of a file against the data that a config names; info: that of a run.
+    Returns the dict that --json writes."""
     name, drawn = config["data"], config["data"] in ("shapes", "scenes")
-    if not name:
-        raise ValueError("say with --data what the samples imitate, for example --data shapes")
     unread = "classifier_steps " * drawn + "device " * bool(drawn and options.images) + (
         "skip_bad " * (name[:7] != "folder:") + "data_dir" * (name not in data.OFFICIAL))
     cli.refuse(options, unread, f"is not read for --data {name}: leave it out")
-    return config, name, drawn
-
-
-def _score(options):
-    """Score what the command line names. Returns the dict that --json writes."""
-    path, device = options.ckpt or options.images, cli.resolve_device(options.device or "auto")
-    saved, asked, found = load_checkpoint(path) if options.ckpt else {}, {}, {}
-    if options.ckpt and "info" not in saved:
-        raise ValueError(f"{path} is no run of train.py: use sample.py --npz, then --images FILE")
-    config, name, drawn = _imitated(options, saved.get("config", {}))
+    device, asked, found = cli.resolve_device(options.device or "auto"), {}, {}
     if options.images:
         *samples, theirs = data.read_arrays(path, "npz")
         n, side, draw = len(samples[0]), samples[0].shape[-1], lambda n: samples
     else:
         asked = {"cfg_scale": options.cfg_scale, "steps": options.steps, "seed": options.seed or 0}
-        info, n = saved["info"], options.n or 480
-        side, theirs = info["image_size"], info["class_names"]
+        n, side, theirs = options.n or 480, info["image_size"], info["class_names"]
         draw = lambda n: sampled(path, n, config, device, **asked)
     real = None if drawn else data.load(name, side, data_dir=config["data_dir"],
                                         seed=config["seed"], skip_bad=config["skip_bad"])
     images, labels, captions = draw(1)          # what is wrong is said before all are sampled
     if drawn:
         rates(name, images, labels, captions)
-    else:
-        check_comparable((n, *images.shape[1:]), real)
     names = worlds.CLASS_NAMES if drawn else real.class_names
     other = labels is not None and ((theirs or names) != names or labels.max() >= len(names))
     if name != "scenes" and other:
         raise ValueError(f"{path}: its classes must be those of {name}, in the same order")
     if real:
-        steps = options.classifier_steps or 1000
-        model, accuracy, file = kept_classifier(real, steps=steps, device=device)
-        found = {"classifier": str(file), "classifier_accuracy": accuracy}
+        check_comparable((n, *images.shape[1:]), real)
+        model, rate, file = kept_classifier(real, "out", options.classifier_steps or 1000, device)
+        found = {"classifier": str(file), "classifier_accuracy": rate}
     images, labels, captions = draw(n)
     found |= score_pictures(model, images, real, labels) if real else {
         "rates": rates(name, images, labels, captions)}
