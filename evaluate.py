@@ -7,8 +7,9 @@ it is good, the picture is "legible". Read rates beside that: a smear's shape is
 Of 1,000 test renders it reads all right, and of shapes and scenes 100 and 99.9 % with noise of 0.1,
 100 and 91 % after a 3 x 3 box blur, 100 and 55 % (legible: 30 and 5 %) after 5 x 5, 36 and 12 %
 (none legible) after 9 x 9; and 49 % (8 %) of means of two shapes of one colour.
-For photographs, a small classifier learns the data set itself, and mean and covariance of its 128
-features over samples are compared with those over real pictures (Heusel et al. 2017).
+For photographs, a small classifier learns the data set itself. Mean and covariance of its 128
+features of samples and of real pictures are compared (Heusel et al. 2017). Precision is the share
+of samples that lie near real pictures, recall the reverse (Kynkäänniemi et al. 2019).
     python evaluate.py --ckpt out/dit/ckpt.pt --n 480 --cfg-scale 2         # samples, then scores
     python evaluate.py --images samples.npz --data shapes --json scores.json    # of sample.py --npz
 
@@ -273,16 +274,28 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + S1.trace() + S2.trace() - 2 * cross).item()
 
 
+def precision_recall(a, b):
+    """Share of features a (N, D) in balls of b (M, D), and the reverse, as {name: (share, number)}.
+    A ball ends at the third neighbour. Use N = M. Source: Kynkäänniemi et al. 2019 Eq. 1, 2."""
+    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}        # 0 between equal features
+    def inside(a, b):                                   # the first of the four nearest is itself
+        radius = torch.cdist(b, b, **exact).topk(min(4, len(b)), largest=False).values[:, -1]
+        return (torch.cdist(a, b, **exact) <= radius).any(1).double().mean().item(), len(a)
+    return {"precision": inside(a, b), "recall": inside(b, a)}
+
+
 def score_pictures(model, images, real, labels=None):
-    """Classifier-FID of uint8 images (N, C, H, W), and the rate of labels (N,) if given.
+    """Classifier-FID, precision, recall of uint8 images (N, C, H, W), rate of labels (N,) if given.
     real: a data.Dataset; N of its pictures make the floor, up to 10,000 others stand for it."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     floor, rest = order[:len(images)], order[len(images):][:10_000]     # enough for 128 x 128
     f, g, r = (features(model, x) for x in (images, real.images[floor], real.images[rest]))
     scores = {"fid": frechet_distance(f, r), "fid_floor": frechet_distance(g, r), "n_real": len(r)}
+    scores["rates"] = {name + whose: rate for whose, x in (("", f), (", real pictures", g))
+                       for name, rate in precision_recall(x[:len(r)], r[:len(x)]).items()}
     if labels is not None:
         right = model[-1](f).argmax(1).cpu() == labels.cpu()
-        scores["rates"] = {"class": (right.double().mean().item(), len(right))}
+        scores["rates"]["class"] = right.double().mean().item(), len(right)
     return scores
 
 

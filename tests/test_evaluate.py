@@ -330,6 +330,62 @@ def test_frechet_distance_general():
     assert evaluate.frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
 
 
+def brute_force(a, b, k=3):
+    """Precision by plain loops: vectors of a that are in the ball of some vector of b."""
+    def apart(u, v):
+        return sum((p - q) ** 2 for p, q in zip(u, v)) ** 0.5
+    radius = [sorted(apart(u, v) for j, v in enumerate(b) if j != i)[k - 1]
+              for i, u in enumerate(b)]
+    return sum(any(apart(u, v) <= r for v, r in zip(b, radius)) for u in a) / len(a)
+
+
+def test_precision_and_recall_equal_plain_loops():
+    generator = torch.Generator().manual_seed(0)
+    for n, m, d, shift in ((40, 40, 3, 1.0), (30, 45, 2, 2.0), (45, 20, 6, 0.4), (22, 19, 1, 2.5)):
+        a, b = (torch.randn(count, d, generator=generator) for count in (n, m))
+        a = a + shift
+        found = evaluate.precision_recall(a, b)
+        pairs = a.double().tolist(), b.double().tolist()
+        assert found == {"precision": (brute_force(*pairs), n),
+                         "recall": (brute_force(*pairs[::-1]), m)}
+        assert all(0 < share < 1 for share, _ in found.values())
+
+
+def test_precision_and_recall_by_hand():
+    """On a line: the third neighbours of b are 3, 2, 2, 3 and 99 away."""
+    b = torch.tensor([[0.0], [1], [2], [3], [100]])
+    a = torch.tensor([[-2.9], [6.5], [198.9], [-4], [199.1]])       # of -4 and 199.1 no ball
+    assert evaluate.precision_recall(a, b)["precision"] == (3 / 5, 5)
+    assert evaluate.precision_recall(b, a)["recall"] == (3 / 5, 5)
+    edge = torch.tensor([[-3.0], [-3.01]])                          # a ball has its edge
+    assert evaluate.precision_recall(edge, b[:4])["precision"] == (1 / 2, 2)
+    two = evaluate.precision_recall(torch.tensor([[0.5], [3]]), torch.tensor([[0.0], [1]]))
+    assert two == {"precision": (1 / 2, 2), "recall": (1, 2)}       # fewer than three neighbours
+    four = 10 * torch.randn(15, 128, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
+    assert evaluate.precision_recall(four[:30], four) == {          # each four times: balls of no
+        "precision": (1, 30), "recall": (1, 60)}                    # size, and each in its own
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_recall_falls_without_a_mode_and_precision_with_noise(seed):
+    """Two clouds of 200 pictures each, far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    def clouds(*centers, scale=1.0):
+        return torch.cat([scale * torch.randn(400 // len(centers), 8, generator=generator) + center
+                          for center in centers])
+    real = clouds(0.0, 50.0)
+    def rates(a):
+        return [rate for rate, _ in evaluate.precision_recall(a, real).values()]
+    (p, r), (p_one, r_one), (p_noisy, r_noisy) = (
+        rates(x) for x in (clouds(0.0, 50.0), clouds(0.0), clouds(0.0, 50.0, scale=3.0)))
+    assert min(p, r) > 0.8
+    assert p_one > 0.8 and 0.4 < r_one <= 0.5               # half of the real ones have no sample
+    assert p_noisy < 0.1                                    # samples are where no picture is
+    p_narrow, r_narrow = rates(clouds(0.0, 50.0, scale=0.2))
+    assert p_narrow > 0.95 and r_narrow < 0.1               # all good, and all alike
+    assert rates(real) == [1, 1]
+
+
 # ---------------------------------------------------------------- the classifier
 
 
@@ -369,6 +425,14 @@ def test_classifier_learns_and_its_distance_sees(stripes):
     assert wrong["rates"]["class"][0] == pytest.approx(1 - same["rates"]["class"][0])
     assert same["fid_floor"] == half["fid_floor"] and same["fid"] < 3 * same["fid_floor"]
     assert half["fid"] > 10 * same["fid_floor"]
+    names = [side + whose for whose in ("", ", real pictures") for side in ("precision", "recall")]
+    assert [*same["rates"]] == [*names, "class"]
+    assert all(same["rates"][name][0] > 0.8 and same["rates"][name][1] == 150 for name in names)
+    assert half["rates"]["precision"][0] > 0.8 and half["rates"]["recall"][0] < 0.6
+    assert [same["rates"][name] == half["rates"][name] for name in names] == [
+        False, False, True, True]
+    few = evaluate.score_pictures(model, images[:400], real)["rates"]   # 50 are left to compare
+    assert {number for _, number in few.values()} == {50}
     # the floor is other pictures than the reference: together they are the data set, once each
     order = torch.randperm(450, generator=torch.Generator().manual_seed(0))
     floor, rest = (evaluate.features(model, real.images[i]) for i in (order[:150], order[150:]))
@@ -537,7 +601,8 @@ def test_command_line_on_pictures(tmp_path, capsys, monkeypatch, stripes):
     first, text = json.load(open("s.json")), capsys.readouterr().out
     assert "classifier-FID" in text and "floor" in text and " FID" not in text
     assert first["n"] == 60 and first["fid"] < 5 * first["fid_floor"]
-    assert first["rates"]["class"][0] >= 0.9
+    assert first["rates"]["class"][0] >= 0.9 and first["rates"]["precision"][0] > 0.5
+    assert "  precision, real pictures  " in text and "  recall  " in text
     assert load_checkpoint(first["classifier"])["accuracy"] == first["classifier_accuracy"]
     evaluate.main(call)
     assert "training" not in capsys.readouterr().out and json.load(open("s.json")) == first
