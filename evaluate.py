@@ -58,7 +58,6 @@ def read_shapes(images):
     return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
-@torch.no_grad()
 def _read_chunk(images):
     """read_shapes for images (B, 3, H, W) on the 0..1 scale."""
     ground, step, away, coverage, area, near, count, dusty = _find_objects(images)
@@ -151,8 +150,7 @@ def _find_objects(images):
         label = grown
     pixels = solid.flatten(1) * (32 / W) ** 2               # none in label 0, the background
     area = torch.zeros(B, H * W + 1).scatter_add_(1, label.flatten(1).long(), pixels)  # (B, HW + 1)
-    large = area >= MIN_AREA
-    count, dusty = large.sum(1), (area * ~large).sum(1) >= MIN_AREA
+    count, dusty = (area >= MIN_AREA).sum(1), (area * (area < MIN_AREA)).sum(1) >= MIN_AREA
     area, piece = area.topk(2)                              # (B, 2)
     mask = (label.unsqueeze(1) == piece.view(B, 2, 1, 1)) & (area >= MIN_AREA).view(B, 2, 1, 1)
     near = F.max_pool2d(mask.float(), 5, stride=1, padding=2) * ~mask.flip(1)
@@ -188,8 +186,7 @@ def _explain(away, step, near, shape, cx, cy, r, _):
 
 def _maps(near, shape, *circle):
     """How much is seen of the body and of the part, for all parts that may be there, sharp or soft.
-    near (P, W, W); shape, cx, cy, r (P,) -> parts (H,), indices of SHAPES, -1 = none; (P, H, WW) of
-    the body, of the part."""
+    near (P, W, W); shape, cx, cy, r (P,) -> parts (H,), -1 = none; (P, H, WW) of body, of part."""
     (P, W, _), (cx, cy, r) = near.shape, torch.stack(circle).unsqueeze(2)       # (P, 1)
     body = worlds.shape_coverage(shape, *circle, W).unsqueeze(1)                # (P, 1, W, W)
     shares, shape = torch.linspace(*worlds.PART_RADIUS, 3), shape.unsqueeze(1)  # that are tried
@@ -211,10 +208,9 @@ def _smooth(x):
 
 
 def prompt_accuracy(images, captions):
-    """How often each axis of a caption is right, over the captions that mention the axis.
-    Returns {axis: (rate, number of captions)} for shape, color (of both objects, in the roles of
-    the relation), size, place, background, count, relation, all of them, legible, legible_all; then
-    "one object: shape" and others for groups of captions. Raises ValueError."""
+    """How often captions are right: {axis: (rate, number of captions that mention the axis)}, for
+    shape and color (of both objects, in their roles), size, place, background, count, relation, all
+    of these, legible, legible_all; then by groups, as "one object: shape". Raises ValueError."""
     if len(captions) != len(images):
         raise ValueError(f"{len(images)} images need as many captions, not {len(captions)}")
     asked = [worlds.parse_caption(caption) for caption in captions]
@@ -420,8 +416,7 @@ def main(argv):
 
 
 def _score(options, path, config, info):
-    """Score the samples of a file against the data that a config names; info: that of a run.
-    Returns the dict that --json writes."""
+    """What --json writes of the samples in `path`. config: what they imitate; info: of a run."""
     name, drawn = config["data"], config["data"] in ("shapes", "scenes")
     unread = "classifier_steps " * drawn + "device " * bool(drawn and options.images) + (
         "skip_bad " * (name[:7] != "folder:") + "data_dir" * (name not in data.OFFICIAL))
