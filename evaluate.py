@@ -360,6 +360,17 @@ def kept_classifier(real, folder="out", steps=1000, device="cpu"):
     return model.to(device), saved["accuracy"], path
 
 
+def save_sheet(path, images, real):
+    """A PNG of uint8 images (N, C, H, W), each beside the nearest picture of a data.Dataset, also
+    mirrored if its flip says so, with the root mean square of their difference, 0 to 255."""
+    views = torch.stack([images, images.flip(-1)][:1 + real.flip]).flatten(2).float()   # (V, N, D)
+    away, nearest = torch.cat([torch.cdist(views, x.flatten(1).float()).amin(0)         # (N, M)
+                               for x in real.images.split(256)], 1).min(1)
+    words = [text for d in away / views.shape[2] ** 0.5 for text in ("sample", f"{d:.0f} away")]
+    pairs = torch.stack([images, real.images[nearest]], 1).flatten(0, 1)        # (2N, C, H, W)
+    data.save_grid(pairs, path, captions=words, made_by=MADE_BY)
+
+
 @dataclasses.dataclass
 class Options:
     """what is scored, and against what"""
@@ -375,6 +386,7 @@ class Options:
     device: str = cli.flag(None, "where to compute", "", ["auto", "cpu", "cuda", "mps"])
     classifier_steps: int = cli.flag(None, "its training steps; default: 1000", "[1, inf)")
     json: str = cli.flag(None, "also write the numbers to this file (default: not)")
+    sheet: str = cli.flag(None, "a PNG of 24 samples, each beside the nearest training picture")
 
 
 def sampled(path, n, config=None, device="cpu", **options):
@@ -393,14 +405,15 @@ def main(argv):
     options, = cli.parse(argv, __doc__, Options)
     if not (path := options.ckpt or options.images):
         raise ValueError("give --ckpt FILE, to sample from, or --images FILE, an npz")
-    if options.json:
-        data.check_target(options.json, MADE_BY.encode())
+    for file, mark in (options.json, f'"{MADE_BY}"'), (options.sheet, f"Software\0{MADE_BY}"):
+        if file:
+            data.check_target(file, mark.encode())
     saved = load_checkpoint(path) if options.ckpt else {}
     if options.ckpt and "info" not in saved:
         raise ValueError(f"{path} is no run of train.py: use sample.py --npz, then --images FILE")
     flags = {key: getattr(options, key) for key in ("data", "data_dir", "skip_bad")}
-    config = dict(data="", data_dir="data", skip_bad=False, seed=0) | saved.get("config", {})
-    config |= {key: value for key, value in flags.items() if value is not None}
+    config = dict(data="", data_dir="data", skip_bad=False, hold_out=False, seed=0)
+    config |= saved.get("config", {}) | {k: v for k, v in flags.items() if v is not None}
     if not config["data"]:
         raise ValueError("say with --data what the samples imitate, for example --data shapes")
     scores = _score(options, path, config, saved.get("info"))
@@ -429,8 +442,9 @@ def _score(options, path, config, info):
         asked = {"cfg_scale": options.cfg_scale, "steps": options.steps, "seed": options.seed or 0}
         n, side, theirs = options.n or 480, info["image_size"], info["class_names"]
         draw = lambda n: sampled(path, n, config, device, **asked)
-    real = None if drawn else data.load(name, side, data_dir=config["data_dir"],
-                                        seed=config["seed"], skip_bad=config["skip_bad"])
+    real = None if drawn and not options.sheet else data.load(
+        name, side, data_dir=config["data_dir"], seed=config["seed"],
+        hold_out=drawn and config["hold_out"], skip_bad=config["skip_bad"])
     images, labels, captions = draw(1)          # what is wrong is said before all are sampled
     if drawn:
         rates(name, images, labels, captions)
@@ -438,13 +452,15 @@ def _score(options, path, config, info):
     other = labels is not None and ((theirs or names) != names or labels.max() >= len(names))
     if name != "scenes" and other:
         raise ValueError(f"{path}: its classes must be those of {name}, in the same order")
-    if real:
+    if not drawn:
         check_comparable((n, *images.shape[1:]), real)
         model, rate, file = kept_classifier(real, "out", options.classifier_steps or 1000, device)
         found = {"classifier": str(file), "classifier_accuracy": rate}
     images, labels, captions = draw(n)
-    found |= score_pictures(model, images, real, labels) if real else {
-        "rates": rates(name, images, labels, captions)}
+    found |= {"rates": rates(name, images, labels, captions)} if drawn else (
+        score_pictures(model, images, real, labels))
+    if options.sheet:
+        save_sheet(options.sheet, images[:24], real)
     return {"source": path, "data": name, "n": len(images), **asked, **found}
 
 

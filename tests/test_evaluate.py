@@ -19,7 +19,7 @@ import evaluate
 import sample
 import worlds
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import ROOT
+from conftest import ROOT, fewer_drawn
 from text import WordTokenizer
 
 DRAW = inspect.signature(evaluate.sampled)
@@ -505,6 +505,43 @@ def test_a_classifier_is_kept_and_found_again(stripes, tmp_path, capsys):
     assert "training" not in capsys.readouterr().out.split("1 steps")[-1]
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sheet_shows_the_nearest_training_picture(tmp_path, monkeypatch, flip, channels):
+    """Of 300 pictures of noise: pictures 0, 7, ... with a little noise, also mirrored ones."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(40, 200, (300, channels, 8, 8), generator=generator).byte()
+    real = data.Dataset("noise", images, torch.zeros(300).long(), None, [], flip)
+    asked = images[::7][:20]
+    seen = torch.cat([asked[:10], asked[10:].flip(-1) if flip else asked[10:]])
+    samples = seen + 8 * torch.randint(2, seen.shape, generator=generator).byte()
+    away = (samples.double() - seen.double()).square().mean((1, 2, 3)).sqrt()
+    said, strips = [], data._strips
+    monkeypatch.setattr(data, "_strips", lambda words, width: said.extend(words) or strips(
+        words, width))
+    evaluate.save_sheet(tmp_path / "s.png", samples, real)
+    assert said == [word for d in away for word in ("sample", f"{d:.0f} away")]
+    sheet, height = np.array(Image.open(tmp_path / "s.png")), 64 + 15 + 2
+    assert sheet.shape == (5 * height + 2, 8 * 66 + 2, 3)
+    for place, picture in enumerate(torch.stack([samples, asked], 1).flatten(0, 1)):
+        top, left = 2 + place // 8 * height, 2 + place % 8 * 66
+        tile = sheet[top:top + 64:8, left:left + 64:8]
+        assert np.array_equal(tile, picture.expand(3, -1, -1).permute(1, 2, 0)), place
+    evaluate.save_sheet(tmp_path / "s.png", images[-3:], real)
+    assert said[-6:] == ["sample", "0 away"] * 3                # copies
+
+
+def test_mirrored_training_pictures_only_where_training_mirrors(tmp_path, monkeypatch):
+    images, said = torch.zeros(2, 1, 4, 4).byte(), []
+    images[0, :, :, 0] = 255
+    monkeypatch.setattr(data, "save_grid", lambda pairs, path, captions, made_by: said.append(
+        captions[1]))
+    for flip in (False, True):
+        sides = data.Dataset("sides", images, torch.zeros(2).long(), None, [], flip)
+        evaluate.save_sheet("", images[:1].flip(-1), sides)
+    assert said == ["128 away", "0 away"]       # of 255 in a quarter of the pixels; the same
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -568,8 +605,12 @@ def test_command_line_on_drawn_worlds(tmp_path, capsys, monkeypatch):
     evaluate.main(["--images", file, "--data", "scenes"])
     assert "two objects: relation" in capsys.readouterr().out
     file = save(tmp_path / "c.npz", scene.images)
-    evaluate.main(["--images", file, "--data", "scenes", "--json", out])
+    fewer_drawn(monkeypatch, 200)
+    evaluate.main(["--images", file, "--data", "scenes", "--json", out, "--sheet",
+                   str(tmp_path / "s.png")])
     assert json.load(open(out))["rates"] == {"legible": [1.0, 60]}      # nothing was asked for
+    assert Image.open(tmp_path / "s.png").size[0] == 8 * 66 + 2
+    monkeypatch.undo()
 
     ckpt = run_of(tmp_path / "ckpt.pt", drawn.images, data="shapes")
     sampled(monkeypatch, drawn.images, drawn.labels, path=ckpt, cfg_scale=2.0, steps=None,
@@ -614,7 +655,12 @@ def test_command_line_on_pictures(tmp_path, capsys, monkeypatch, stripes):
     assert name in many and "290" in many
     assert "nothing" in refuse(capsys, "--ckpt", ckpt, "--n", "60", "--data", "folder:nothing")
     sampled(monkeypatch, fake, stripes.labels[300:360])
-    evaluate.main(["--ckpt", ckpt, "--n", "60", *call[4:]])
+    shown = []
+    monkeypatch.setattr(evaluate, "save_sheet", lambda *given: shown.append(given))
+    evaluate.main(["--ckpt", ckpt, "--n", "60", *call[4:], "--sheet", "new/s.png"])
+    (path, pictures, training), = shown
+    assert path == "new/s.png" and torch.equal(pictures, fake[:24])
+    assert torch.equal(training.images, data.load(name, 16).images)     # all of them
     second = json.load(open("s.json"))
     assert {key: second[key] for key in ("fid", "rates", "classifier")} == {
         key: first[key] for key in ("fid", "rates", "classifier")}
@@ -635,7 +681,7 @@ def test_skip_bad_and_data_dir_are_handed_on(tmp_path, capsys, monkeypatch, stri
 
     asked = []
 
-    def load(name, image_size, data_dir, skip_bad, seed):
+    def load(name, image_size, data_dir, skip_bad, seed, hold_out):
         asked.append((name, image_size, data_dir, skip_bad))
         return dataclasses.replace(stripes, images=stripes.images.expand(-1, 3, -1, -1))
     monkeypatch.setattr(data, "load", load)
@@ -654,7 +700,8 @@ def test_outputs_are_checked_before_anything_is_sampled(tmp_path, capsys, monkey
     (tmp_path / "folder.json").mkdir()
     monkeypatch.setattr(evaluate, "sampled", lambda *args, **options: pytest.fail("sampled"))
     for bad in ("ckpt.pt/x.json", "folder.json", "ckpt.pt", "x" * 300 + ".json"):
-        assert bad[:100] in refuse(capsys, "--ckpt", ckpt, "--json", str(tmp_path / bad))
+        for flag in ("--json", "--sheet"):
+            assert bad[:100] in refuse(capsys, "--ckpt", ckpt, flag, str(tmp_path / bad))
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "folder.json"}
 
@@ -733,6 +780,37 @@ def test_scores_replace_only_scores(tmp_path, capsys):
         assert "not made by this command" in refuse(capsys, *call, str(tmp_path / name))
         assert (tmp_path / "mine.json").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "mine.json", "new"]
+
+
+def test_a_sheet_replaces_only_a_sheet(tmp_path, capsys, monkeypatch):
+    fewer_drawn(monkeypatch, 100)
+    file = save(tmp_path / "a.npz", data.load("shapes", 32, "test", count=4).images)
+    call = ["--images", file, "--data", "shapes"]
+    scores, sheet, grid = (str(tmp_path / name) for name in ("s.json", "s.png", "grid.png"))
+    data.save_grid(torch.zeros(1, 3, 8, 8), grid, made_by=sample.MADE_BY)
+    for _ in range(2):
+        evaluate.main([*call, "--json", scores, "--sheet", sheet])
+    for flags in (["--json", sheet], ["--sheet", scores], ["--sheet", file], ["--sheet", grid]):
+        before = (tmp_path / flags[1]).read_bytes()
+        assert "not made by this command" in refuse(capsys, *call, *flags)
+        assert (tmp_path / flags[1]).read_bytes() == before
+    monkeypatch.setattr(evaluate, "save_sheet", lambda *given: pytest.fail("not asked for"))
+    evaluate.main(call)
+
+
+@pytest.mark.parametrize("hold_out", [False, True])
+def test_a_sheet_is_of_what_the_run_was_trained_on(tmp_path, monkeypatch, hold_out):
+    """Drawn worlds: with the seed of the run, and without the pairs that it never saw."""
+    drawn, shown = data.load("shapes", 32, "test", count=4), []
+    fewer_drawn(monkeypatch, 300)
+    ckpt = run_of(tmp_path / "ckpt.pt", drawn.images, data="shapes", seed=5, hold_out=hold_out)
+    sampled(monkeypatch, drawn.images, drawn.labels)
+    monkeypatch.setattr(evaluate, "save_sheet", lambda path, images, real: shown.append(real))
+    evaluate.main(["--ckpt", ckpt, "--n", "4", "--sheet", str(tmp_path / "s.png")])
+    expected = data.load("shapes", 32, seed=5, hold_out=hold_out)
+    assert torch.equal(shown[0].images, expected.images)
+    monkeypatch.setattr(data, "load", lambda *given, **how: pytest.fail("drawn for nobody"))
+    evaluate.main(["--ckpt", ckpt, "--n", "4"])
 
 
 def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, capsys, monkeypatch):
