@@ -469,6 +469,41 @@ def test_mirrored_copies_only_where_the_data_set_allows_them():
 
 
 
+def test_without_classes_the_classifier_tells_quarter_turns(tmp_path, monkeypatch, capsys):
+    """Picture i is turned by i % 4 quarters; and no copy is mirrored, as a mirrored quarter turn is
+    three quarters of the mirrored picture."""
+    images = torch.arange(7 * 9).view(7, 1, 3, 3).byte()
+    seen, saved = [], evaluate.make_classifier(1, 4)
+    monkeypatch.setattr(evaluate, "train_classifier", lambda real, *given: (
+        seen.append(real), (saved, 0.5))[1])
+    for names in ([], ["one"]):
+        bare = data.Dataset("folder:bare", images, torch.zeros(7).long(), ["some words"] * 7, names,
+                            True)
+        model, accuracy, path = evaluate.kept_classifier(bare, tmp_path, steps=1)
+    assert len(seen) == 1 and not seen[0].flip and len(seen[0].class_names) == 4
+    for picture, turn in zip(seen[0].images, seen[0].labels.tolist(), strict=True):
+        i = picture.min().item() // 9
+        assert turn == i % 4 and np.array_equal(picture[0], np.rot90(images[i, 0], turn))
+    assert sorted((seen[0].images.flatten(1).amin(1) // 9).tolist()) == list(range(7))
+    assert accuracy == 0.5 and "-turned-" in path.name and model[-1].out_features == 4
+    said = capsys.readouterr().out
+    assert said.count("folder:bare has no classes: the classifier tells quarter turns") == 2
+
+
+def test_distances_without_classes_see_what_is_upside_down(stripes, tmp_path):
+    """Pictures that are brighter at the top: other means, the same turns, far in features."""
+    shade = torch.linspace(40, -40, 16).view(1, 1, 16, 1)
+    images = (stripes.images[:400, :, ::2, ::2].float() / 2 + 60 + shade[:, :, ::2]).byte()
+    bare = data.Dataset("bare", images, torch.zeros(400).long(), None, [], False)
+    model, accuracy, _ = evaluate.kept_classifier(bare, tmp_path, steps=30)
+    assert accuracy >= 0.9
+    real, some = rows(bare, slice(100, None)), torch.zeros(100, dtype=torch.int64)
+    same, upside = (evaluate.score_pictures(model, x[:100], real, some)
+                    for x in (images, images.flip(2)))
+    assert same["fid"] < 3 * same["fid_floor"] and upside["fid"] > 10 * same["fid_floor"]
+    assert same["rates"]["precision"][0] > 0.7 > 0.3 > upside["rates"]["precision"][0]
+    assert "class" not in same["rates"]         # 0 is no class, so it has no rate
+
 
 def test_only_like_is_compared_with_like(stripes):
     shape = stripes.images.shape[1:]
@@ -664,6 +699,40 @@ def test_command_line_on_pictures(tmp_path, capsys, monkeypatch, stripes):
     second = json.load(open("s.json"))
     assert {key: second[key] for key in ("fid", "rates", "classifier")} == {
         key: first[key] for key in ("fid", "rates", "classifier")}
+
+
+def captioned(path, images):
+    """Pictures with captions and no classes -> their --data name."""
+    path.mkdir()
+    for i, image in enumerate(images[:, 0]):
+        Image.fromarray(image.numpy()).convert("RGB").save(path / f"{i}.png")
+        (path / f"{i}.txt").write_text(f"stripes {i}")
+    return f"folder:{path}"
+
+
+def test_captioned_photographs_are_scored(tmp_path, capsys, monkeypatch, stripes):
+    """Distances, precision, recall and the sheet, of a run and of an npz; features are named."""
+    monkeypatch.chdir(tmp_path)
+    name, fake = captioned(tmp_path / "real", stripes.images[:60]), stripes.images[300:310]
+    fake = fake.expand(-1, 3, -1, -1)
+    sampled(monkeypatch, fake, None, [f"stripes {i}" for i in range(10)])
+    info = {"name": name, "channels": 3, "image_size": 16, "class_names": []}
+    save_checkpoint("ckpt.pt", {"format": 2, "config": {"data": name}, "info": info})
+    short = ["--classifier-steps", "1", "--device", "cpu", "--json", "s.json"]
+    evaluate.main(["--ckpt", "ckpt.pt", "--n", "10", *short, "--sheet", "s.png"])
+    scores, said = json.load(open("s.json")), capsys.readouterr().out
+    assert "has no classes: the classifier tells quarter turns" in said
+    assert "classifier-FID" in said and "-turned-" in scores["classifier"]
+    assert scores["rates"].keys() == {side + whose for side in ("precision", "recall")
+                                      for whose in ("", ", real pictures")}
+    assert Image.open("s.png").width == 8 * 66 + 2
+    file = save("s.npz", fake, captions=np.array(["a word", *["stripes"] * 9]))     # any captions
+    evaluate.main(["--images", file, "--data", name, *short])
+    assert "training" not in capsys.readouterr().out
+    found = json.load(open("s.json"))
+    assert found["fid"] == scores["fid"] and found["rates"] == scores["rates"]
+    labelled = save("l.npz", fake, labels=np.zeros(10, int))
+    assert "classes" in refuse(capsys, "--images", labelled, "--data", name, *short)
 
 
 def test_skip_bad_and_data_dir_are_handed_on(tmp_path, capsys, monkeypatch, stripes):
