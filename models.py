@@ -359,9 +359,8 @@ def official_task(path, vae, dtype, bpe, image_size):
     info = {"name": "", "class_names": [], "channels": 3, "image_size": image_size,
             "examples": ["an astronaut riding a horse"]}
     if name == "unet":
-        process = {"schedule": "scaled_linear", **said["process"]}
-        settings = settings_class("unet")(schedule=process["schedule"], cfg_scale=7.5)
-        process = GaussianDiffusion(**process)
+        settings = settings_class("unet")(schedule="scaled_linear", cfg_scale=7.5)
+        process = GaussianDiffusion(**{"schedule": "scaled_linear", **said["process"]})
         tokenizer = CLIPTokenizer(bpe)
         if tokenizer.vocab_size != models["text"].vocab_size:
             raise ValueError(f"{bpe} makes {tokenizer.vocab_size:,} tokens, the text encoder of "
