@@ -7,7 +7,7 @@ anew for every token; one that keeps keys and values computes one token. Time: t
 same width, depth and number of parameters with random weights, N = 64, 256, 1,024 tokens, 1 and 32
 pictures at once, no guidance, CPU seconds of one thread; the rival's calls are timed at eight
 lengths of the prefix, evenly spaced, of which N times the mean is the whole. Quality: both learn
-the 16x16 tokens of studies.vq_base, the same number of steps and pictures (the rival learns from
+the 8x8 tokens of studies.vq_base, the same number of steps and pictures (the rival learns from
 all tokens of a picture at once); compared only where both have at least 90 % of 600 test captions
 right. Time takes 15 CPU-minutes, quality an hour a seed, beside the runs of studies.vq_base.
 
