@@ -349,7 +349,9 @@ def kept_classifier(real, folder="out", steps=1000, device="cpu"):
         images = torch.cat([real.images[k::4].rot90(k, (2, 3)) for k in range(4)])
         turns = torch.arange(len(real)).remainder(4).sort().values              # (N,)
         real = data.Dataset(f"{real.name} turned", images, turns, None, [*"0123"], flip=False)
-    trained_on = str((real.name, real.class_names, real.labels.tolist(), real.images.shape, steps))
+    x = real.images.contiguous()
+    trained_on = str((real.name, real.class_names, real.labels.tolist(), x.shape, steps,
+                      zlib.crc32(x.numpy())))
     words = re.sub(r"\W", "-", real.name)[-40:]             # letters of any alphabet stay
     path = pathlib.Path(folder) / f"classifier-{words}-{zlib.crc32(trained_on.encode()):08x}.pt"
     if not path.exists():
@@ -408,7 +410,10 @@ def main(argv):
     options, = cli.parse(argv, __doc__, Options)
     if not (path := options.ckpt or options.images):
         raise ValueError("give --ckpt FILE, to sample from, or --images FILE, an npz")
-    for file, mark in (options.json, f'"{MADE_BY}"'), (options.sheet, f"Software\0{MADE_BY}"):
+    for file, end, mark in ((options.json, ".json", f'"{MADE_BY}"'),
+                            (options.sheet, ".png", f"Software\0{MADE_BY}")):
+        if file and not file.endswith(end):
+            raise ValueError(f"{file}: give a name that ends in {end}")
         if file:
             data.check_target(file, mark.encode())
     saved = load_checkpoint(path) if options.ckpt else {}

@@ -528,10 +528,11 @@ def test_a_classifier_is_kept_and_found_again(stripes, tmp_path, capsys):
               for name in (long, "folder:a/b", "folder:a-b")]
     others.append(rows(stripes, slice(0, 500)))               # a folder that has changed
     others += [dataclasses.replace(stripes, class_names=["standing", "lying"]),     # as has another
-               dataclasses.replace(stripes, labels=1 - stripes.labels)]
+               dataclasses.replace(stripes, labels=1 - stripes.labels),
+               dataclasses.replace(stripes, images=255 - stripes.images)]       # other pictures
     files = [evaluate.kept_classifier(other, tmp_path, steps=1)[2] for other in others]
     files.append(evaluate.kept_classifier(stripes, tmp_path, steps=1)[2])
-    assert len({path, *files}) == 8 and all(len(file.name.encode()) < 200 for file in files)
+    assert len({path, *files}) == 9 and all(len(file.name.encode()) < 200 for file in files)
     assert "글자" in files[0].name
     broken = tmp_path / "a file"
     broken.write_text("x")
@@ -844,9 +845,10 @@ def test_scores_replace_only_scores(tmp_path, capsys):
         evaluate.main([*call, str(tmp_path / "new" / "a.json")])
     assert json.load(open(tmp_path / "new" / "a.json"))["n"] == 4
     (tmp_path / "mine.json").write_text('{"n": 4}')
-    for name in ("mine.json", "a.npz", "new"):
+    for name, said in (("mine.json", "not made by this command"), ("a.npz", "ends in .json"),
+                       ("new", "ends in .json")):
         before = (tmp_path / "mine.json").read_bytes()
-        assert "not made by this command" in refuse(capsys, *call, str(tmp_path / name))
+        assert said in refuse(capsys, *call, str(tmp_path / name))
         assert (tmp_path / "mine.json").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "mine.json", "new"]
 
@@ -859,9 +861,11 @@ def test_a_sheet_replaces_only_a_sheet(tmp_path, capsys, monkeypatch):
     data.save_grid(torch.zeros(1, 3, 8, 8), grid, made_by=sample.MADE_BY)
     for _ in range(2):
         evaluate.main([*call, "--json", scores, "--sheet", sheet])
-    for flags in (["--json", sheet], ["--sheet", scores], ["--sheet", file], ["--sheet", grid]):
+    for flags, said in ((["--json", sheet], "ends in .json"), (["--sheet", scores], "ends in .png"),
+                        (["--sheet", file], "ends in .png"),
+                        (["--sheet", grid], "not made by this command")):
         before = (tmp_path / flags[1]).read_bytes()
-        assert "not made by this command" in refuse(capsys, *call, *flags)
+        assert said in refuse(capsys, *call, *flags)
         assert (tmp_path / flags[1]).read_bytes() == before
     monkeypatch.setattr(evaluate, "save_sheet", lambda *given: pytest.fail("not asked for"))
     evaluate.main(call)
