@@ -62,7 +62,7 @@ def measure(model, options):
         start = clock(device)
         step(s)
         seconds.append(clock(device) - start)
-    median, peak = sorted(seconds)[len(seconds) // 2], memory(device)
+    median, peak = max(sorted(seconds)[len(seconds) // 2], 1e-9), memory(device)    # a coarse clock
     rate = counter.get_total_flops() / median / 1e12
     return {"batch": config.batch_size, "step ms": 1000 * median,
             "pictures/s": config.batch_size / median, "TFLOP/s": rate,
