@@ -1,10 +1,10 @@
 """Text to image on tokens: what the shipped model draws, and what its tokens can show
 
 Question: does VQ-Diffusion draw what a caption names, also where it names two objects? And do its
-tokens show it: are real pictures still read right after the VQ-VAE? Here: 1,024 codes for
-cells of 4x4 pixels, 4,000 steps of 32, then vq-tiny on the 8x8 tokens, 6,000 steps of 32 and then
-on to 14,000, with six shape-colour pairs kept out of training; guidance 3, 25 calls, judged by the
-exact reader: 300 test captions of one object and 300 of two. The model of seed 0 is written to
+tokens show it: are real pictures still read right after the VQ-VAE? Here: a VQ-VAE of 1,024 codes
+for cells of 4x4 pixels, 4,000 steps of 32, then vq-tiny on the 8x8 tokens, 6,000 steps of 32 and
+then on to 14,000, with six shape-colour pairs kept out of training; guidance 3, 25 calls, judged by
+the exact reader: 300 test captions of one object and 300 of two. The model of seed 0 is written to
 assets/vq-scenes.pt. An hour and a quarter of CPU a seed.
 
     python -m studies.vq_base --seeds 1     # the shipped model

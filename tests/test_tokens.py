@@ -112,7 +112,7 @@ def test_wrong_input_gets_one_line(texts, tokeniser, scenes, tmp_path, capsys):
 
 
 def test_the_shipped_model_draws_what_one_asks():
-    # It was trained when captions left nothing out, and objects had no parts.
+    # Captions that say all: one object each, in the world that the model was trained on.
     world, plan = data.load("scenes", split="test"), plan_world("scenes", "test")
     said = [(c, parse_caption(c)) for c in world.captions]
     captions = [c for c, facts in said if {*facts["objects"][0]} >= {"color", "size", "place"}
@@ -120,7 +120,7 @@ def test_the_shipped_model_draws_what_one_asks():
     task, model = sample.load(str(ROOT / "assets" / "vq-scenes.pt"))
     _, pictures, _ = sample.sample_all(task, model, task.tokenizer(captions), steps=10)
     right = prompt_accuracy(pictures, captions)
-    assert right["color"][0] >= 0.95 and right["shape"][0] >= 0.7       # 95 % of 300 with 25 steps
+    assert right["color"][0] >= 0.9 and right["shape"][0] >= 0.75       # 94 % of shapes, 25 steps
     rows = (plan["part"] < 0).all(1).nonzero()[:80, 0]
     again = task.to_pictures(task.encode(data.to_float(world.images[rows])))
     assert prompt_accuracy(again, [world.captions[i] for i in rows])["all"][0] >= 0.95
