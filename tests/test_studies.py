@@ -340,6 +340,13 @@ def test_readmes_claims_have_the_verdicts_of_the_studies():
         if verdict := re.search(rf"- alignment: .*?[Cc]laim \({number}\):? \**([\w ]+)", written):
             found.setdefault(claim, verdict[1])
     assert len(said) >= 8 and {claim: found.get(claim) for claim, _ in said} == dict(said)
+    assert ("U-DiT beats DiT by its held-out loss at equal MACs and steps; at equal CPU time it "
+            "does on the drawn world, and not on photographs.") in readme
+    rule = re.compile(r"\*\*(\w+: equal .+?)\*\*\n(?:.*\n)*?"
+                      r"\| U-DiT beats DiT .*\| \**([a-z ]+)")
+    assert dict(rule.findall(written)) == {
+        "shapes: equal steps": "comes out", "shapes: equal CPU time": "comes out",
+        "cifar10: equal steps": "comes out", "cifar10: equal CPU time": "does not"}
 
 
 def test_the_report_follows_the_rows_and_leaves_out_what_has_none(tmp_path, monkeypatch):
