@@ -1096,3 +1096,26 @@ def test_tokens_are_measured_with_a_first_stage_that_could_still_learn(monkeypat
     monkeypatch.setattr(vq_base, "load_first_stage", lambda path: types.SimpleNamespace(
         encode=lambda x: x, decode=lambda x: x))
     assert vq_base.through_tokens(8)["all"] == 1 and seen == [True]
+
+
+def test_a_run_of_tokens_goes_on_after_its_first_part_and_is_not_trained_twice(
+        tmp_path, monkeypatch):
+    """A file stands in for each checkpoint, with the number of its last step."""
+    from studies import scenes_base, vq_base
+    called = []
+
+    def train_main(flags):
+        value = lambda name: flags[flags.index(name) + 1]
+        called.append((int(value("--steps")), "--resume" in flags))
+        out = pathlib.Path(value("--out"))
+        out.mkdir(exist_ok=True)
+        (out / "ckpt.pt").write_text(value("--steps"))
+    monkeypatch.setattr(scenes_base, "train_main", train_main)
+    monkeypatch.setattr(scenes_base, "load_checkpoint", lambda path: {
+        "step": int(pathlib.Path(path).read_text())})
+    monkeypatch.setattr(vq_base, "first_stage", lambda: "stage.pt")
+    monkeypatch.setattr(vq_base, "OUT", tmp_path)
+    monkeypatch.setattr(vq_base.sample, "load", lambda path: path)
+    first, last = vq_base.STEPS
+    assert vq_base.base(3) == vq_base.base(3) == str(tmp_path / "seed-3" / "ckpt.pt")
+    assert called == [(first, False), (last, True)]
