@@ -31,13 +31,14 @@ from models import make_task, resolve_first_stage
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def setup(model, out, **flags):
-    """(config, dataset, task) as `python train.py --model MODEL ...` has them, on the CPU.
+def setup(model, out, on=("--device", "cpu"), **flags):
+    """(config, dataset, task) as `python train.py --model MODEL ...` has them.
 
-    flags: those of train.py, {name: value}. A first stage that is to be new is trained once, with
-    seed 0, in OUT/first_stage, and then used by all runs, as --first-stage FILE does.
+    flags: those of train.py, {name: value}; on: those that say where, as words. A first stage that
+    is to be new is trained once, with seed 0, in OUT/first_stage, and then used by all runs, as
+    --first-stage FILE does.
     """
-    argv = ["--model", model, "--device", "cpu", "--out", f"{out}/unused"]
+    argv = ["--model", model, *on, "--out", f"{out}/unused"]
     for name, value in flags.items():
         word = ("no-" if value is False else "") + name.replace("_", "-")
         argv += [f"--{word}"] + ([] if isinstance(value, bool) else [str(value)])

@@ -34,12 +34,12 @@ TABLE = Table("scenes_base", ["what", "guidance", "measure"])
 SILENT = ("color", "size", "place", "background", "part", "part_color")
 
 
-def trained(flags, out):
+def trained(flags, out, on=("--device", "cpu")):
     """A run of train.py, or what is left of it, to its last step or further -> its checkpoint."""
     path, last = out / "ckpt.pt", int(flags[flags.index("--steps") + 1])
     if not (path.is_file() and load_checkpoint(path)["step"] >= last):
-        train_main([*flags, "--data", "scenes", "--hold-out", "--device", "cpu", "--sample-every",
-                    "1500", "--out", str(out), *(["--resume"] if path.is_file() else [])])
+        train_main([*flags, "--data", "scenes", "--hold-out", *on, "--sample-every", "1500",
+                    "--out", str(out), *(["--resume"] if path.is_file() else [])])
     return str(path)
 
 

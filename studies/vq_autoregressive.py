@@ -25,7 +25,7 @@ from cli import one_line
 from diffusion import check_options
 from models import FAMILIES, TOKENS, Family, denoising_task
 from studies.common import Table, interval, markdown, parser, run, setup, shown, train_and_watch
-from studies.vq_base import AXES, BATCH, OUT, STEPS, accuracy, base, captions_of, first_stage
+from studies.vq_base import AXES, BATCH, ON, OUT, STEPS, accuracy, base, captions_of, first_stage
 from vqdiffusion import VQ_CONFIGS, GELU2, Attention, VQTransformer, race, rand
 
 LENGTHS, AT_ONCE, CALLS, POINTS, WORDS = (64, 256, 1024), (1, 32), (100, 25, 10), 8, 16
@@ -150,7 +150,7 @@ def autoregressive(seed, steps=STEPS[-1], **flags):
     """(task, averaged model) of the rival, as a family of its own in train.py's table."""
     FAMILIES["causal"] = Family(TOKENS, build, {"causal-tiny": {}}, "vq-vae", True, 1, "needed")
     flags = {"first_stage": first_stage(), **flags} if "first_stage" not in flags else flags
-    config, dataset, task = setup("causal-tiny", OUT, data="scenes", hold_out=True, steps=steps,
+    config, dataset, task = setup("causal-tiny", OUT, ON, data="scenes", hold_out=True, steps=steps,
                                   batch_size=BATCH, ema=0.998, seed=seed, cfg_scale=3.0, **flags)
     return task, train_and_watch(config, dataset, task, steps, lambda ema: {})[1]
 

@@ -5,7 +5,8 @@ tokens show it: are real pictures still read right after the VQ-VAE? Here: a VQ-
 for cells of 4x4 pixels, 4,000 steps of 32, then vq-tiny on the 8x8 tokens, 6,000 steps of 32 and
 then on to 14,000, with six shape-colour pairs kept out of training; guidance 3, 25 calls, judged by
 the exact reader: 300 test captions of one object and 300 of two. The model of seed 0 is written to
-assets/vq-scenes.pt. An hour and a quarter of CPU a seed.
+assets/vq-scenes.pt. An hour and a quarter of CPU a seed; this study and the others of tokens use a
+GPU if there is one (column `device`).
 
     python -m studies.vq_base --seeds 1     # the shipped model
     python -m studies.vq_base               # three seeds, which studies.vq_autoregressive reads
@@ -17,14 +18,15 @@ import torch
 import data
 import sample
 import worlds
-from cli import one_line
+from cli import one_line, resolve_device
 from evaluate import prompt_accuracy
 from pretrained import load_first_stage
 from studies.common import Table, markdown, parser, run, shown
 from studies.scenes_base import trained
 
 OUT, ASSET = pathlib.Path("out/studies/scenes-vq"), "assets/vq-scenes.pt"
-STEPS, BATCH = (6000, 14000), 32
+STEPS, BATCH, DEVICE = (6000, 14000), 32, resolve_device("auto")
+ON = ("--device", DEVICE, "--precision", "float32", "--compile", "off")     # the same arithmetic
 FIRST = ["--model", "vq-vae", "--codes", "1024", "--steps", "4000"]
 BASE = ["--model", "vq-tiny", "--batch-size", str(BATCH), "--ema", "0.998"]
 TRUNCATIONS = (1.0, 0.86)
@@ -34,7 +36,7 @@ AXES = ("shape", "color", "relation", "all", "legible")
 
 def first_stage():
     """The VQ-VAE that all models of the VQ studies share, trained once -> its checkpoint."""
-    return trained(FIRST, OUT / "first_stage")
+    return trained(FIRST, OUT / "first_stage", ON)
 
 
 def base(seed):
@@ -42,8 +44,8 @@ def base(seed):
     of STEPS[0] steps goes on to STEPS[1]: its learning rate rises once more, and falls again."""
     flags = [*BASE, "--first-stage", first_stage(), "--seed", str(seed)]
     for last in STEPS:
-        path = trained([*flags, "--steps", str(last)], OUT / f"seed-{seed}")
-    return sample.load(path)
+        path = trained([*flags, "--steps", str(last)], OUT / f"seed-{seed}", ON)
+    return sample.load(path, DEVICE)
 
 
 def captions_of(one=300, two=300):
@@ -55,10 +57,11 @@ def captions_of(one=300, two=300):
 
 
 def accuracy(task, model, captions, seed=0, **options):
-    """{axis: rate} of pictures sampled for captions; "two" and "one" are `all` of two and of one
-    object, "apart" is `all` of captions that name a pair that was held out."""
-    ids = task.tokenizer(captions)
-    return rates_of(sample.sample_all(task, model, ids, seed, **options)[1], captions)
+    """{axis: rate} of pictures sampled for captions, and the device; "two" and "one" are `all` of
+    two and of one object, "apart" is `all` of captions that name a pair that was held out."""
+    ids = task.tokenizer(captions).to(DEVICE)
+    return {"device": DEVICE,
+            **rates_of(sample.sample_all(task, model, ids, seed, **options)[1], captions)}
 
 
 def rates_of(pictures, captions):
@@ -82,7 +85,7 @@ def through_tokens(count=1000):
 def run_cell(cell):
     """The rows of one cell: the tokens, or the model of a seed with each truncation."""
     if cell["what"] == "tokens":
-        return [{**cell, "truncation": "", **through_tokens()}]
+        return [{**cell, "truncation": "", "device": "cpu", **through_tokens()}]
     task, model = base(cell["seed"])
     return [{**cell, "truncation": r, **accuracy(task, model, captions_of(), truncation=r)}
             for r in TRUNCATIONS]

@@ -18,7 +18,7 @@ from cli import one_line
 from studies import vq_parts
 from studies.common import (RULE, Table, claims, figure, markdown, mean_se, parser, run, shown)
 from studies.scenes_base import trained
-from studies.vq_base import AXES, OUT, accuracy, captions_of
+from studies.vq_base import AXES, DEVICE, ON, OUT, accuracy, captions_of
 from vqdiffusion import MaskReplace
 
 RATES = (0.0, 0.5, 0.9, 1.0)
@@ -54,7 +54,7 @@ def masking(rate):
 def full(seed):
     """(task, averaged model) of the default run with this seed, trained if it is not there yet."""
     flags = [*FULL, "--first-stage", vq_parts.first_stage(), "--seed", str(seed)]
-    return sample.load(trained(flags, OUT / f"default-{seed}"))
+    return sample.load(trained(flags, OUT / f"default-{seed}", ON), DEVICE)
 
 
 def sampled(task, model, captions, released=False, **options):

@@ -20,7 +20,7 @@ from cli import one_line
 from studies import scenes_base
 from studies.common import (RULE, Table, claims, figure, markdown, mean_se, parser, run, setup,
                             shown, train_and_watch)
-from studies.vq_base import OUT, accuracy, captions_of
+from studies.vq_base import DEVICE, ON, OUT, accuracy, captions_of
 from vqdiffusion import Attention
 
 STEPS, CODES = 1500, OUT / "first_stage-4"
@@ -35,7 +35,7 @@ COLUMNS = {"bound": (3, 1), "ce": (3, 1), "two": (1, 100), "one": (1, 100), "sha
 
 def first_stage():
     """The VQ-VAE of the default run, cells of 4x4 pixels, trained once -> its checkpoint."""
-    return scenes_base.trained(["--model", "vq-vae", "--steps", "1600"], CODES)
+    return scenes_base.trained(["--model", "vq-vae", "--steps", "1600"], CODES, ON)
 
 
 def keep_parts(model, parts, seed):
@@ -53,7 +53,7 @@ def keep_parts(model, parts, seed):
 def trained(arm, seed, steps=STEPS, process=lambda process: process, **flags):
     """(task, averaged model, CPU seconds) of a short run. process: what to make of its chain."""
     flags = {"first_stage": first_stage(), **flags} if "first_stage" not in flags else flags
-    config, dataset, task = setup("vq-tiny", OUT, data="scenes", hold_out=True, steps=steps,
+    config, dataset, task = setup("vq-tiny", OUT, ON, data="scenes", hold_out=True, steps=steps,
                                   seed=seed, learned_null="null" in arm, **flags)
     keep_parts(task.model.denoiser, ARMS[arm], seed)
     task.process = process(task.process)
@@ -65,9 +65,11 @@ def trained(arm, seed, steps=STEPS, process=lambda process: process, **flags):
 def bound(task, model, count=800):
     """{"bound", "ce"} of test pictures, nats per token. Picture i is noised to step i mod T."""
     world = data.load("scenes", split="test", count=count)
-    x0 = torch.cat([task.encode(data.to_float(some)) for some in world.images.split(100)])
+    x0 = torch.cat([task.encode(data.to_float(some.to(DEVICE)))
+                    for some in world.images.split(100)])
     y, t = task.tokenizer(world.captions), torch.arange(count) % task.process.steps
     u = torch.rand((*x0.shape, 2), generator=torch.Generator().manual_seed(0))
+    y, t, u = (x.to(DEVICE) for x in (y, t, u))
     parts = [task.process.loss(model, *(v[rows] for v in (x0, y)), t=t[rows], u=u[rows])[1]
              for rows in torch.arange(count).split(100)]
     mean = lambda key: (sum(part[key] for part in parts) / len(parts)).item()
