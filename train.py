@@ -141,7 +141,7 @@ def train(config, dataset, task, caught, bar, held_out=None):
                 dist.all_reduce(values)                 # norm and counter are alike; losses average
                 values /= world
             *values, skipped, stop = values.tolist()    # the one place where the host waits
-            caught += [math.ceil(stop)] if stop and not caught else []      # all processes agree
+            caught += [signal.SIGTERM] if stop and not caught else []       # all processes agree
             if skipped >= 10:
                 raise ValueError(f"loss or gradient not finite ten times in a row, up to step {s}; "
                                  "the last checkpoint is intact: lower --lr (and --muon-lr)")

@@ -19,7 +19,7 @@ import types
 import pytest
 import torch
 from PIL import Image
-from test_kills import Run, server                          # noqa: F401
+from test_kills import Run, server, signalled               # noqa: F401
 from torch.testing import assert_close
 
 import data
@@ -105,6 +105,19 @@ def test_two_processes_equal_one(tmp_path, pictures, flags, steps):
     for name, rtol in (("loss", 1e-5), ("grad_norm", 1e-4)):
         column = lambda out: torch.tensor([float(r[name]) for r in rows(tmp_path / out)])
         assert_close(column("one"), column("two"), rtol=rtol, atol=1e-5)
+
+
+def test_a_signal_to_one_of_two_processes_ends_both_alike(tmp_path, pictures):
+    flags = [*DIT, "--steps", "5000", "--data", f"folder:{pictures}", "--out", str(tmp_path / "two")]
+    runs = [Run(tmp_path, flags, stopped, rank) for rank in (0, 1)]
+    assert [run.wait(120) for run in runs] == [143, 143], [run.said() for run in runs]
+    assert load_checkpoint(tmp_path / "two" / "ckpt.pt")["step"] >= 1
+
+
+def stopped(rank):
+    """As one of two processes, of which the second is told to stop."""
+    as_torchrun_starts(rank)
+    signalled("tasks.DiffusionTask.loss", [signal.SIGTERM] * rank)
 
 
 def as_torchrun_starts(rank):
