@@ -668,7 +668,8 @@ def test_verdicts_of_the_vq_studies_by_made_up_rows(tmp_path, monkeypatch):
     better = {arm: len(parts) + (arm == "rotary alone") for arm, parts in vq_parts.ARMS.items()}
     vq_parts.TABLE.add(*[
         {"arm": arm, "seed": k, **runs, "bound": 2 - 0.1 * n - 9 * noise(k) ** 2,
-         "all": 0.2 * n + noise(k) * len(arm), "two": 0.1} for k in range(3) for arm, n in better.items()])
+         "all": 0.2 * n + noise(k) * len(arm), "two": 0.1}
+        for k in range(3) for arm, n in better.items()])
     vq_chain.MASKS.add(*[{"rate": rate, "seed": k, **runs, "bound": 1.6 + 0.2 * rate, "two": 0.5}
                          for k in range(3) for rate in (0.0, 0.5, 1.0)])
     vq_chain.JUMPS.add(*[{"seed": k, "way": way, **axes, "two": 0.5 + noise(k),

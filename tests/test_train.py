@@ -108,7 +108,8 @@ def test_two_processes_equal_one(tmp_path, pictures, flags, steps):
 
 
 def test_a_signal_to_one_of_two_processes_ends_both_alike(tmp_path, pictures):
-    flags = [*DIT, "--steps", "5000", "--data", f"folder:{pictures}", "--out", str(tmp_path / "two")]
+    flags = [*DIT, "--steps", "5000", "--data", f"folder:{pictures}",
+             "--out", str(tmp_path / "two")]
     runs = [Run(tmp_path, flags, stopped, rank) for rank in (0, 1)]
     assert [run.wait(120) for run in runs] == [143, 143], [run.said() for run in runs]
     assert load_checkpoint(tmp_path / "two" / "ckpt.pt")["step"] >= 1
