@@ -21,7 +21,8 @@ from cli import check, flag
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import BLOCKS, DIT_CONFIGS, DiT
 from folders import read_folder
-from pretrained import build, infer_dit, infer_udit, is_official, load_first_stage, read_official
+from pretrained import (build, infer_dit, infer_text, infer_udit, is_official, load_first_stage,
+                        read_official)
 from tasks import AutoencoderTask, DiffusionTask, check_same, identity, image_shape
 from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
 from udit import UDIT_CONFIGS, UDiT
@@ -49,6 +50,8 @@ FLAGS = {
     "conditioning": (str, flag("adaln_zero", "kind of block", choices=[*reversed(BLOCKS)])),
     "qk_norm": (bool, flag(False, "normalise queries and keys")),
     "captions": (bool, flag(None, "read captions, not classes (default: if there are no classes)")),
+    "text_encoder": (str, flag(None, "CLIP's, frozen, in this file, or Stable Diffusion's")),
+    "bpe": (str, flag(None, "its list of merges (default: in data/)", needs="text_encoder")),
     "aux_weight": (float, flag(1.0, "weight of the cross-entropy; long runs: 5e-4", "[0, inf)")),
     "relative": (bool, flag(False, "tokens also attend by how far apart they are")),
     "learned_null": (bool, flag(False, "guide by learned text states, not by the empty caption"))}
@@ -56,8 +59,9 @@ CONTEXT_DIM = 64                    # width of the text states that a DiT, U-DiT
 MERGES = "data/bpe_simple_vocab_16e6.txt.gz"            # CLIP's list of merges, if not given
 TINY = ("latent_channels", "latent_noise", "factor")
 CONTINUOUS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", *TINY, "schedule",
-              "flow_shift", "logit_normal", "prediction", "min_snr")
-TOKENS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", "codes", "factor")
+              "flow_shift", "logit_normal", "prediction", "min_snr", "text_encoder", "bpe")
+TOKENS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", "codes", "factor",
+          "text_encoder", "bpe")
 # schedule is flow -> the flags that it does not read
 UNREAD = {True: ("prediction", "learn_sigma", "min_snr"), False: ("flow_shift", "logit_normal")}
 
@@ -97,18 +101,23 @@ def class_conditional(Model):
         more = {k: v for k, v in vars(settings).items() if k not in (*CONTINUOUS, "captions")}
         text = {"context_dim": CONTEXT_DIM} if "vocabulary" in info else {}
         model = Model(input_size=size, in_channels=channels, num_classes=len(info["class_names"]),
-                      class_dropout_prob=settings.class_dropout, **sizes, **more, **text)
+                      class_dropout_prob=settings.class_dropout, **{**text, **sizes, **more})
         process = gaussian_or_flow(settings)
         return denoising_task(model, CONTEXT_DIM, process, settings, info, first_stage)
     return build_model
 
 
 def denoising_task(denoiser, width, process, settings, info, first_stage, Encoder=TextEncoder):
-    """The task of a denoiser; if it reads captions, with a new text encoder. Source: LDM §3.3."""
+    """The task of a denoiser; if it reads captions, with a new text encoder, or with CLIP's, whose
+    weights make_task puts in. Source: LDM §3.3."""
     if "vocabulary" not in info:
         return DiffusionTask(settings, info, denoiser, process, first_stage)
-    tokenizer = WordTokenizer(**info["vocabulary"])
-    text = Encoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=width)
+    if published := info["vocabulary"].get("encoder"):
+        tokenizer = CLIPTokenizer(merges=info["vocabulary"]["merges"])
+        text = TextEncoder(**published).requires_grad_(False)
+    else:
+        tokenizer = WordTokenizer(**info["vocabulary"])
+        text = Encoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=width)
     model = TextConditional(denoiser, text, tokenizer([""])[0], settings.class_dropout)
     return DiffusionTask(settings, info, model, process, first_stage, tokenizer)
 
@@ -124,8 +133,10 @@ def build_unet(sizes, settings, info, first_stage):
 def build_vq(sizes, settings, info, first_stage):
     """VQ-Diffusion on captions, else on classes, else on nothing. Source: VQ-Diffusion §4."""
     K, classes, text = first_stage.num_codes, len(info["class_names"]), "vocabulary" in info
-    if settings.learned_null and not (text and settings.class_dropout):
-        raise ValueError("--learned-null is for captions, and --class-dropout above 0")
+    if settings.learned_null and not (settings.class_dropout and text
+                                      and "words" in info["vocabulary"]):
+        raise ValueError("--learned-null is for captions, --class-dropout above 0, and a text "
+                         "encoder that learns")
     model = VQTransformer(**dict(sizes, num_codes=K, grid=first_stage.grid, num_classes=classes,
         condition="text" if text else "class" if classes else "none", relative=settings.relative,
         class_dropout_prob=settings.class_dropout, codebook=first_stage.codebook))
@@ -211,14 +222,17 @@ def build_task(model, settings, info, first_stage):
     if len(shape) != row.axes:
         wants = "tokens, from a vq-vae" if row.axes == 1 else "numbers, from a tiny-ae or kl-ae"
         raise ValueError(f"{model} works on {wants}; --first-stage gives {shape}: leave it out")
+    if published := info.get("vocabulary", {}).get("encoder"):
+        sizes["context_dim"] = published["hidden_size"]
     task = row.build(sizes, settings, info, first_stage)
     task.family = family
     return task
 
 
-def describe(dataset, model, first_stage, asked=None):
+def describe(dataset, model, first_stage, asked=None, words=None):
     """What a model needs to know of its data, plain values that travel in the checkpoint. asked:
-    --captions. Raises ValueError for missing captions, and for latents of another first stage."""
+    --captions; words: a vocabulary in place of the captions' own. Raises ValueError for missing
+    captions, and for latents of another first stage."""
     row, (channels, side) = FAMILIES[find_model(model)[0]], dataset.images.shape[1:3]
     captions, latents = row.captions, dataset.images.is_floating_point()
     if latents and not row.first_stage:
@@ -238,8 +252,11 @@ def describe(dataset, model, first_stage, asked=None):
     if captions == "needed" and dataset.captions is None:
         raise ValueError(f"{model} wants captions, and {dataset.name} has none: try --data scenes")
     if captions and dataset.captions is not None:
-        info |= {"vocabulary": WordTokenizer.from_captions(dataset.captions).state(),
+        info |= {"vocabulary": words or WordTokenizer.from_captions(dataset.captions).state(),
                  "examples": dataset.captions[::max(1, len(dataset) // 24)][:24]}   # maybe sorted
+    elif words:
+        raise ValueError("--text-encoder is for captions, and here classes are read, or nothing: "
+                         "give data with captions, and say --captions")
     return info
 
 
@@ -270,19 +287,35 @@ def make_task(config, settings, dataset):
             first_stage = NEW_STAGES[row.first_stage](settings, info).eval().requires_grad_(False)
         else:
             first_stage = Pixels() if name == "none" else load_first_stage(name)
-        info = describe(dataset, config.model, first_stage, getattr(settings, "captions", None))
-        if "vocabulary" in info and (known := start.get("info", {}).get("vocabulary")):
+        known, published = start.get("info", {}).get("vocabulary", {}), {}
+        if encoder := getattr(settings, "text_encoder", None):
+            if start and start.get("settings", {}).get("text_encoder") != encoder:
+                raise ValueError(f"--text-encoder: {path} has one already: leave it out")
+            if not start:
+                known, published = read_encoder(encoder, settings.bpe)
+        info = describe(dataset, config.model, first_stage, getattr(settings, "captions", None),
+                        known if encoder else None)
+        if "vocabulary" in info and "words" in known:
             tokenizer = WordTokenizer(**known)                  # words keep their rows
             for word in [w for w in info["vocabulary"]["words"] if w not in tokenizer.ids]:
                 tokenizer.add_token(word)
             tokenizer(dataset.captions)                         # raises for one that is too long
             info["vocabulary"] = tokenizer.state()
         task = build_task(config.model, settings, info, first_stage)
+    if published:
+        load_weights(task.model.text, published, encoder)
     if config.init and not config.resume:
         if "info" in start:
             check_init(task, identity(start["info"], start), path)
         load_weights(task.model, start["ema"], path)
     return task
+
+
+def read_encoder(path, bpe):
+    """CLIP's text encoder in a file -> (vocabulary: its sizes and merges, {name: tensor})."""
+    tensors = read_official(path, "text")[1]["text"]
+    sizes = infer_text(tensors)
+    return {"encoder": sizes, "merges": [*clip_words(bpe, sizes, path).ranks]}, tensors
 
 
 def check_init(task, was, path):
@@ -361,10 +394,7 @@ def official_task(path, vae, dtype, bpe, image_size):
     if name == "unet":
         settings = settings_class("unet")(schedule="scaled_linear", cfg_scale=7.5)
         process = GaussianDiffusion(**{"schedule": "scaled_linear", **said["process"]})
-        tokenizer = CLIPTokenizer(bpe)
-        if tokenizer.vocab_size != models["text"].vocab_size:
-            raise ValueError(f"{bpe} makes {tokenizer.vocab_size:,} tokens, the text encoder of "
-                             f"{path} has {models['text'].vocab_size:,}: give the full list")
+        tokenizer = clip_words(bpe, infer_text(models["text"].state_dict()), path)
         model = TextConditional(models["unet"], models["text"], tokenizer([""])[0], 0.1)
         return DiffusionTask(settings, info, model, process, first_stage, tokenizer)
     infer, make, cfg_scale = {"dit": (infer_dit, DiT, 4.0), "udit": (infer_udit, UDiT, 1.5)}[name]
@@ -376,6 +406,16 @@ def official_task(path, vae, dtype, bpe, image_size):
     settings = settings_class("dit")(cfg_scale=cfg_scale)       # that of their demos
     process = GaussianDiffusion(**said["process"], learn_sigma=sizes["learn_sigma"])
     return DiffusionTask(settings, info, model, process, first_stage)
+
+
+def clip_words(bpe, sizes, path):
+    """CLIP's tokenizer by a list of merges, for the text encoder of these sizes in the file `path`.
+    Raises ValueError if they do not belong together."""
+    tokenizer = CLIPTokenizer(bpe := bpe or MERGES)
+    if tokenizer.vocab_size != sizes["vocab_size"]:
+        raise ValueError(f"{bpe} makes {tokenizer.vocab_size:,} tokens, the text encoder of "
+                         f"{path} has {sizes['vocab_size']:,}: give the full list")
+    return tokenizer
 
 
 # ---- what adapters.py and custom_diffusion.py build on -------------------------------------------

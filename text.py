@@ -207,12 +207,13 @@ class WordTokenizer:
 class CLIPTokenizer:
     """CLIP's byte pairs: any string -> ids below 49,408; 49406 starts, 49407 ends and pads.
     path: the published list of merges, bpe_simple_vocab_16e6.txt.gz, or Stable Diffusion's
-    tokenizer/merges.txt. Source: CLIP §2.4 and its code; Sennrich et al. 2016, algorithm 1."""
+    tokenizer/merges.txt; merges: the list itself, of another CLIPTokenizer's `ranks`.
+    Source: CLIP §2.4 and its code; Sennrich et al. 2016, algorithm 1."""
     open = True
     MERGES = 48_894                     # 49,408 ids - 2 x 256 single bytes - start and end
 
-    def __init__(self, path="data/bpe_simple_vocab_16e6.txt.gz"):
-        merges, self.max_length = self._read(Path(path)), 77
+    def __init__(self, path="data/bpe_simple_vocab_16e6.txt.gz", merges=()):
+        merges, self.max_length = merges or self._read(Path(path)), 77
         self.ranks = {pair: i for i, pair in enumerate(merges)}
         # one character per byte: printable Latin-1 for itself, then chr(256), ... for the other 68
         self.symbols = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}

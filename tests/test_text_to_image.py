@@ -7,10 +7,12 @@ import torch
 import data
 import sample
 import train
-from checkpoint import load_checkpoint
-from conftest import ROOT, assert_same
+from checkpoint import load_checkpoint, read_safetensors
+from conftest import ROOT, assert_same, fill_by_recipe, write_safetensors
 from evaluate import prompt_accuracy
+from text import CLIPTokenizer, TextEncoder
 
+MERGES = str(ROOT / "tests/tiny_merges.txt")
 FLAGS = ["--batch-size", "4", "--sample-every", "0", "--log-every", "1", "--device", "cpu"]
 
 
@@ -123,6 +125,63 @@ def test_wrong_prompts_are_one_line(run, capsys, flags, words):
         sample.main(["--ckpt", str(run / "run" / "ckpt.pt"), "--out", str(run / "x.png"), *flags])
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and words in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A small text encoder under CLIP's names, in half precision as Stable Diffusion has it."""
+    path = tmp_path_factory.mktemp("clip") / "model.safetensors"
+    encoder = fill_by_recipe(TextEncoder(CLIPTokenizer(MERGES).vocab_size, 77, 64, 2, 1))
+    write_safetensors(path, {name: w.half() for name, w in encoder.state_dict().items()})
+    return path
+
+
+@pytest.mark.parametrize("model", ["DiT-32x2/2", "udit-tiny", "unet-tiny", "vq-tiny"])
+def test_a_frozen_text_encoder_from_a_file(run, scenes, clip, tmp_path, short_previews, model):
+    """It does not learn, and reads any words; once the run has begun, nobody needs the file."""
+    file = tmp_path / "encoder.safetensors"
+    file.write_bytes(clip.read_bytes())
+    stage = "new" if model == "vq-tiny" else str(run / "ae" / "ckpt.pt")
+    flags = ["--first-stage-steps", "2"] * (stage == "new") + ["--captions"] * ("-t" not in model)
+    flags = flags if model != "udit-tiny" else ["--captions"]
+    out = ["--out", str(tmp_path / "run")]
+    train.main(["--data", f"folder:{scenes}", *FLAGS, "--model", model, "--first-stage", stage,
+                "--steps", "2", "--text-encoder", str(file), "--bpe", MERGES, *flags, *out])
+    file.unlink()
+    train.main(["--steps", "3", "--resume", *out])
+    state = load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    for name, w in read_safetensors(clip).items():
+        assert torch.equal(state["ema"][f"text.{name}"], w.float())
+        assert torch.equal(state["model"][f"text.{name}"], w.float())
+    task, net = sample.load(tmp_path / "run" / "ckpt.pt")
+    prompts = ["zebras, xylophones & <tags>", "a red circle"]
+    ids, want = task.tokenizer(prompts), CLIPTokenizer(MERGES)(prompts)
+    assert torch.equal(ids, want) and ids.shape == (2, 77) and task.tokenizer.open
+    states, single = net.text(ids), TextEncoder(ids.max() + 1, 77, 64, 2, 1)
+    single.load_state_dict(read_safetensors(clip))
+    assert torch.equal(states, single(ids)) and not net.text.training
+    assert task.sample(net, ids, steps=2).isfinite().all()
+
+
+def test_a_text_encoder_is_refused_where_nothing_reads_it(run, scenes, clip, tmp_path, capsys):
+    spoken, out = ["--data", f"folder:{scenes}"], ["--out", str(tmp_path / "x")]
+    begun = ["--init", str(run / "run" / "ckpt.pt")]
+    for flags, words in ((["--data", "shapes", "--model", "DiT-32x2/2"], "say --captions"),
+                         ([*spoken, *begun], "has one already: leave it out"),
+                         ([*spoken, "--model", "tiny-ae"], "read by the families"),
+                         ([*spoken, "--model", "vq-tiny", "--learned-null"], "--learned-null")):
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*flags, *FLAGS, *out, "--text-encoder", str(clip), "--bpe", MERGES])
+        assert stopped.value.code == 2 and words in (said := capsys.readouterr().err), said
+    with pytest.raises(SystemExit):
+        train.main([*spoken, *FLAGS, *out, "--model", "unet-tiny", "--bpe", MERGES])
+    assert "needs --text-encoder" in capsys.readouterr().err
+    other = tmp_path / "merges.txt"
+    other.write_text("\n".join(open(MERGES).read().splitlines()[:-1]))
+    with pytest.raises(SystemExit):
+        train.main([*spoken, *FLAGS, *out, "--model", "unet-tiny", "--text-encoder", str(clip),
+                    "--bpe", str(other)])
+    assert "give the full list" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_the_shipped_model_draws_what_one_asks():
