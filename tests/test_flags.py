@@ -44,6 +44,8 @@ CONTEXTS = {        # name: (command line, what it is)
     "train udit": f"train --model udit-nano {LONG[1]} --data folder:in/pictures --out new",
     "train unet": f"train --model unet-nano {LONG[1]} --data folder:in/jsonl --first-stage none "
                   "--out new",
+    "train encoder": f"train --model unet-nano {LONG[1]} --data folder:in/jsonl --first-stage none "
+                     "--text-encoder in/sd.safetensors --bpe in/merges.txt --out new",
     "train vq": f"train --model vq-nano {LONG[1]} --data folder:in/jsonl --first-stage "
                 "in/vqvae/ckpt.pt --init in/vq/ckpt.pt --out new",
     "train tiny-ae": f"train --model tiny-ae {LONG[1]} --data folder:in/pictures --out new",
@@ -86,7 +88,7 @@ OTHER = {"model": "DiT-32x1/1", "data": "npz:in/samples.npz", "data_dir": "in/of
          "images": "in/samples.npz", "models": "DiT-32x1/2", "category": "cat", "prior": "none",
          "files": "in/small.pt", "sampler": "ddim", "codes": "16",
          "factor": "2", "n": "3", "log_every": "1", "sample_every": "1", "save_every": "1",
-         "warmup": "9", "cfg_channels": "1", "min_snr": "1e-6"}
+         "text_encoder": "in/dit.bin", "warmup": "9", "cfg_channels": "1", "min_snr": "1e-6"}
 INSIDE = {("train vq-vae", "factor"): "4", ("train vq", "first_stage"): "in/ae/ckpt.pt",
           ("train vq", "cfg_scale"): "1e4",             # after two steps words change little yet
           ("train vq", "data"): "folder:in/few", ("train kl-ae", "model"): "tiny-ae",
@@ -188,7 +190,8 @@ def did(shop):                                                                  
         return done.code, done.err + done.trace, (files, words, list(notes), shop.count, done.code)
     tokenizer = functools.cache(models.CLIPTokenizer)       # slow to make
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "CLIPTokenizer", lambda path: copy.deepcopy(tokenizer(path)))
+        patch.setattr(models, "CLIPTokenizer", lambda path="", merges=(): copy.deepcopy(
+            tokenizer(path, tuple(merges))))
         patch.setattr(tasks, "macs", lambda task: 0)            # what the banner tells
         patch.setattr(train, "compile_or_warn", lambda *given: notes.append("compiled"))
         patch.setattr(train, "save", noting("save", train.save))
