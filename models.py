@@ -133,10 +133,9 @@ def build_unet(sizes, settings, info, first_stage):
 def build_vq(sizes, settings, info, first_stage):
     """VQ-Diffusion on captions, else on classes, else on nothing. Source: VQ-Diffusion §4."""
     K, classes, text = first_stage.num_codes, len(info["class_names"]), "vocabulary" in info
-    if settings.learned_null and not (settings.class_dropout and text
-                                      and "words" in info["vocabulary"]):
-        raise ValueError("--learned-null is for captions, --class-dropout above 0, and a text "
-                         "encoder that learns")
+    if settings.learned_null and (settings.text_encoder or not (text and settings.class_dropout)):
+        raise ValueError("--learned-null is for captions and --class-dropout above 0, without "
+                         "--text-encoder")
     model = VQTransformer(**dict(sizes, num_codes=K, grid=first_stage.grid, num_classes=classes,
         condition="text" if text else "class" if classes else "none", relative=settings.relative,
         class_dropout_prob=settings.class_dropout, codebook=first_stage.codebook))
