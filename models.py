@@ -391,8 +391,9 @@ def official_task(path, vae, dtype, bpe, image_size):
     info = {"name": "", "class_names": [], "channels": 3, "image_size": image_size,
             "examples": ["an astronaut riding a horse"]}
     if name == "unet":
-        settings = settings_class("unet")(schedule="scaled_linear", cfg_scale=7.5)
-        process = GaussianDiffusion(**{"schedule": "scaled_linear", **said["process"]})
+        process = {"schedule": "scaled_linear", **said["process"]}
+        settings = settings_class("unet")(schedule=process["schedule"], cfg_scale=7.5)
+        process = GaussianDiffusion(**process)
         tokenizer = clip_words(bpe, infer_text(models["text"].state_dict()), path)
         model = TextConditional(models["unet"], models["text"], tokenizer([""])[0], 0.1)
         return DiffusionTask(settings, info, model, process, first_stage, tokenizer)

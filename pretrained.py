@@ -1,4 +1,4 @@
-"""Other people's weights: what a published file is, and its tensors under our names.
+"""Other people's weights: what a published file is, its tensors under our names, and back.
 
 Papers: Latent Diffusion Models (Rombach et al. 2022); CLIP (Radford et al. 2021).
 
@@ -21,7 +21,8 @@ import re
 
 import torch
 
-from checkpoint import check_tensors, load_checkpoint, named_tensors, read_safetensors, read_torch
+from checkpoint import (built_from, check_tensors, load_checkpoint, named_tensors,
+                        read_safetensors, read_torch)
 from dit import DIT_CONFIGS
 from text import TextEncoder
 from unet import UNet
@@ -178,7 +179,7 @@ def _plain(state):
 
 # names of others. Of diffusers: layers, {their layer: ours}, of a U-Net and an autoencoder outside
 # blocks, then inside each kind of block; places, {their block: ours}, see layer_names; of a config,
-# arguments, {key: ours}; usable, {key: all values that can be used}
+# arguments, {key: ours}; usable, {key: all values that can be used}; folder: what is written
 PUBLISHED = json.loads((pathlib.Path(__file__).parent / "assets/published.json").read_text())
 
 
@@ -209,6 +210,58 @@ def from_diffusers(part, state):
     levels = [k for k in range(8) if _count(state, rf"(.*)(?:down|up)_blocks\.{k}\.")]
     attends = [k for k in levels if _count(state, rf"(.*)up_blocks\.{k}\.attentions\.")]
     return renamed(state, layer_names(part, blocks, 1 + max(levels, default=0), attends))
+
+
+def to_diffusers(task):
+    """The task of a U-Net that reads captions -> {file of a diffusers folder: {name: tensor}, or
+    what a .json or .txt says}. Prints what is left out. Raises ValueError for other models."""
+    unet, stage, words = getattr(task.model, "denoiser", None), task.first_stage, task.tokenizer
+    if not hasattr(unet, "middle_block") or ".adapter." in " ".join(unet.state_dict()):
+        raise ValueError("--diffusers is for U-Nets that read captions, without an adapter; for a "
+                         "DiT or U-DiT of classes say --official")
+    parts, rows = {"unet": unet, "text": task.model.text}, PUBLISHED["folder"]
+    if hasattr(stage, "quant_conv"):
+        parts["vae"] = stage
+    elif not task.on_pixels:
+        print(f"left out: the {stage.kind}, for the only first stage of diffusers is a kl-ae")
+    predicts = dict(zip(PREDICTIONS.values(), PREDICTIONS))     # ours -> theirs; a flow has none
+    values = {"side": task.shape[-1], "clip": task.on_pixels, "max_length": words.max_length,
+              "ids": words.ids, "predicts": predicts.get(getattr(task.process, "prediction", ""))}
+    if words.open:
+        values["merges"] = "\n".join(["#version: 0.2", *map(" ".join, words.ranks)])
+    else:
+        ids = {"[PAD]": words.PAD, "[START]": words.START, "[END]": words.END, **words.ids}
+        values |= {"ids": ids, "pattern": words.WORD.pattern}
+    files = _filled(rows[task.settings.schedule] | rows["clip" if words.open else "words"], values)
+    for part, module in parts.items():
+        files |= _filled(rows[part], values | _turned(part, module))
+    return files
+
+
+def _filled(said, values):
+    """Nested dicts with each word that is a key of `values` replaced by its value."""
+    if isinstance(said, dict):
+        return {key: _filled(value, values) for key, value in said.items()}
+    return values.get(said, said) if isinstance(said, str) else said
+
+
+def _turned(part, module):
+    """from_diffusers the other way: a module -> {"tensors": {diffusers' name: w}, and sizes}."""
+    s = PARTS[part][0](state := module.state_dict())
+    for inner in module.modules():                          # what no shape shows
+        s |= {k: v for k, v in vars(inner).items() if k in ("num_heads", "num_groups", "scale")}
+    mult = s.get("multipliers") or s.get("channel_mult", ())
+    kinds = ["CrossAttn" * (2 ** k in s.get("attention_resolutions", ())) for k in range(len(mult))]
+    names = layer_names(part, s.get("res_blocks") or s.get("num_res_blocks", 0), len(mult),
+                        [level for level, kind in enumerate(kinds[::-1]) if kind])
+    new = renamed(state, {ours: theirs for theirs, ours in names.items()})
+    coder = ("Encoder", "Decoder") if part == "vae" else ("", "")
+    return s | {        # there, an autoencoder's attention is Linear: (C, C, 1, 1) -> (C, C)
+        "tensors": {k: w.flatten(1) if ".to_" in k and w.dim() > 1 else w for k, w in new.items()},
+        "widths": [int(m * (s.get("model_channels") or s["channels"])) for m in mult],
+        "down": [f"{kind}Down{coder[0]}Block2D" for kind in kinds],
+        "up": [f"{kind}Up{coder[1]}Block2D" for kind in kinds[::-1]],
+        "mlp_width": int(s.get("mlp_ratio", 0) * s.get("hidden_size", 0))}
 
 
 def renamed(state, layers):
@@ -262,6 +315,28 @@ def read_word(state, stem):
         word = f"<{re.sub('[^0-9A-Za-z]+', '-', stem)}>"
     rows = torch.atleast_2d(rows.float()).flatten(0, -2)                            # (n, D)
     return {f"{word}_{k}" if k else word: row for k, row in enumerate(rows)}
+
+
+def read_adapter(path):
+    """A folder of unet-finetune, a file per block -> {"spec", "adapter"} of adapters.py; else None.
+    Where it stands is in the config of its run: a .yaml inside, or where its training leaves it.
+    Raises ValueError without. Source: its save_adapter_to_dir; its README, "Notation"."""
+    path, names = pathlib.Path(path), PUBLISHED["unet-finetune"]
+    if not (files := sorted(path.glob("*.adapter*.pt"))):
+        return None
+    configs = [*sorted(path.glob("../../configs/*-project.yaml")), *path.glob("*.yaml")]
+    if not configs:
+        raise ValueError(f"{path} is an adapter of unet-finetune: put the config of its run there, "
+                         "such as attn2o-ffni.yaml, which says where it stands")
+    config = configs[-1].read_text("utf-8", "replace").partition("adapter_config:")[2]
+    lines = re.findall(r"""^[ -]*(\w+): *["']?([\w.]+)""", config.split("_stage_config")[0], re.M)
+    said = {key: names.get(value, value) for key, value in lines}   # of several the last, as there
+    ours = lambda name: re.sub(r"adapter[\w.]*\d", lambda layer: names.get(layer[0], ""), name)
+    with built_from(configs[-1]):
+        return {"adapter": {f"denoiser.{ours(f'{file.stem}.{name}')}": w for file in files
+                            for name, w in read_weights(file).items()},
+                "spec": dict(read=said["din"], add=said["dout"], activation=said["method"],
+                             rank=int(said["mid_dim"]), scale=float(said["scale"]))}
 
 
 # ---- what a file is ------------------------------------------------------------------------------

@@ -22,13 +22,13 @@ import torch
 from PIL import Image, ImageOps
 
 import data
-from adapters import load_adapters, set_scale
+from adapters import base_hash, load_adapters, set_scale
 from checkpoint import load_checkpoint, save_checkpoint, write_safetensors, written_whole
 from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from models import FAMILIES, MERGES, base_task, find_model, official_task, task_from
-from pretrained import PREFIXES, infer_dit, infer_udit, is_official
+from pretrained import PREFIXES, infer_dit, infer_udit, is_official, read_adapter, to_diffusers
 from tasks import sample_all
 from udit import fold
 
@@ -52,7 +52,7 @@ class Options:
     eta: float = flag(None, "ddim, euler: noise added back; 1 = as ddpm, or the SDE", "[0, 1]")
     seed: int = flag(None, "picture i is sampled from seed + i (default: 0)", "[0, 1e15)")
     batch_size: int = flag(None, "pictures at once (default: at most 64)", "[1, 1e9]")
-    base: str = flag(None, "--ckpt adapter.pt: the checkpoint that it was trained on")
+    base: str = flag(None, "--ckpt adapter.pt or of unet-finetune: what it was trained on")
     scale: float = flag(None, "--ckpt adapter.pt: its strength, 0 = off (default: as trained)")
     concept: str = flag(None, "a concept, ours or published: its words work in --prompt")
     weights: str = flag(None, "of a run: averaged (ema, default) or raw", "", ["ema", "model"])
@@ -65,6 +65,7 @@ class Options:
     out: str = flag(None, "file for the grid (default: samples.png beside a run's checkpoint)")
     export: str = flag(None, "write a small checkpoint here instead of sampling")
     official: bool = flag(None, "--export as the official code reads it", needs="export")
+    diffusers: bool = flag(None, "--export a folder that diffusers reads", needs="export !official")
     note: str = flag(None, "--export: a line that travels in the file", "text", needs="export")
     strip: bool = flag(None, "also NAME-strip.png: x_t above the guess at x0", needs="!npz")
     gif: bool = flag(None, "also NAME.gif: the same as a film", needs="!npz")
@@ -77,7 +78,8 @@ class Options:
 def load(path, device="cpu", options=None):
     """Checkpoint -> (task, model in eval mode on the device). options: for what files do not say.
     Official files are known by their tensors. Raises ValueError for files that sample nothing."""
-    options, state = options or Options(), None if is_official(path) else load_checkpoint(path)
+    options, theirs = options or Options(), read_adapter(path)
+    state = theirs or (None if is_official(path) else load_checkpoint(path))
     if state is None:
         refuse(options, "weights base scale", f"is not for {path}, an official file")
         dtype = options.dtype or ("float16" if device == "cuda" else "float32")
@@ -96,7 +98,8 @@ def load(path, device="cpu", options=None):
         raise ValueError(f"{path} is an adapter: give the --base that it was trained on")
     else:
         task = load(options.base, device, dataclasses.replace(options, base=None, scale=None))[0]
-        load_adapters(task.model, state)
+        own = {"base": base_hash(task.model)} if theirs else {}    # unet-finetune names no base
+        load_adapters(task.model, {**state, **own})
         set_scale(task.model, state["spec"]["scale"] if options.scale is None else options.scale)
         if words := state.get("modifiers"):
             refuse(options, "concept", f"is not read: {path} brings new words of its own")
@@ -117,27 +120,35 @@ def add_concept(path, task):
 
 
 # ---------------------------------------------------------------- files for others
-def export(path, out, note="", for_others=False, command="", base=None):
-    """Write what a checkpoint of ours holds to `out`, in half precision, for sampling and --init.
-    for_others: as the official code reads it, also what was learned on a `base`. note, command:
-    lines inside. Raises ValueError."""
-    state = load_checkpoint(path)
-    if not base and not (state.get("task") in FAMILIES and ("opt" in state or for_others)):
-        raise ValueError(f"{path} is not the checkpoint of a run: say --official --base BASE")
-    if not for_others:
-        small = halved({k: v for k, v in state.items() if k not in ("model", "opt")})
-        return save_checkpoint(out, {"made_by": EXPORTED, **small, "note": note})
-    tensors, config = learned(path, state, base) if base else official(path, state)
+def export(path, out, note="", form="", command="", options=Options()):
+    """Write what a checkpoint holds to `out`. form: "" in half precision, for sampling and --init;
+    "official" as the official code reads it, also what was learned on options.base; "diffusers" a
+    folder. note, command: lines inside. Raises ValueError."""
+    if form == "diffusers":
+        task, _ = load(path, options=options)
+        files, config = to_diffusers(task), {"cfg_scale": task.settings.cfg_scale}
+    else:
+        state, base = load_checkpoint(path), options.base
+        if not base and not (state.get("task") in FAMILIES and ("opt" in state or form)):
+            raise ValueError(f"{path} is not the checkpoint of a run: say --official --base BASE")
+        if not form:
+            small = halved({k: v for k, v in state.items() if k not in ("model", "opt")})
+            return save_checkpoint(out, {"made_by": EXPORTED, **small, "note": note})
+        tensors, config = learned(path, state, base) if base else official(path, state)
+        files, end = {"": tensors}, ".ckpt" if "state_dict" in tensors else ".safetensors"
+        if pathlib.Path(out).suffix != end:
+            raise ValueError(f"--export {out}: give a name that ends in {end}")
     about = {"made_by": EXPORTED, "licence": LICENCE, "note": note, "command": command,
              "config": json.dumps(config)}
-    end = ".ckpt" if "state_dict" in tensors else ".safetensors"
-    if pathlib.Path(out).suffix != end:
-        raise ValueError(f"--export {out}: give a name that ends in {end}")
-    with written_whole(out) as file:
-        if end == ".ckpt":                                  # the official code reads no other
-            torch.save({**tensors, **about}, file)
-        else:
-            write_safetensors(file, tensors, {"format": "pt", **about})
+    for name, content in files.items():
+        with written_whole(pathlib.Path(out, name)) as file:
+            if name.endswith((".json", ".txt")):
+                text = content if isinstance(content, str) else json.dumps(content, indent=1)
+                file.write(text.encode())
+            elif "state_dict" in content:                   # the official code reads no other
+                torch.save({**content, **about}, file)
+            else:
+                write_safetensors(file, content, {"format": "pt", **about})
 
 
 def halved(x):
@@ -309,12 +320,14 @@ def main(argv):
     words = [re.sub("^--class(?=$|=)", "--classes", word) for word in argv]
     options, = parse(words, __doc__, Options)
     if options.export:
-        read = {"ckpt", "export", "note", "official", *["base"] * bool(options.official)}
+        form = "official" * bool(options.official) or "diffusers" * bool(options.diffusers)
+        read = {"ckpt", "export", "note", "official", "diffusers", *{
+            "official": ["base"], "diffusers": ["base", "bpe", "vae", "weights"], "": []}[form]}
         refuse(options, " ".join(sorted(vars(options).keys() - read)),
                "is not read beside --export: leave one of them out")
         data.check_target(options.export, EXPORTED.encode())
-        export(options.ckpt, options.export, options.note or "", options.official or False,
-               f"python sample.py {shlex.join(argv)}", options.base)
+        export(options.ckpt, options.export, options.note or "", form,
+               f"python sample.py {shlex.join(argv)}", options)
         return print(f"exported to {options.export}")
     device, files = resolve_device(options.device or "auto"), targets(options)
     (task, model), seed = load(options.ckpt, device, options), options.seed or 0

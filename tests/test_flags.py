@@ -63,6 +63,9 @@ CONTEXTS = {        # name: (command line, what it is)
     "sample official": f"sample --ckpt in/dit.bin --vae in/vae.safetensors --class 1 {PLAIN}",
     "sample stable": f"sample --ckpt in/sd.safetensors {OFFICIAL}",
     "sample export": "sample --ckpt in/dit/ckpt.pt --export new.pt",
+    "sample folder": "sample --ckpt in/base.pt --export new --diffusers",
+    "sample stable folder": "sample --ckpt in/sd.safetensors --bpe in/merges.txt --export new "
+                            "--diffusers",
     "evaluate run": "evaluate --ckpt in/dit/ckpt.pt --n 2 --steps 2 --device cpu",
     "evaluate images": "evaluate --images in/few.npz --data folder:in/pictures --device cpu",
     "evaluate shapes": "evaluate --images in/shapes.npz --data shapes",

@@ -1,6 +1,8 @@
 """pretrained.py: shrunk files of every published form come back tensor for tensor."""
 import argparse
+import copy
 import json
+import pathlib
 import random
 import re
 import struct
@@ -14,14 +16,15 @@ import torch
 
 import checkpoint
 import pretrained
+from adapters import base_hash, load_adapters
 from checkpoint import save_checkpoint
-from conftest import fill_by_recipe, write_safetensors
-from diffusion import GaussianDiffusion
+from conftest import fill_by_recipe, golden_case, write_safetensors
+from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DIT_CONFIGS, DiT
 from models import find_model, official_task
-from text import TextEncoder
+from text import CLIPTokenizer, TextEncoder, WordTokenizer
 from unet import UNet
-from vae import AutoencoderKL
+from vae import AutoencoderKL, Pixels, TinyAutoencoder
 
 UNET = dict(in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2, 2),
             num_res_blocks=1, attention_resolutions=(1, 2), num_heads=8, context_dim=64)
@@ -454,7 +457,116 @@ def test_all_686_names_of_the_real_unet_one_to_one_from_diffusers():
 
 
 # --------------------------------------------------------------------------------------------------
-# out
+# out: the same names, turned round
+
+WORDS = WordTokenizer([f"w{k}" for k in range(39)], 8, 9)          # 50 rows, as the shrunk encoder
+
+
+def task_of(unet, text, vae, schedule="scaled_linear", predicts="eps", words=WORDS):
+    process = RectifiedFlow(3.0) if schedule == "flow" else (
+        GaussianDiffusion(1000, schedule, predicts))
+    return types.SimpleNamespace(
+        model=types.SimpleNamespace(denoiser=unet, text=text), first_stage=vae, tokenizer=words,
+        settings=types.SimpleNamespace(schedule=schedule), process=process, shape=(4, 8, 8),
+        on_pixels=not vae.state_dict())
+
+
+@pytest.mark.parametrize("sizes, blocks", [(UNET, BLOCKS), ({}, SD_BLOCKS)])
+def test_a_unet_under_diffusers_names(sizes, blocks, models):
+    """By the tables above; the config is that of unet/config.json of Stable Diffusion v1.5."""
+    with torch.device("meta"):
+        unet = UNet(**sizes)
+    files = pretrained.to_diffusers(task_of(unet, models["text"], models["vae"]))
+    theirs = files["unet/diffusion_pytorch_model.safetensors"]
+    want = unet_to_diffusers(unet.state_dict(), blocks)
+    assert {name: w.shape for name, w in theirs.items()} == {n: w.shape for n, w in want.items()}
+    assert files["unet/config.json"] == {
+        "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4,
+        "layers_per_block": 1 if sizes else 2, "cross_attention_dim": 64 if sizes else 768,
+        "attention_head_dim": 8, "norm_num_groups": 32, "sample_size": 8,
+        "block_out_channels": [32, 64, 64] if sizes else [320, 640, 1280, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * (2 if sizes else 3) + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (2 if sizes else 3)}
+
+
+def test_parts_under_diffusers_names_come_back(tmp_path, models, states):
+    """Names by the tables above, and the folder is read again: equal tensors, and the same outputs
+    with sizes that tensors do not show."""
+    files = pretrained.to_diffusers(task_of(models["unet"], models["text"], models["vae"]))
+    same({name: w for name, w in files.items() if name.endswith(".safetensors")}, {
+        "unet/diffusion_pytorch_model.safetensors": unet_to_diffusers(states["unet"]),
+        "vae/diffusion_pytorch_model.safetensors": vae_to_diffusers(states["vae"]),
+        "text_encoder/model.safetensors": states["text"]})
+    odd = {"unet": fill_by_recipe(UNet(**dict(UNET, num_heads=4, norm_groups=8))),
+           "text": fill_by_recipe(TextEncoder(**{**TEXT, "num_heads": 2})),
+           "vae": fill_by_recipe(AutoencoderKL(**VAE, scale=2.5))}
+    files = pretrained.to_diffusers(task_of(**odd, predicts="v"))
+    for name, content in files.items():
+        if name.endswith(".json"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(json.dumps(content))
+        else:
+            write(tmp_path / name, content)
+    _, parts, said = pretrained.read_official(tmp_path)
+    same(parts, {part: model.state_dict() for part, model in odd.items()})
+    assert said["process"] == {"schedule": "scaled_linear", "prediction": "v",
+                               "spacing": ("trailing", 1, True)}
+    built = pretrained.build(parts, None, said)
+    for (name, got), wanted in zip(outputs(built).items(), outputs(odd).values()):
+        assert torch.equal(got, wanted), name
+    assert files["vae/config.json"] == {
+        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
+        "layers_per_block": 1, "scaling_factor": 2.5, "norm_num_groups": 32,
+        "block_out_channels": [32, 64, 64], "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3}
+    assert files["text_encoder/config.json"] == {
+        "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 50,
+        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 9, "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize("schedule, predicts, want", [
+    ("flow", "", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}),
+    ("linear", "v", {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+                     "prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+    ("scaled_linear", "x0", {"beta_schedule": "scaled_linear", "beta_start": 0.00085,
+                             "beta_end": 0.012, "prediction_type": "sample", "steps_offset": 1,
+                             "timestep_spacing": "trailing"}),
+    ("cosine", "eps", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon",
+                       "timestep_spacing": "leading"})])
+@pytest.mark.parametrize("stage", [Pixels, TinyAutoencoder])
+def test_a_schedule_as_diffusers_writes_it(models, capsys, schedule, predicts, want, stage):
+    """Flows are trained at shifted times and sampled at even ones, so its shift is 1. Diffusers
+    0.42 takes the same ten steps with guidance, to 2e-6 of the norm; a flow with given sigmas."""
+    task = task_of(models["unet"], models["text"], stage(), schedule, predicts)
+    files = pretrained.to_diffusers(task)
+    gauss = {"_class_name": "DDIMScheduler", "clip_sample": stage is Pixels} if predicts else {}
+    assert files["scheduler/scheduler_config.json"] == {
+        "num_train_timesteps": 1000, **gauss, **want}
+    said = capsys.readouterr().out
+    assert not any(name.startswith("vae") for name in files)
+    assert said == "" if stage is Pixels else said.startswith("left out: the tiny-ae, ")
+
+
+def test_tokenizers_as_transformers_reads_them(models):
+    """transformers 5.24 makes equal ids of 24 captions of scenes by one, and by the other, with
+    CLIP's own merges, of letters, numbers and signs of many alphabets."""
+    files = pretrained.to_diffusers(task_of(models["unet"], models["text"], models["vae"]))
+    said = files["tokenizer/tokenizer.json"]
+    assert said["model"]["vocab"] == {"[PAD]": 0, "[START]": 1, "[END]": 2, **WORDS.ids}
+    assert said["model"]["unk_token"] not in said["model"]["vocab"]         # unknown: an error
+    assert re.findall(said["pre_tokenizer"]["pattern"]["Regex"], "a <new1>, V*.") == [
+        "a", "<new1>", "V*"]
+    assert [item["ids"] for item in said["post_processor"]["special_tokens"].values()] == [[1], [2]]
+    assert files["tokenizer/tokenizer_config.json"]["model_max_length"] == 9
+    assert "model_index.json" not in files
+    clip = CLIPTokenizer(pathlib.Path(__file__).parent / "tiny_merges.txt")
+    files = pretrained.to_diffusers(task_of(models["unet"], models["text"], models["vae"],
+                                            words=clip))
+    assert files["tokenizer/vocab.json"] == clip.ids and "model_index.json" in files
+    assert files["tokenizer/merges.txt"].split("\n")[1:] == [" ".join(p) for p in clip.ranks]
+
 
 def test_safetensors_that_we_write(tmp_path):
     """Every dtype and layout comes back; the header has the lines, and data begins aligned."""
@@ -892,6 +1004,83 @@ def test_a_compressed_delta_of_the_official_code(tmp_path):
     W, words = parts_of(tmp_path / "compressed_delta.ckpt")["concept"]
     same({"": W.pop(name)}, {"": {"u": u, "v": v}})
     assert not W and torch.equal(torch.stack([words["<new1>"], words["<new2>"]]), rows)
+
+
+THEIR_CONFIG = """model:
+  scale: 9
+  params:
+    unet_config:
+      params:
+        adapter_config: # where
+          {kind}_adp_config:
+            - type: inout # of several entries the last counts
+              din: transo
+              dout: transo
+              scale: 5.0
+            - type: inout
+              din: {din}
+              dout: {dout} #
+              mid_dim: {mid_dim}
+              method: "{method}"
+              # scale: 3.0
+              scale: {scale}
+    first_stage_config:
+      scale: 7"""
+
+
+def write_their_adapter(folder, tensors, said):
+    """{name in their U-Net: tensor} as its save_adapter_to_dir does: a file for every module that
+    has "adapter" in its name, so a transformer block's twice; and its config beside, as training
+    leaves it."""
+    files = {}
+    for name, w in tensors.items():
+        for end in ("adapter_inout", "adapter_inout.adp", "adapter"):
+            if f".{end}." in name:
+                block, rest = name.split(f".{end}.")
+                files.setdefault(f"{block}.{end}.pt", {})[rest] = w
+    for file, state in files.items():
+        write(folder / file, state)
+    config = folder.parent.parent / "configs/2023-04-01T12-00-00-project.yaml"
+    config.parent.mkdir()
+    config.write_text(THEIR_CONFIG.format(**said))
+    return config
+
+
+@pytest.mark.parametrize("case", ["attn1i_transo", "attn2c_attn2c", "attn2o_ffni", "resi_reso"])
+def test_an_adapter_of_unet_finetune_computes_the_official_numbers(case, tmp_path):
+    """Read from the folders that its training leaves; the output is that of the official code. With
+    folders that the official code wrote, outputs of its 20 configs differ by at most 2e-6."""
+    d, g = golden_case(f"adapter_unet_{case}")
+    (kind, said), state = next(iter(d["config"]["adapter_config"].items())), {}
+    fill_by_recipe(types.SimpleNamespace(
+        state_dict=lambda: {name: torch.zeros(shape) for name, shape in d["params"]},
+        load_state_dict=lambda filled, strict: state.update(filled)))
+    folder = tmp_path / "checkpoints/500-adapters"
+    config = write_their_adapter(folder, {k: w for k, w in state.items() if "adapter" in k},
+                                 {**said, "kind": kind})
+    unet = UNet(**{key: d["config"][key] for key in (
+        "in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks",
+        "attention_resolutions", "num_heads", "context_dim")})
+    unet.load_state_dict({name: w for name, w in state.items() if "adapter" not in name})
+    model, found = torch.nn.ModuleDict({"denoiser": unet}), pretrained.read_adapter(folder)
+    bare = copy.deepcopy(model)
+    assert found["spec"]["scale"] == said["scale"]
+    load_adapters(model, {**found, "base": base_hash(model)})
+    with torch.no_grad():
+        got = unet(g["in_x"], g["in_t"], g["in_context"])
+    assert (got - g["out_out"]).abs().max() < 1e-3 * g["out_out"].abs().max()
+    good = config.read_text()
+    for content, words in (("", "by .*its.yaml .KeyError"), (
+            good.replace(said["din"], "attn3"), "attn3"), (
+            good.replace(f"mid_dim: {said['mid_dim']}", "mid_dim: 7"), "tensors differ"), (
+            good.replace(f'"{said["method"]}"', "tanh"), "unknown activation 'tanh'")):
+        (folder / "its.yaml").write_text(content)           # one inside comes first
+        with pytest.raises(ValueError, match=words):
+            load_adapters(bare, {**pretrained.read_adapter(folder), "base": base_hash(bare)})
+    (folder / "its.yaml").unlink(), config.unlink()
+    with pytest.raises(ValueError, match="500-adapters is an adapter .* put the config"):
+        pretrained.read_adapter(folder)
+    assert pretrained.read_adapter(tmp_path) is pretrained.read_adapter(config) is None
 
 
 def unet_names(state):

@@ -25,9 +25,10 @@ from custom_diffusion import keys_and_values, save_concept
 from dit import DiT
 from models import task_from
 from diffusion import seeds as sample_seeds
-from pretrained import read_official, read_weights
+from pretrained import build, read_official, read_weights
 from tasks import DiffusionTask
 from udit import RepMlp, UDiT, fold
+from vae import AutoencoderKL
 
 BASE = str(ROOT / "assets" / "unet-scenes.pt")
 
@@ -442,6 +443,58 @@ def test_what_the_official_code_does_not_have_is_refused(runs, tmp_path, capsys,
     assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_folder_for_diffusers(tmp_path, capsys):
+    """Tables of names are in test_pretrained.py. Loaded by diffusers 0.42 and transformers 5.24,
+    text states are equal, and the U-Net's output differs by at most 8e-7 of its norm, pictures and
+    latents of a kl-ae by 6e-7."""
+    out, kl = tmp_path / "folder", tmp_path / "kl.pt"
+    sample.main(["--ckpt", BASE, "--export", str(out), "--diffusers", "--note", "mine"])
+    assert {*tree(out)} == {
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
+        "text_encoder/model.safetensors", "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
+    assert capsys.readouterr().out.startswith("left out: the tiny-ae, ")
+    raw = (out / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    about = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    assert about["note"] == "mine" and "MIT" in about["licence"] and about["command"].startswith(
+        f"python sample.py --ckpt {BASE} --export ") and json.loads(about["config"]) == {
+        "cfg_scale": 3.0}
+    task, model = sample.load(BASE)
+    x, y = torch.randn(2, *task.shape), task.tokenizer(task.info["examples"][:2])
+    unet, text = (build(*read_official(out / name)[1:2], None, read_official(out / name)[2])[part]
+                  for name, part in (("unet", "unet"), ("text_encoder", "text")))
+    t = torch.tensor([3, 900])
+    assert torch.equal(unet(x, t, text(y)), model(x, t, y))
+    vae, state = fill_by_recipe(AutoencoderKL(32, (1, 2, 2), 1, 3, task.shape[0], 0.5)), (
+        load_checkpoint(BASE))                              # an autoencoder that diffusers has
+    state["first_stage"] = {"kind": "kl-ae", "sizes": vae.sizes, "model": vae.state_dict()}
+    save_checkpoint(kl, state)
+    sample.main(["--ckpt", str(kl), "--export", str(tmp_path / "kl"), "--diffusers"])
+    assert {*tree(tmp_path / "kl")} == {*tree(out), "vae/config.json",
+                                        "vae/diffusion_pytorch_model.safetensors"}
+    assert "left out" not in capsys.readouterr().out
+    _, parts, said = read_official(tmp_path / "kl/vae")
+    assert torch.equal(build(parts, None, said)["vae"].decode(x[:1]), vae.decode(x[:1]))
+    add_adapters(model, "ca_out", "ffn_in", rank=1)
+    save_checkpoint(tmp_path / "adapter.pt", adapter_state(model))
+    before = tree(tmp_path)
+    for path, new, words in ((BASE, "folder", "exists and was not made by"),        # there already
+                             (str(ROOT / "assets/vq-scenes.pt"), "x", "is for U-Nets that read"),
+                             (str(tmp_path / "adapter.pt"), "x", "without an adapter")):
+        base = ["--base", BASE] if path.endswith("adapter.pt") else []
+        with pytest.raises(SystemExit):
+            sample.main(["--ckpt", path, *base, "--export", str(tmp_path / new), "--diffusers"])
+        assert words in capsys.readouterr().err and tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name, words", [("latent", "say --official"), ("ae", "does not sample")])
+def test_what_diffusers_does_not_have_is_refused(runs, tmp_path, capsys, name, words):
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", str(runs / name / "ckpt.pt"), "--export", str(tmp_path / "x"),
+                     "--diffusers"])
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
     """A concept as delta.ckpt of the official code. An adapter with its spec."""
     task, model = sample.load(BASE)
@@ -474,6 +527,37 @@ def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
     assert json.loads(about["config"]) == {**state["spec"], "base": state["base"]}
     assert_close(read_weights(tmp_path / "adapter.safetensors"),
                  {**state["adapter"], **state["modifiers"]}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("read, add", [("ca_out", "ffn_in"), ("res_in", "res_out")])
+def test_an_adapter_of_unet_finetune_beside_its_base(tmp_path, capsys, read, add):
+    """Files as its code saves them, see test_pretrained.py: --base, and --scale as for ours."""
+    task, model = sample.load(BASE)
+    x, t, y = torch.randn(2, *task.shape), torch.tensor([3, 900]), task.tokenizer(["a circle"] * 2)
+    before = model(x, t, y)
+    add_adapters(model, read, add, rank=2, activation="silu", scale=2.0, init="official")
+    layers = {"down": "adapter_inout.adp.0", "up": "adapter_inout.adp.2"} if add == "ffn_in" else {
+        "before.0": "adapter.0", "down": "adapter.2", "up": "adapter.4"}
+    files = {}
+    for name, w in adapter_state(model)["adapter"].items():
+        ours = next(layer for layer in layers if f".{layer}." in name)
+        block, kind = name.removeprefix("denoiser.").split(f".{ours}.")
+        stem, _, layer = layers[ours].partition(".")
+        files.setdefault(f"{block}.{stem}.pt", {})[f"{layer}.{kind}"] = w
+    for file, tensors in files.items():
+        torch.save(tensors, tmp_path / file)
+    theirs = {"ca_out": "attn2o", "ffn_in": "ffni", "res_in": "resi", "res_out": "reso"}
+    (tmp_path / "x.yaml").write_text(f"adapter_config:\n  din: {theirs[read]}\n  dout: "
+                                     f"{theirs[add]}\n  mid_dim: 2\n  method: silu\n  scale: 2.0")
+    options = [sample.Options(base=BASE), sample.Options(base=BASE, scale=0.0)]
+    got, plain = (sample.load(str(tmp_path), options=o)[1](x, t, y) for o in options)
+    assert torch.equal(got, model(x, t, y)) and not torch.equal(got, before)
+    assert torch.equal(plain, before)
+    for flags, words in (([str(tmp_path)], "is an adapter: give the --base"),
+                         ([str(tmp_path / file)], "one file is one block: give --ckpt the folder")):
+        with pytest.raises(SystemExit):
+            sample.main(["--ckpt", *flags, "--out", str(tmp_path / "x.png")])
+        assert words in capsys.readouterr().err
 
 
 def test_a_concept_brings_its_word_and_its_matrices(tmp_path, capsys, monkeypatch):
@@ -519,7 +603,7 @@ GIVEN = {"ckpt": None, "classes": "1", "prompt": "a large red circle", "n": "3",
          "sampler": None, "steps": "3", "truncation": "0.2", "eta": "0.9", "seed": "7",
          "base": BASE, "scale": "0.5", "concept": BASE, "weights": "model", "vae": BASE, "bpe": "x",
          "image_size": "64", "dtype": "bfloat16", "out": None, "export": "e.pt", "note": "x",
-         "official": True,
+         "official": True, "diffusers": True,
          "strip": True, "gif": True, "npz": "2", "init": "init.png",
          "mask": "mask.png", "strength": "0.4"}
 SAME = {"batch_size": "1", "device": "cpu"}                 # these change nothing but the speed
@@ -562,7 +646,8 @@ def test_every_option_changes_the_files_or_is_refused(runs, known, tmp_path, mon
             before = files(*ALSO[name]) if name in ALSO else plain
             refused |= {name} if got == 2 else set()
             assert got == 2 or isinstance(got, dict) and got != before, name
-    always = {"base", "scale", "vae", "bpe", "image_size", "concept", "official"}
+    always = {"base", "scale", "vae", "bpe", "image_size", "concept", "official",
+              "diffusers"}
     none, words = {"cfg_scale", "cfg_channels"}, {"prompt", "negative"}
     expected = {
         "flow": {"truncation", *words}, "gaussian": {"truncation", *words},
@@ -577,7 +662,8 @@ def test_every_option_changes_the_files_or_is_refused(runs, known, tmp_path, mon
 @pytest.mark.parametrize("flags", [[f"--{name.replace('_', '-')}", *[value] * (value is not True)]
                                    for name, value in {**GIVEN, **SAME, "sampler": "ddim",
                                                        "out": "x.png"}.items()
-                                   if value and name not in ("export", "note", "official")],
+                                   if value and name not in ("export", "note", "official",
+                                                          "diffusers")],
                          ids=lambda x: x[0])
 def test_an_export_reads_nothing_else(runs, tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as stopped:
