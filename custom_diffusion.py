@@ -303,7 +303,6 @@ class ConceptTask(DiffusionTask):
                 raise ValueError(f"{name}: caption {text!r} has no {category}, which all must name")
         return data.to_float(dataset.images), captions
 
-    @torch.no_grad()
     def select(self, dataset):
         """The prior, (pictures (n, C, S, S), captions), or None: sampled from the base, or what the
         data set has of the categories by captions (CLIP: near), class names, or all if neither."""
@@ -332,7 +331,6 @@ class ConceptTask(DiffusionTask):
         said = [captions[i] if k % 2 else f"a {named[i][0]}" for k, i in enumerate(rows)]
         return data.to_float(dataset.images[rows]), said
 
-    @torch.no_grad()
     def prepare(self, dataset, device):
         """All pictures, augmented and encoded at once; 8,192 targets at most, which then repeat."""
         config, rows, generator = self.config, [], torch.Generator().manual_seed(self.config.seed)

@@ -334,7 +334,6 @@ def save_encoded(config, settings, load_data):
     out, stage = config.save_latents, load_first_stage(settings.first_stage).to(config.device)
     data.check_target(out, data.LATENTS_MARK)
 
-    @torch.no_grad()
     def encode(images):                                                     # (n, C, H, W)
         shape = stage.latent_shape(images.shape[1:])
         if len(shape) != 3 or images.dtype != torch.uint8 or not stage.standardised:

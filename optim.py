@@ -15,7 +15,6 @@ import re
 import torch
 
 
-@torch.no_grad()
 def orthogonalise(G, steps=5):
     """Push the singular values of matrices G (n, rows, cols) to about 1, without an SVD: `steps`
     times X <- P X, P = a I + b A + c A^2, A = X X^T. Source: Jordan et al. 2024 (Newton-Schulz).

@@ -53,7 +53,6 @@ class DiffusionTask:
         self.on_pixels = not first_stage.state_dict()   # vae.Pixels: the identity, without weights
         self.at_once = max(1, 1_024_000 // info["image_size"] ** 2)     # pictures in memory
 
-    @torch.no_grad()
     def prepare(self, dataset, device):
         """Captions to ids, and all pictures to latents at once, so that no step encodes any."""
         if (words := self.tokenizer) is not None:       # of held-out captions, known words alone
@@ -69,7 +68,7 @@ class DiffusionTask:
         stage = self.first_stage.to(device)
         if not stage.standardised:
             stage.standardise(to_float(x[::max(1, len(x) // 2000)][:2000]).to(device))
-        z = torch.cat([stage.encode(to_float(some.to(device))) for some in x.split(self.at_once)])
+        z = torch.cat([self.encode(to_float(some.to(device))) for some in x.split(self.at_once)])
         return dataclasses.replace(dataset, images=z, labels=y, captions=None, flip=False)
 
     def draw(self, n, generator, device):
@@ -159,14 +158,12 @@ class AutoencoderTask:
     def loss(self, net, x, y, index, **draws):
         return net(to_float(x), draws)
 
-    @torch.no_grad()
     def preview(self, model, dataset, device, path):
         x = to_float(dataset.images[:32])
         y = torch.cat([model.decode(model.encode(some.to(device))).clamp(-1, 1).cpu()
                        for some in x.split(self.at_once)])
         save_grid(torch.stack([x, y], 1).flatten(0, 1), path, nrow=16, scale=2)    # (64, C, H, W)
 
-    @torch.no_grad()
     def finish(self, model, dataset, device):
         """Measure the latents' scale, which travels with the checkpoint; report the quality."""
         x = to_float(dataset.images[::max(1, len(dataset) // 2000)][:2000]).to(device)

@@ -192,7 +192,6 @@ class Codebook(nn.Module):
         for name, new in (("cluster_size", size), ("embedding_avg", average), ("embedding", code)):
             getattr(self, name).copy_(torch.where(keep.bool(), new, getattr(self, name)))
 
-    @torch.no_grad()
     def start(self, vectors):
         """Put the codes at k-means centres of vectors (n, D), at first K evenly spaced rows."""
         rows = torch.linspace(0, len(vectors) - 1, self.num_codes, device=vectors.device).long()
