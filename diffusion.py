@@ -181,8 +181,7 @@ class GaussianDiffusion:
             xt = process.q_sample(opt.x_init, batch(path[0][0]), noise)
         for (t, level), (_, level_next) in zip(path, path[1:]):
             if opt.mask is not None:              # outside the mask: the known picture, noised to t
-                known = process.q_sample(opt.x_init, batch(t), noise)
-                xt = torch.where(opt.mask > 0.5, xt, known)
+                xt = torch.where(opt.mask > 0.5, xt, process.q_sample(opt.x_init, batch(t), noise))
             xt, x0 = process.step(denoise, xt, batch(t), (level, level_next), x0, opt)
             if opt.mask is not None and level_next == 0:
                 xt = torch.where(opt.mask > 0.5, xt, opt.x_init)
@@ -297,8 +296,7 @@ class RectifiedFlow:
             return (1 - u_next) * x0 + (u_next ** 2 - sigma ** 2) ** 0.5 * eps + sigma * z, x0
         if opt.sampler == "heun" and u_next > 0:        # the average of the slopes at both ends
             t_next = torch.full_like(t, 1000 * u_next)
-            ahead = denoise(xt + (u_next - u) * velocity, t_next).float()
-            velocity = (velocity + ahead) / 2
+            velocity = (velocity + denoise(xt + (u_next - u) * velocity, t_next).float()) / 2
         return xt + (u_next - u) * velocity, x0
 
     def path(self, sampler, steps, strength=1.0):

@@ -333,9 +333,8 @@ def train_classifier(real, steps=1000, device="cpu", seed=0):
         x = data.to_float(real.images[rows])                # (128, C, H, W)
         x = x.flip(-1).where(torch.rand(128, 1, 1, 1, generator=generator) < real.flip / 2, x)
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
-        loss = F.cross_entropy(model(x.to(device)), real.labels[rows].to(device))
         optimizer.zero_grad()
-        loss.backward()
+        F.cross_entropy(model(x.to(device)), real.labels[rows].to(device)).backward()
         optimizer.step()
     right = model[-1](features(model, real.images[test])).argmax(1).cpu() == real.labels[test]
     return model, right.double().mean().item()

@@ -329,8 +329,7 @@ def check_init(task, was, path):
 
 
 def save_encoded(config, settings, load_data):
-    """--save-latents: the data set as latents of its first stage, in half precision. Pictures of a
-    folder are encoded as they are read: they may be more than the memory holds."""
+    """--save-latents: the data set as latents of its first stage, in half precision."""
     out, stage = config.save_latents, load_first_stage(settings.first_stage).to(config.device)
     data.check_target(out, data.LATENTS_MARK)
 
@@ -339,11 +338,10 @@ def save_encoded(config, settings, load_data):
         if len(shape) != 3 or images.dtype != torch.uint8 or not stage.standardised:
             raise ValueError("--save-latents needs --data of pictures, --first-stage of numbers, "
                              "which was trained to its end")
-        parts = images.split(max(1, 1_024_000 // images.shape[-1] ** 2))    # as DiffusionTask does
-        return torch.cat([stage.encode(data.to_float(x.to(config.device))).half().cpu()
-                          for x in parts])
+        return torch.cat([stage.encode(data.to_float(x.to(config.device))).half().cpu() for x in
+                          images.split(max(1, 1_024_000 // images.shape[-1] ** 2))])  # as in tasks
     path = config.data.removeprefix("folder:")
-    if path != config.data:
+    if path != config.data:         # encoded as it is read: it may be more than the memory holds
         z, *said, _ = read_folder(path, config.image_size, skip_bad=config.skip_bad, encode=encode)
     else:
         whole = load_data(config)

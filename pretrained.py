@@ -448,8 +448,7 @@ def read_weights(path):
         listed = re.findall(r'": *"([^"/]+\.(?:safetensors|bin))"', path.read_text("utf-8"))
         return {name: tensor for shard in sorted({*listed})
                 for name, tensor in read_weights(path.with_name(shard)).items()}
-    content = read_safetensors(path) if is_safetensors(path) else read_torch(path)
-    return named_tensors(content, path)
+    return named_tensors(read_safetensors(path) if is_safetensors(path) else read_torch(path), path)
 
 
 def is_official(path):

@@ -245,8 +245,7 @@ class CLIPTokenizer:
 
     def encode(self, caption):
         text = html.unescape(html.unescape(unicodedata.normalize("NFC", caption)))
-        pieces = self.pattern.findall(" ".join(text.split()).lower())
-        return [self.ids[symbol] for piece in pieces
+        return [self.ids[symbol] for piece in self.pattern.findall(" ".join(text.split()).lower())
                 for symbol in ([piece] if piece in self.special else self._merge(piece))]
 
     def _merge(self, piece):

@@ -248,9 +248,8 @@ class VQVAE(FirstStage):
         commitment = torch.where(started, (z_q - z).square().mean(), 0.0)
         loss = (recon - x).square().mean() + self.beta * commitment
         share = self.codebook.count(ids.flatten()) / ids.numel()            # (K,)
-        perplexity = torch.exp(-torch.xlogy(share, share).sum())
         return loss, {"psnr": image_metrics(recon, x)["psnr"], "codes": (share > 0).sum().float(),
-                      "perplexity": perplexity, "vectors": vectors}
+                      "perplexity": torch.exp(-torch.xlogy(share, share).sum()), "vectors": vectors}
 
     def encode(self, x):
         self.latent_shape(x.shape[1:])
@@ -303,8 +302,7 @@ class AutoencoderKL(FirstStage):
         z = mean + torch.exp(0.5 * logvar) * draws["noise"]
         recon = self.decoder(self.post_quant_conv(z)).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = (recon - x).abs().mean() + LATENT_WEIGHT * kl
-        return loss, image_metrics(recon, x)
+        return (recon - x).abs().mean() + LATENT_WEIGHT * kl, image_metrics(recon, x)
 
     def moments(self, x):
         """Pictures -> mean, log-variance of the latents before scaling, 2x (B, z, h, w)."""
