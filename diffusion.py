@@ -232,10 +232,9 @@ class GaussianDiffusion:
         self.tables = {                                                 # float64; read through _at
             "ab": ab, "ab_prev": ab_prev, "sqrt_ab": ab.sqrt(), "sqrt_1m_ab": (1 - ab).sqrt(),
             "sqrt_recip_ab": (1 / ab).sqrt(), "sqrt_recipm1_ab": (1 / ab - 1).sqrt(),
-            "post_mean_x0": betas * ab_prev.sqrt() / (1 - ab),
-            "post_mean_xt": (1 - ab_prev) * (1 - betas).sqrt() / (1 - ab),
-            "post_logvar": post_logvar, "log_beta": betas.log(), "t": timestep_map,
-            "fixed_logvar": torch.cat([post_logvar[:1], betas[1:].log()])}
+            "post_mean_x0": betas * ab_prev.sqrt() / (1 - ab), "post_logvar": post_logvar,
+            "post_mean_xt": (1 - ab_prev) * (1 - betas).sqrt() / (1 - ab), "t": timestep_map,
+            "log_beta": betas.log(), "fixed_logvar": torch.cat([post_logvar[:1], betas[1:].log()])}
         self._on_device = {}
 
     def _at(self, name, t, x):

@@ -39,12 +39,11 @@ def infer_unet(state):
     first = [1, *(i + 1 for i in down)]     # each level's first block; 0 is the first convolution
     widths = [shape(f"input_blocks.{i}.0.out_layers.3.weight", 4)[0] for i in first]
     return dict(
-        in_channels=in_channels, out_channels=shape("out.2.weight", 4)[0],
+        in_channels=in_channels, context_dim=context_dim, out_channels=shape("out.2.weight", 4)[0],
         model_channels=model_channels, channel_mult=tuple(w / model_channels for w in widths),
-        num_res_blocks=(down or [_count(state, r"input_blocks\.(\d+)\.")])[0] - 1,
+        num_res_blocks=(down or [_count(state, r"input_blocks\.(\d+)\.")])[0] - 1, num_heads=8,
         attention_resolutions=tuple(2 ** level for level, i in enumerate(first)
-                                    if f"input_blocks.{i}.1.norm.weight" in state),
-        num_heads=8, context_dim=context_dim)
+                                    if f"input_blocks.{i}.1.norm.weight" in state))
 
 
 def infer_vae(state):
@@ -96,14 +95,13 @@ def infer_udit(state):
     levels = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
     scale, kernel = "latent.0.attn1.logit_scale", "latent.0.attn1.downsampler.layer.weight"
     cosine = scale in state
-    return dict(in_channels=in_channels, hidden_size=hidden_size,
+    return dict(in_channels=in_channels, hidden_size=hidden_size, mlp=kinds[layer], cosine=cosine,
                 depth=tuple(_count(state, rf"{level}\.(\d+)\.") for level in levels),
                 num_heads=shape(scale, 3)[0] if cosine else max(1, hidden_size // 24),
                 mlp_ratio=shape(f"latent.0.mlp1.{layer}.weight", 4)[0] / (4 * hidden_size),
                 num_classes=shape("y_embedder_1.embedding_table.weight", 2)[0] - 1,
                 learn_sigma=shape("final_layer.out_proj.weight", 4)[0] == 2 * in_channels,
-                cosine=cosine, rope=cosine, mlp=kinds[layer],
-                kernel_size=shape(kernel, 4)[-1] if kernel in state else 0)
+                kernel_size=shape(kernel, 4)[-1] if kernel in state else 0, rope=cosine)
 
 
 def _shapes(state, what):
@@ -193,9 +191,8 @@ def layer_names(part, blocks, levels, attends):
     names = {**kinds[""]}
     for level, j in itertools.product(range(levels), range(blocks + 1)):
         first = level * (blocks + 1)                # in our U-Net, of this level
-        numbers = dict(level=level, j=j, up=first + j, last=first + blocks, down=first + j + 1,
-                       half=first + blocks + 1, above=levels - 1 - level,
-                       after=1 + (level in attends))
+        numbers = dict(level=level, j=j, up=first + j, down=first + j + 1, above=levels - 1 - level,
+                       last=first + blocks, half=first + blocks + 1, after=1 + (level in attends))
         for theirs, ours in PUBLISHED["places"][part].items():
             theirs, ours = theirs.format(**numbers), ours.format(**numbers)
             names |= {f"{theirs}.{layer}": f"{ours}.{new}"
