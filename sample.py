@@ -120,10 +120,10 @@ def add_concept(path, task):
 
 
 # ---------------------------------------------------------------- files for others
-def export(path, out, note="", form="", command="", options=Options()):
+def export(path, out, note="", form="", flags="", options=Options()):
     """Write what a checkpoint holds to `out`. form: "" in half precision, for sampling and --init;
     "official" as the official code reads it, also what was learned on options.base; "diffusers" a
-    folder. note, command: lines inside. Raises ValueError."""
+    folder. note, flags: of the command, lines inside. Raises ValueError."""
     if form == "diffusers":
         task, _ = load(path, options=options)
         files, config = to_diffusers(task), {"cfg_scale": task.settings.cfg_scale}
@@ -138,8 +138,8 @@ def export(path, out, note="", form="", command="", options=Options()):
         files, end = {"": tensors}, ".ckpt" if "state_dict" in tensors else ".safetensors"
         if pathlib.Path(out).suffix != end:
             raise ValueError(f"--export {out}: give a name that ends in {end}")
-    about = {"made_by": EXPORTED, "licence": LICENCE, "note": note, "command": command,
-             "config": json.dumps(config)}
+    about = {"made_by": EXPORTED, "licence": LICENCE, "note": note,
+             "command": f"python sample.py {flags}", "config": json.dumps(config)}
     for name, content in files.items():
         with written_whole(pathlib.Path(out, name)) as file:
             if name.endswith((".json", ".txt")):
@@ -326,8 +326,7 @@ def main(argv):
         refuse(options, " ".join(sorted(vars(options).keys() - read)),
                "is not read beside --export: leave one of them out")
         data.check_target(options.export, EXPORTED.encode())
-        export(options.ckpt, options.export, options.note or "", form,
-               f"python sample.py {shlex.join(argv)}", options)
+        export(options.ckpt, options.export, options.note or "", form, shlex.join(argv), options)
         return print(f"exported to {options.export}")
     device, files = resolve_device(options.device or "auto"), targets(options)
     (task, model), seed = load(options.ckpt, device, options), options.seed or 0

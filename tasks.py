@@ -305,14 +305,13 @@ def check_fit(config, task):
 
 def begin_files(config, task, s):
     """Write config.json, and log.csv without damaged rows and those beyond step s; both whole."""
-    table, lines = pathlib.Path(config.out, "log.csv"), []
-    if s and table.is_file():
-        header, *lines = table.read_text(errors="replace").split("\n")
-        number = r"-?(\d+\.?\d*(e[-+]\d+)?|nan|inf)"          # as add_row writes it
-        row = re.compile(rf"(\d+)(,{number}){{{header.count(',')}}}")
-        kept = [line for line in lines if (m := row.fullmatch(line)) and int(m[1]) <= s]
-        lines = [header, *kept] if header.startswith("step,loss,") else []
-    with written_whole(table) as file:
+    log = pathlib.Path(config.out, "log.csv")
+    header, *lines = (log.read_text(errors="replace") if s and log.is_file() else "").split("\n")
+    number = r"-?(\d+\.?\d*(e[-+]\d+)?|nan|inf)"              # as add_row writes it
+    row = re.compile(rf"(\d+)(,{number}){{{header.count(',')}}}")
+    kept = [line for line in lines if (m := row.fullmatch(line)) and int(m[1]) <= s]
+    lines = [header, *kept] if header.startswith("step,loss,") else []
+    with written_whole(log) as file:
         file.write("".join(f"{line}\n" for line in lines).encode())
     with written_whole(pathlib.Path(config.out, "config.json")) as file:
         file.write(json.dumps(dataclasses.asdict(config) | vars(task.settings), indent=1).encode())
