@@ -129,8 +129,7 @@ def one_line(main):
 
 
 def in_one_line(error):
-    """What an error says, in at most 400 characters; of too little memory, what was asked for. Any
-    other RuntimeError is a fault of the program, and raised again."""
+    """An error in at most 400 characters. A RuntimeError, if not of memory, is raised again."""
     words = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
     short = re.search("(?i)out of memory|can.t allocate|size calculation overflowed", words)
     if isinstance(error, RuntimeError) and not short:

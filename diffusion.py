@@ -308,9 +308,8 @@ class RectifiedFlow:
 
 def guided(model, cond, uncond=None, cfg_scale=1.0, cfg_channels=None):
     """Classifier-free guidance, eps = eps_u + s (eps_c - eps_u), as a callable f(xt, t).
-    s = cfg_scale: 1 = cond (B, ...) alone, 0 = uncond alone; these cost one forward, others two.
-    cfg_channels: guide only the first so many channels of xt (None: all); variance channels are
-    those of cond. Source: Ho & Salimans 2022 Eq. 6."""
+    s = cfg_scale: 1 = cond (B, ...) alone, 0 = uncond alone. cfg_channels: guide only the first so
+    many channels of xt; variance channels are those of cond. Source: Ho & Salimans 2022 Eq. 6."""
     if cfg_scale != 1.0 and uncond is None:
         raise ValueError("cfg_scale needs an unconditional input: 1, or train with label dropout")
     def denoise(xt, t):

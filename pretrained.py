@@ -157,8 +157,7 @@ PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
 
 
 def split_compvis(state, _):
-    """A CompVis file -> {"unet": state, "vae": state, "text": state}, what is there, without its
-    EMA copy and schedule. Source: LDM."""
+    """A CompVis file -> {part: state}, what is there, without its EMA and schedule. Source: LDM."""
     named = {part: _plain({name.removeprefix(prefix): tensor for name, tensor in state.items()
                            if name.startswith(prefix)}) for part, prefix in PREFIXES.items()}
     return {part: tensors for part, tensors in named.items() if tensors}
@@ -182,11 +181,10 @@ PUBLISHED = json.loads((pathlib.Path(__file__).parent / "assets/published.json")
 
 
 def layer_names(part, blocks, levels, attends):
-    """{diffusers' layer: ours} of a U-Net or AutoencoderKL. There a block has a level and a number
-    in it. In our U-Net one number counts all, down-samplers too; an up-sampler ends the last block
-    of its level. Our decoder counts levels from the highest resolution. blocks: of a level, up has
-    one more; attends: levels of up_blocks with attention. Source: diffusers'
-    convert_diffusers_to_original_stable_diffusion.py."""
+    """{diffusers' layer: ours} of a U-Net or AutoencoderKL. Our U-Net counts the blocks of all
+    levels, down-samplers too; an up-sampler ends the last block of its level. Our decoder counts
+    levels from the largest map. blocks: of a level, up has one more; attends: levels of up_blocks
+    with attention. Source: diffusers' convert_diffusers_to_original_stable_diffusion.py."""
     kinds = PUBLISHED["layers"][part]
     names = {**kinds[""]}
     for level, j in itertools.product(range(levels), range(blocks + 1)):
@@ -268,9 +266,8 @@ def renamed(state, layers):
 
 
 def rename_dit(state):
-    """Names of diffusers' DiT, where q, k, v are apart and positions are not saved, -> those of
-    DiT. What all blocks share has no number here, there each block has a copy. Source: diffusers'
-    convert_dit_to_diffusers.py."""
+    """Names of diffusers' DiT, with q, k, v apart and no positions, -> those of DiT. There each
+    block has a copy of what all blocks share. Source: diffusers' convert_dit_to_diffusers.py."""
     ours, layers = {}, PUBLISHED["layers"]["dit"]
     for name, tensor in state.items():
         block, end = re.match(r"(?:transformer_(blocks\.\d+)\.)?(.*)", name, re.S).groups()
@@ -427,8 +424,7 @@ STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", CUSTOM, "learned_e
 
 
 def find_weights(folder):
-    """A folder's file of weights, or the index of its shards, or None: full precision before half,
-    without EMA last, safetensors before .bin."""
+    """A folder's file of weights, or the index of its shards, the first that is there, or None."""
     names = [name for variant in ("", ".fp16", ".bf16", ".non_ema")
              for end in (".safetensors", ".bin") for stem in STEMS
              for name in (f"{stem}{variant}{end}", f"{stem}{end}.index{variant}.json")]

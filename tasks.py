@@ -11,7 +11,6 @@ pictures back. The loop in train.py never asks which one it runs. It calls
     finish(model, dataset, device)                    after the last step, before the last save
     state() -> dict                                   what else travels in the checkpoint
     inputs(count) -> meta tensors of one forward, to count its operations
-A new way to train is a new task; a new model is a line in models.py. Below: the files of a run.
 
     python train.py --model unet-tiny --data scenes       # a DiffusionTask with a U-Net"""
 import copy
@@ -237,8 +236,7 @@ def identity(info, state):
 
 
 def check_same(was, now, path, cure, keys=IDENTITY):
-    """Raise ValueError, with what differs and the cure, unless a run of identity `now` belongs to
-    the file `path`, of identity `was`. keys: what must be equal."""
+    """Raise ValueError unless `was`, the identity of the file `path`, and `now` agree in `keys`."""
     for a, b, key in [(was[key], now[key], key) for key in keys if was[key] != now[key]]:
         if isinstance(a, list) and isinstance(b, list):         # what only one of them has
             a, b = ([x for x in a if x not in b] or a), ([x for x in b if x not in a] or b)

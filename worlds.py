@@ -9,9 +9,8 @@ places, relations, backgrounds and a caption.  Captions leave things out, and no
 a smaller shape that most objects have inside: a model of `scenes` can draw what it has no word for,
 and so learn a new word for it from a few pictures.
 An object is the signed distance d to its outline, in pixels; it covers clamp(0.5 - d, 0, 1) of a
-pixel: soft edges at any image size.
-Because the program draws the pictures, it knows what is true of each of them, and evaluate.py can
-read a sampled picture back and compare it with its caption, exactly.
+pixel: soft edges at any image size.  As the program draws the pictures, it knows what is true of
+each, and evaluate.py can read a sampled one back and compare it with its caption, exactly.
 A world is a function of (name, image size, split, count, seed, hold_out) and of nothing else."""
 import math
 import re
@@ -97,8 +96,7 @@ def shape_coverage(shape_index, cx, cy, r, image_size=32):
 
 def render_shapes(shape, color, cx, cy, r, background, image_size=32):
     """Draw B pictures of up to K objects each, later over earlier ones -> (B, 3, H, W) uint8.
-    shape: (B, K) int64, -1 = absent.  color: (B, K, 3) uint8.  background: (B, 3) uint8.
-    cx, cy, r: (B, K) float, pixels of a 32-pixel picture.  Works on any device."""
+    shape, cx, cy, r (B, K): see shape_coverage; color (B, K, 3), background (B, 3): uint8."""
     side, chunk = image_size, max(1, 256 * 1024 // image_size ** 2)  # a chunk fits into the cache
     images = torch.empty(len(shape), 3, side, side, dtype=torch.uint8, device=shape.device)
     for i in range(0, len(shape), chunk):
