@@ -22,7 +22,6 @@ Differences from the official code (Xiang-cd/unet-finetune; equal numbers with i
 4. A thing has a new word, whose row learns too. There, a rare word that stays as it is."""
 import dataclasses
 import math
-import re
 
 import numpy as np
 import torch
@@ -134,7 +133,7 @@ def _make(unet, read, add, rank, activation, scale, init="zero"):
         raise ValueError(f"scale {scale}: give a finite number")
     if made := [(path, m, Adapter(m, read, add, rank, activation, scale, init))
                 for path, m in unet.named_modules()
-                if (re.search(r"\battn2\.to_[kv]$", path) if (read, add) == LORA else
+                if (path.endswith(("attn2.to_k", "attn2.to_v")) if (read, add) == LORA else
                     isinstance(m, Tapped) and read in m.taps)]:
         return made
     raise ValueError(f"no block of this {type(unet).__name__} has a {read}: give a U-Net")

@@ -33,7 +33,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 
 class CausalAttention(nn.Module):
@@ -47,7 +46,7 @@ class CausalAttention(nn.Module):
     def forward(self, x):
         q, k, v = (proj(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)   # 3x (B, h, L, d)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)                 # (B, h, L, d)
+        x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)     # (B, h, L, d)
         return self.out_proj(x.transpose(1, 2).flatten(2))                          # (B, L, D)
 
 

@@ -24,7 +24,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -54,7 +54,7 @@ def micro_size(config):
 def blocks_of(module):
     """The blocks of a model: what stands in its lists of modules, the outermost ones."""
     for child in module.children():
-        yield from child if isinstance(child, nn.ModuleList) else blocks_of(child)
+        yield from child if isinstance(child, torch.nn.ModuleList) else blocks_of(child)
 
 
 def make_step(config, dataset, task, held_out=None):
@@ -82,8 +82,7 @@ def make_step(config, dataset, task, held_out=None):
         batch = batches.batch(s, rows, draws.pop("flip"))
         return {**batch, **{name: value[rows] for name, value in draws.items()}}
 
-    net = model if world == 1 else nn.parallel.DistributedDataParallel(
-        model, broadcast_buffers=False)
+    net = model if world == 1 else DistributedDataParallel(model, broadcast_buffers=False)
     if config.compile == "on" or (config.compile == "auto" and device == "cuda"):
         with autocast:
             compile_or_warn(net, lambda: task.loss(net, **micro_batch(0, 0))[0])

@@ -14,7 +14,6 @@ each, and evaluate.py can read a sampled one back and compare it with its captio
 A world is a function of (name, image size, split, count, seed, hold_out) and of nothing else."""
 import math
 import re
-from functools import partial
 
 import torch
 
@@ -188,7 +187,7 @@ def _shapes_world(first, generator):
 
 def _scenes_world(first, second, allowed, generator, split):
     """One object (60 %) or two, with parts."""
-    count, uniform = len(first), partial(_uniform, generator)
+    count, uniform = len(first), lambda *given: _uniform(generator, *given)
     two = torch.rand(count, generator=generator) < 0.4                               # (N,)
     small, place, upright, ground = (torch.randint(n, (count,), generator=generator)
                                      for n in (2, 5, 2, 4))
