@@ -1,8 +1,6 @@
 """data.py: pictures and captions in, batches to train on, grids and films out.
 
-    python train.py --data folder:my_pictures              # any name that load knows
-
-A data set is one tensor in memory: images, a label for each, a caption for each or none."""
+    python train.py --data folder:my_pictures              # any name that load knows"""
 import difflib
 import functools
 import gzip

@@ -427,7 +427,6 @@ def base_task(path, bpe=None, image_size=512):
     return task
 
 
-# flags that may change when a run goes on; the others say what the run is
 MAY_CHANGE = """steps batch_size accum lr muon_lr word_lr weight_decay warmup lr_decay grad_clip ema
     class_dropout cfg_scale flow_shift aux_weight log_every log_to sample_every save_every keep
     device compile precision checkpointing data_dir skip_bad flip out resume bpe""".split()
