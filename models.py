@@ -81,7 +81,7 @@ def readers_of(flag_name):
 
 
 # ---- builders: (sizes of the model, settings, info, first stage) -> task -------------------------
-def gaussian_or_flow(settings):
+def process_of(settings):
     """The process of a continuous model. Raises ValueError for a flag its schedule ignores."""
     flow = settings.schedule == "flow"
     for name in UNREAD[flow]:
@@ -102,8 +102,7 @@ def class_conditional(Model):
         text = {"context_dim": CONTEXT_DIM} if "vocabulary" in info else {}
         model = Model(input_size=size, in_channels=channels, num_classes=len(info["class_names"]),
                       class_dropout_prob=settings.class_dropout, **{**text, **sizes, **more})
-        process = gaussian_or_flow(settings)
-        return denoising_task(model, CONTEXT_DIM, process, settings, info, first_stage)
+        return denoising_task(model, CONTEXT_DIM, process_of(settings), settings, info, first_stage)
     return build_model
 
 
@@ -126,8 +125,7 @@ def build_unet(sizes, settings, info, first_stage):
     """A text-conditional U-Net. Source: LDM §3.3."""
     channels = first_stage.latent_shape(image_shape(info))[0]
     unet = UNet(**dict(sizes, in_channels=channels, out_channels=channels))
-    process = gaussian_or_flow(settings)
-    return denoising_task(unet, unet.context_dim, process, settings, info, first_stage)
+    return denoising_task(unet, unet.context_dim, process_of(settings), settings, info, first_stage)
 
 
 def build_vq(sizes, settings, info, first_stage):

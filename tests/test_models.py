@@ -10,7 +10,7 @@ import tasks
 from checkpoint import save_checkpoint
 from diffusion import GaussianDiffusion, RectifiedFlow
 from models import (FAMILIES, FLAGS, PRESETS, base_flags, base_task, build_task, describe,
-                    find_model, gaussian_or_flow, make_task, readers_of,
+                    find_model, make_task, process_of, readers_of,
                     resolve_first_stage, settings_class)
 from tasks import fingerprint
 from train import Config
@@ -72,26 +72,26 @@ def test_settings_are_the_flags_of_the_family():
 
 def test_a_flag_that_the_schedule_ignores_is_refused():
     dit = settings_class("dit")
-    flow = gaussian_or_flow(dit(flow_shift=2.5))
+    flow = process_of(dit(flow_shift=2.5))
     assert isinstance(flow, RectifiedFlow) and flow.shift == 2.5
-    assert gaussian_or_flow(dit()).shift == 1.0 and not gaussian_or_flow(dit()).logit_normal
-    assert gaussian_or_flow(dit(logit_normal=True)).logit_normal
-    assert gaussian_or_flow(dit(schedule="linear", min_snr=5.0)).min_snr == 5.0
-    process = gaussian_or_flow(dit(schedule="cosine", prediction="v", learn_sigma=True))
+    assert process_of(dit()).shift == 1.0 and not process_of(dit()).logit_normal
+    assert process_of(dit(logit_normal=True)).logit_normal
+    assert process_of(dit(schedule="linear", min_snr=5.0)).min_snr == 5.0
+    process = process_of(dit(schedule="cosine", prediction="v", learn_sigma=True))
     assert isinstance(process, GaussianDiffusion)
     assert process.prediction == "v" and process.learn_sigma
     assert torch.equal(process.betas, GaussianDiffusion(schedule="cosine").betas)
-    assert gaussian_or_flow(dit(schedule="linear")).prediction == "eps"
+    assert process_of(dit(schedule="linear")).prediction == "eps"
     with pytest.raises(ValueError, match="--prediction.*--schedule linear"):
-        gaussian_or_flow(dit(prediction="v"))
+        process_of(dit(prediction="v"))
     with pytest.raises(ValueError, match="--learn-sigma.*--schedule linear"):
-        gaussian_or_flow(dit(learn_sigma=True))
+        process_of(dit(learn_sigma=True))
     with pytest.raises(ValueError, match="--flow-shift.*cosine"):
-        gaussian_or_flow(dit(schedule="cosine", flow_shift=2.0))
+        process_of(dit(schedule="cosine", flow_shift=2.0))
     with pytest.raises(ValueError, match="--logit-normal needs --schedule flow, not linear"):
-        gaussian_or_flow(dit(schedule="linear", logit_normal=True))
+        process_of(dit(schedule="linear", logit_normal=True))
     with pytest.raises(ValueError, match="--min-snr needs a Gaussian schedule.*not flow"):
-        gaussian_or_flow(dit(min_snr=5.0))
+        process_of(dit(min_snr=5.0))
 
 
 # --------------------------------------------------------------------------------------------------
