@@ -339,8 +339,7 @@ def kl_networks(channels, multipliers, res_blocks, in_channels, z_channels):
     norm, block = partial(nn.GroupNorm, 32, eps=1e-6), partial(ResBlock, groups=32, eps=1e-6)
     middle = lambda: _named(block_1=block(last, last), attn_1=KLAttention(last),
                             block_2=block(last, last))
-    # a block from each width to the next
-    level = lambda *w: _named(block=nn.Sequential(*map(block, w, w[1:])))
+    level = lambda *w: _named(block=nn.Sequential(*map(block, w, w[1:])))   # w[i] to w[i + 1]
     down = [level(a, *[b] * res_blocks) for a, b in zip([channels, *widths], widths)]
     up = [level(a, *[b] * (res_blocks + 1)) for a, b in zip([*widths[1:], last], widths)]
     for i, (w, above) in enumerate(zip(widths, widths[1:])):            # pad right and bottom only
