@@ -40,13 +40,12 @@ DEFAULTS = dict(cfg_scale=1.0, cfg_channels=None, x_init=None, mask=None, streng
 
 
 class GaussianDiffusion:
-    """The chain x0 -> xt -> noise with its loss and its samplers. It has no parameters.
-    steps: T; t counts from 0 (the papers: from 1). schedule: a name of SCHEDULES. prediction: what
-    the network outputs, "eps", "v" or "x0". learn_sigma: C more channels interpolate the log-
-    variance between the posterior's and beta's; without them it is beta's. spacing: see
-    respaced_steps; and whether sampling ends at x0, or as noisy as t = 0. min_snr: cap of a
-    picture's weight, min-SNR's gamma; None: 1 for all. Public: betas, alpha_bar (T,) float64;
-    timestep_map (T,): the network's t. Source: DDPM §2-3."""
+    """The chain x0 -> xt -> noise with its loss and its samplers. steps: T; t counts from 0 (the
+    papers: from 1). schedule: a name of SCHEDULES. prediction: what the network outputs, "eps", "v"
+    or "x0". learn_sigma: C more channels interpolate the log-variance between the posterior's and
+    beta's; without them it is beta's. spacing: see respaced_steps; and whether sampling ends at x0,
+    or as noisy as t = 0. min_snr: cap of a picture's weight, min-SNR's gamma; None: 1 for all.
+    Public: betas, alpha_bar (T,) float64; timestep_map (T,): the network's t. Source: DDPM §2-3."""
     samplers = ("ddim", "ddpm", "dpm++")
     default_steps = {"ddim": 50, "ddpm": 250, "dpm++": 50}
     options = dict.fromkeys(samplers, frozenset(DEFAULTS)) | {"ddim": {*DEFAULTS, "eta"}}
@@ -160,8 +159,7 @@ class GaussianDiffusion:
         out = denoise(xt, self._at("t", t, xt)).float()
         if opt.sampler == "dpm++":
             return self.dpmpp_step(out, xt, t, x0_last, opt.clip)
-        noisy = opt.sampler == "ddpm" or opt.eta > 0
-        z = randn(xt.shape, opt.generator, opt.device) if noisy else None
+        z = randn(xt.shape, opt.generator, opt.device) if opt.sampler == "ddpm" or opt.eta else None
         if opt.sampler == "ddpm":
             return self.ddpm_step(out, xt, t, z, opt.clip)
         return self.ddim_step(out, xt, t, z, opt.eta, opt.clip)
