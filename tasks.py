@@ -106,7 +106,6 @@ class DiffusionTask:
         """Pictures (B, C, H, W) in [-1, 1] -> model space (B, *shape). Source: LDM §3.1."""
         return self.first_stage.to(x.device).encode(x)
 
-    @torch.no_grad()
     def to_pictures(self, x):
         """Model space -> uint8 (B, C, H, W); latents that nothing decodes: in false colours."""
         x = self.first_stage.to(x.device).decode(x).float()
