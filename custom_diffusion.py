@@ -496,9 +496,8 @@ def merge_files(argv):
     if not (captions := [*filter(str.strip, captions or ())]):
         raise ValueError("--captions: give a data set that has some, or a file with one a line")
     apply_concept(base.model, base.tokenizer, {}, words)
-    encoder = base.model.text, base.tokenizer
-    C_reg = torch.cat(caption_rows(*encoder, captions, "photo of a"))
-    things = [(W_n, prompt_rows(*encoder, thing), thing)
+    C_reg = torch.cat(caption_rows(base.model.text, base.tokenizer, captions, "photo of a"))
+    things = [(W_n, prompt_rows(base.model.text, base.tokenizer, thing), thing)
               for W_n, named in zip(Ws, concepts) for thing in named]
     W, r = merge(W0, [(W_n, C) for W_n, C, _ in things], C_reg, o.ridge, o.tolerance)
     print(f"{r['rows']} target rows ({r['dropped']} dropped as equal), {len(C_reg):,} of captions, "

@@ -186,8 +186,7 @@ class DiT(nn.Module):
         """(B, C, H, W) -> (B, N, D). A convolution whose stride is its size, p, is one linear layer
         on all patches, which is faster. Source: DiT §3.2 (patchify), Fig. 4."""
         patches = F.pixel_unshuffle(x, self.patch_size).flatten(2).mT.contiguous()  # (B, N, C*p*p)
-        proj = self.x_embedder.proj
-        return F.linear(patches, proj.weight.flatten(1), proj.bias)
+        return F.linear(patches, self.x_embedder.proj.weight.flatten(1), self.x_embedder.proj.bias)
 
     def unpatchify(self, x):
         """(B, N, p*p*C_out) -> (B, C_out, H, W). Source: DiT §3.2 (transformer decoder)."""

@@ -348,9 +348,8 @@ def kept_classifier(real, folder="out", steps=1000, device="cpu"):
         images = torch.cat([real.images[k::4].rot90(k, (2, 3)) for k in range(4)])
         turns = torch.arange(len(real)).remainder(4).sort().values              # (N,)
         real = data.Dataset(f"{real.name} turned", images, turns, None, [*"0123"], flip=False)
-    x = real.images.contiguous()
-    trained_on = str((real.name, real.class_names, real.labels.tolist(), x.shape, steps,
-                      zlib.crc32(x.numpy())))
+    trained_on = str((real.name, real.class_names, real.labels.tolist(), real.images.shape, steps,
+                      zlib.crc32(real.images.contiguous().numpy())))
     words = re.sub(r"\W", "-", real.name)[-40:]             # letters of any alphabet stay
     path = pathlib.Path(folder) / f"classifier-{words}-{zlib.crc32(trained_on.encode()):08x}.pt"
     if not path.exists():
