@@ -113,12 +113,11 @@ def merge_map(C, C_reg, ridge=1e-6):
 
 def merge(W0, concepts, C_reg, ridge=1e-6, tolerance=1e-3):
     """One set of matrices for several concepts, Eq. 5 -> ({name: W (o, d) float64}, report).
-    W0: {name: (o, d)} of the base; concepts: [({name: W_n}, C_n (s_n, d))], C_n the text states of
-    its own words; C_reg (r, d): states whose keys and values should stay; ridge: so much of
-    trace(G) / d is added to G's diagonal; tolerance: a row nearer to an earlier one than this share
-    of the mean length is left out. report: rows, dropped, cond_G, cond_DCt; of all layers dW, the
-    norm ||W - W0||; for each concept changes = ||W_n - W0||, and of the worst layer, all its rows,
-    constraint = ||(W - W_n) C_n^T|| / ||W_n C_n^T||. Raises ValueError. Source: Eq. 4, 5."""
+    W0: {name: (o, d)} of the base; concepts: [({name: W_n}, C_n (s_n, d))], C_n: states of its own
+    words; C_reg (r, d): states whose keys and values should stay; ridge: share of trace(G) / d
+    added to G's diagonal; tolerance: rows nearer to an earlier one than this share of the mean
+    length go. report: rows, dropped, cond_G, cond_DCt; dW = ||W - W0||; of each concept changes =
+    ||W_n - W0||, constraint = missed(W, W_n, C_n). Raises ValueError. Source: Eq. 4, 5."""
     double = lambda tensors: {name: tensors[name].double() for name in W0}
     W0, concepts = double(W0), [(double(W), C.double()) for W, C in concepts]
     C = torch.cat([C for _, C in concepts])                                         # (s, d)
