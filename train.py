@@ -13,7 +13,6 @@ resume, and the same result on one device or more: each draws the noise of the w
 keeps its rows. The output folder gets ckpt.pt, config.json, log.csv, loss.png, samples/, lock."""
 import argparse
 import dataclasses
-import math
 import os
 import pathlib
 import signal
@@ -152,7 +151,7 @@ def train(config, dataset, task, caught, bar, held_out=None):
                 bar.set_postfix_str(f"loss {values[0]:.4f}", refresh=False)
                 values += [optimizer.param_groups[0]["lr"] for optimizer in step.optimizers]
                 row = dict(zip(["step", *metrics, "grad_norm", "lr", "muon_lr"], [s, *values]))
-                row |= {"held_out": step.held_out() if preview else math.nan} if held_out else {}
+                row |= {"held_out": step.held_out() if preview else torch.nan} if held_out else {}
                 add_row(out / "log.csv", {**row, "seconds": time.perf_counter() - started})
                 for name in row if config.log_to else ():
                     board.add_scalar(name, row[name], s)

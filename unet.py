@@ -25,7 +25,6 @@ from collections import OrderedDict
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from diffusion import timestep_embedding
 
@@ -46,7 +45,7 @@ class CrossAttention(nn.Module):
     def forward(self, x, context):
         q, k, v = (u.unflatten(2, (self.num_heads, -1)).transpose(1, 2)     # (B, h, N or L, d)
                    for u in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        x = F.scaled_dot_product_attention(q, k, v)                             # (B, h, N, d)
+        x = nn.functional.scaled_dot_product_attention(q, k, v)                 # (B, h, N, d)
         return self.to_out(x.transpose(1, 2).flatten(2))                        # (B, N, query_dim)
 
 
@@ -100,7 +99,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x):
         value, gate = self.proj(x).chunk(2, dim=-1)                             # 2x (B, N, D_out)
-        return value * F.gelu(gate)
+        return value * nn.functional.gelu(gate)
 
 
 class SpatialTransformer(nn.Module):
