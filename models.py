@@ -107,13 +107,12 @@ def class_conditional(Model):
 
 
 def denoising_task(denoiser, width, process, settings, info, first_stage, Encoder=TextEncoder):
-    """The task of a denoiser; if it reads captions, with a new text encoder, or with CLIP's, whose
-    weights make_task puts in. Source: LDM §3.3."""
+    """The task of a denoiser; if it reads captions, with a text encoder. Source: LDM §3.3."""
     if "vocabulary" not in info:
         return DiffusionTask(settings, info, denoiser, process, first_stage)
     if published := info["vocabulary"].get("encoder"):
         tokenizer = CLIPTokenizer(merges=info["vocabulary"]["merges"])
-        text = TextEncoder(**published).requires_grad_(False)
+        text = TextEncoder(**published).requires_grad_(False)       # make_task puts its weights in
     else:
         tokenizer = WordTokenizer(**info["vocabulary"])
         text = Encoder(tokenizer.vocab_size, tokenizer.max_length, hidden_size=width)

@@ -205,9 +205,8 @@ class WordTokenizer:
 
 class CLIPTokenizer:
     """CLIP's byte pairs: any string -> ids below 49,408; 49406 starts, 49407 ends and pads.
-    path: the published list of merges, bpe_simple_vocab_16e6.txt.gz, or Stable Diffusion's
-    tokenizer/merges.txt; merges: the list itself, of another CLIPTokenizer's `ranks`.
-    Source: CLIP §2.4 and its code; Sennrich et al. 2016, algorithm 1."""
+    path: the published list of merges, or Stable Diffusion's tokenizer/merges.txt; merges: `ranks`
+    of another such. Source: CLIP §2.4 and its code; Sennrich et al. 2016, algorithm 1."""
     open = True
     MERGES = 48_894                     # 49,408 ids - 2 x 256 single bytes - start and end
 
