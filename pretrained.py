@@ -230,6 +230,8 @@ def to_diffusers(task):
     files = _filled(rows[task.settings.schedule] | rows["clip" if words.open else "words"], values)
     for part, module in parts.items():
         files |= _filled(rows[part], values | _turned(part, module))
+    if "vae" not in parts or task.settings.schedule == "flow":      # no StableDiffusionPipeline
+        files.pop("model_index.json", None)
     return files
 
 

@@ -161,6 +161,11 @@ def test_a_frozen_text_encoder_from_a_file(run, scenes, clip, tmp_path, short_pr
     single.load_state_dict(read_safetensors(clip))
     assert torch.equal(states, single(ids)) and not net.text.training
     assert task.sample(net, ids, steps=2).isfinite().all()
+    if model == "unet-tiny":        # a flow, without a kl-ae: parts, and no StableDiffusionPipeline
+        sample.main(["--ckpt", str(tmp_path / "run" / "ckpt.pt"), "--export",
+                     str(tmp_path / "parts"), "--diffusers"])
+        assert (tmp_path / "parts" / "tokenizer" / "merges.txt").is_file()
+        assert not (tmp_path / "parts" / "model_index.json").exists()
 
 
 def test_a_text_encoder_is_refused_where_nothing_reads_it(run, scenes, clip, tmp_path, capsys):
