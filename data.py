@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import tarfile
@@ -285,7 +286,7 @@ def make_grid(images, nrow=8, captions=None, pad=2, scale=None):
     captions: N strings, put below.  scale: whole; None = 1, or for captions to 64 pixels."""
     images = (images if images.dtype == torch.uint8 else to_uint8(images)).detach().cpu()
     tiles = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()                 # (N, H, W, 3)
-    scale = scale or (-(-64 // tiles.shape[2]) if captions else 1)
+    scale = scale or (math.ceil(64 / tiles.shape[2]) if captions else 1)
     tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)                        # nearest
     if captions:
         tiles = np.concatenate([tiles, _strips(captions, tiles.shape[2])], axis=1)

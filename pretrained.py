@@ -199,7 +199,8 @@ def layer_names(part, blocks, levels, attends):
 
 
 def from_diffusers(part, state):
-    """{diffusers' name: w}, also before 0.17, -> {our name: w}. Unknown names stay: see build."""
+    """{diffusers' name: tensor} of a U-Net or AutoencoderKL, also before diffusers 0.17, -> {our
+    name: tensor}. An unknown name stays: build refuses it."""
     blocks = _count(state, r"(?:encoder\.)?down_blocks\.0\.(?:resnets|attentions)\.(\d+)\.")
     levels = [k for k in range(8) if _count(state, rf"(.*)(?:down|up)_blocks\.{k}\.")]
     attends = [k for k in levels if _count(state, rf"(.*)up_blocks\.{k}\.attentions\.")]
