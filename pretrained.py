@@ -21,8 +21,7 @@ import re
 
 import torch
 
-from checkpoint import (built_from, check_tensors, load_checkpoint, named_tensors,
-                        read_safetensors, read_torch)
+from checkpoint import check_tensors, load_checkpoint, named_tensors, read_safetensors, read_torch
 from dit import DIT_CONFIGS
 from text import TextEncoder
 from unet import UNet
@@ -311,28 +310,6 @@ def read_word(state, stem):
         word = f"<{re.sub('[^0-9A-Za-z]+', '-', stem)}>"
     rows = torch.atleast_2d(rows.float()).flatten(0, -2)                            # (n, D)
     return {f"{word}_{k}" if k else word: row for k, row in enumerate(rows)}
-
-
-def read_adapter(path):
-    """A folder of unet-finetune, a file per block -> {"spec", "adapter"} of adapters.py; else None.
-    Where it stands is in the config of its run: a .yaml inside, or where its training leaves it.
-    Raises ValueError without. Source: its save_adapter_to_dir; its README, "Notation"."""
-    path, names = pathlib.Path(path), PUBLISHED["unet-finetune"]
-    if not (files := sorted(path.glob("*.adapter*.pt"))):
-        return None
-    configs = [*sorted(path.glob("../../configs/*-project.yaml")), *path.glob("*.yaml")]
-    if not configs:
-        raise ValueError(f"{path} is an adapter of unet-finetune: put the config of its run there, "
-                         "such as attn2o-ffni.yaml, which says where it stands")
-    config = configs[-1].read_text("utf-8", "replace").partition("adapter_config:")[2]
-    lines = re.findall(r"""^[ -]*(\w+): *["']?([\w.]+)""", config.split("_stage_config")[0], re.M)
-    said = {key: names.get(value, value) for key, value in lines}   # of several the last, as there
-    ours = lambda name: re.sub(r"adapter[\w.]*\d", lambda layer: names.get(layer[0], ""), name)
-    with built_from(configs[-1]):
-        return {"adapter": {f"denoiser.{ours(f'{file.stem}.{name}')}": w for file in files
-                            for name, w in read_weights(file).items()},
-                "spec": dict(read=said["din"], add=said["dout"], activation=said["method"],
-                             rank=int(said["mid_dim"]), scale=float(said["scale"]))}
 
 
 # ---- what a file is ------------------------------------------------------------------------------

@@ -22,13 +22,13 @@ import torch
 from PIL import Image, ImageOps
 
 import data
-from adapters import base_hash, load_adapters, set_scale
+from adapters import load_adapters, set_scale
 from checkpoint import load_checkpoint, save_checkpoint, write_safetensors, written_whole
 from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from models import FAMILIES, MERGES, base_task, find_model, official_task, task_from
-from pretrained import PREFIXES, infer_dit, infer_udit, is_official, read_adapter, to_diffusers
+from pretrained import PREFIXES, infer_dit, infer_udit, is_official, to_diffusers
 from tasks import sample_all
 from udit import fold
 
@@ -52,7 +52,7 @@ class Options:
     eta: float = flag(None, "ddim, euler: noise added back; 1 = as ddpm, or the SDE", "[0, 1]")
     seed: int = flag(None, "picture i is sampled from seed + i (default: 0)", "[0, 1e15)")
     batch_size: int = flag(None, "pictures at once (default: at most 64)", "[1, 1e9]")
-    base: str = flag(None, "--ckpt adapter.pt or of unet-finetune: what it was trained on")
+    base: str = flag(None, "--ckpt adapter.pt: the checkpoint that it was trained on")
     scale: float = flag(None, "--ckpt adapter.pt: its strength, 0 = off (default: as trained)")
     concept: str = flag(None, "a concept, ours or published: its words work in --prompt")
     weights: str = flag(None, "of a run: averaged (ema, default) or raw", "", ["ema", "model"])
@@ -78,8 +78,7 @@ class Options:
 def load(path, device="cpu", options=None):
     """Checkpoint -> (task, model in eval mode on the device). options: for what files do not say.
     Official files are known by their tensors. Raises ValueError for files that sample nothing."""
-    options, theirs = options or Options(), read_adapter(path)
-    state = theirs or (None if is_official(path) else load_checkpoint(path))
+    options, state = options or Options(), None if is_official(path) else load_checkpoint(path)
     if state is None:
         refuse(options, "weights base scale", f"is not for {path}, an official file")
         dtype = options.dtype or ("float16" if device == "cuda" else "float32")
@@ -98,8 +97,7 @@ def load(path, device="cpu", options=None):
         raise ValueError(f"{path} is an adapter: give the --base that it was trained on")
     else:
         task = load(options.base, device, dataclasses.replace(options, base=None, scale=None))[0]
-        own = {"base": base_hash(task.model)} if theirs else {}    # unet-finetune names no base
-        load_adapters(task.model, {**state, **own})
+        load_adapters(task.model, state)
         set_scale(task.model, state["spec"]["scale"] if options.scale is None else options.scale)
         if words := state.get("modifiers"):
             refuse(options, "concept", f"is not read: {path} brings new words of its own")
