@@ -233,11 +233,11 @@ def quality_report():
             + markdown(["model", "seeds", *columns], lines))
     rival, ours = (TABLE.by("seed", "all", model=model) for model in models)
     gaps = [ours[seed] - rival[seed] for seed in ours if seed in rival]
-    if len(gaps) < 2:
-        return text
-    if min(statistics.fmean(found.values()) for found in (rival, ours)) < ENOUGH:
+    if gaps and min(statistics.fmean(found.values()) for found in (rival, ours)) < ENOUGH:
         return text + (f"\nNot both have {100 * ENOUGH:.0f} % right: their quality is not "
                        "compared, nor their time at equal quality.\n")
+    if len(gaps) < 2:
+        return text
     mean, low, high = (100 * value for value in interval(gaps))
     return text + (f"\nBoth have at least {100 * ENOUGH:.0f} % right. VQ-Diffusion, 25 calls, "
                    f"minus the rival: {mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} "
