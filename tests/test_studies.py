@@ -1093,7 +1093,8 @@ def test_tokens_are_measured_with_a_first_stage_that_could_still_learn(monkeypat
     """It is trained in that call, if it is not there yet: without gradients that would fail."""
     from studies import vq_base
     seen = []
-    monkeypatch.setattr(vq_base, "trained", lambda flags, out: seen.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(vq_base, "trained", lambda *given: seen.append(
+        torch.is_grad_enabled()))
     monkeypatch.setattr(vq_base, "load_first_stage", lambda path: types.SimpleNamespace(
         encode=lambda x: x, decode=lambda x: x))
     assert vq_base.through_tokens(8)["all"] == 1 and seen == [True]
@@ -1116,7 +1117,7 @@ def test_a_run_of_tokens_goes_on_after_its_first_part_and_is_not_trained_twice(
         "step": int(pathlib.Path(path).read_text())})
     monkeypatch.setattr(vq_base, "first_stage", lambda: "stage.pt")
     monkeypatch.setattr(vq_base, "OUT", tmp_path)
-    monkeypatch.setattr(vq_base.sample, "load", lambda path: path)
+    monkeypatch.setattr(vq_base.sample, "load", lambda path, device: path)
     first, last = vq_base.STEPS
     assert vq_base.base(3) == vq_base.base(3) == str(tmp_path / "seed-3" / "ckpt.pt")
     assert called == [(first, False), (last, True)]

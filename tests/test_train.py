@@ -583,7 +583,8 @@ def another(field):
 
 @pytest.mark.parametrize("field", [f for cls in (Config, settings_class("dit"))
                                    for f in dataclasses.fields(cls)
-                                   if f.name not in ("out", "resume", "save_latents", "log_to")],
+                                   if f.name not in ("out", "resume", "save_latents", "log_to",
+                                                     "bpe")],       # see test_text_to_image.py
                          ids=lambda f: f.name)
 def test_a_flag_on_resume_is_used_or_refused(run, pictures, field, capsys):
     """Every flag: the new checkpoint says the new value, or one line names the flag and --init."""
