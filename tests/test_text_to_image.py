@@ -131,7 +131,7 @@ def test_wrong_prompts_are_one_line(run, capsys, flags, words):
 def clip(tmp_path_factory):
     """A small text encoder under CLIP's names, in half precision as Stable Diffusion has it."""
     path = tmp_path_factory.mktemp("clip") / "model.safetensors"
-    encoder = fill_by_recipe(TextEncoder(CLIPTokenizer(MERGES).vocab_size, 77, 64, 2, 1))
+    encoder = fill_by_recipe(TextEncoder(CLIPTokenizer(MERGES).vocab_size, 77, 96, 2, 1))
     write_safetensors(path, {name: w.half() for name, w in encoder.state_dict().items()})
     return path
 
@@ -159,7 +159,7 @@ def test_a_frozen_text_encoder_from_a_file(run, scenes, clip, tmp_path, short_pr
     prompts = ["zebras, xylophones & <tags>", "a red circle"]
     ids, want = task.tokenizer(prompts), CLIPTokenizer(MERGES)(prompts)
     assert torch.equal(ids, want) and ids.shape == (2, 77) and task.tokenizer.open
-    states, single = net.text(ids), TextEncoder(ids.max() + 1, 77, 64, 2, 1)
+    states, single = net.text(ids), TextEncoder(ids.max() + 1, 77, 96, 2, 1)
     single.load_state_dict(read_safetensors(clip))
     assert torch.equal(states, single(ids)) and not net.text.training
     assert task.sample(net, ids, steps=2).isfinite().all()
