@@ -450,7 +450,7 @@ def check_read(given, config, settings):
         "save_latents": (stage not in ("new", "none"), "--first-stage FILE"),
         "muon_lr": (config.optimizer == "muon", "--optimizer muon"),
         "checkpointing": (FAMILIES[find_model(config.model)[0]].first_stage, "models with blocks"),
-        "bpe": (not (config.resume or config.init), "new runs, which keep the list"),
+        "bpe": (not (config.resume or config.init), "new runs, without --resume or --init"),
         "data_dir": (kind in data.OFFICIAL, f"--data {', '.join(data.OFFICIAL)}"),
         "skip_bad": (kind == "folder", "--data folder:PATH"),
         "image_size": (kind != "latents", "pictures, not latents"),
