@@ -50,7 +50,7 @@ FLAGS = {
     "conditioning": (str, flag("adaln_zero", "kind of block", choices=[*reversed(BLOCKS)])),
     "qk_norm": (bool, flag(False, "normalise queries and keys")),
     "captions": (bool, flag(None, "read captions, not classes (default: if there are no classes)")),
-    "text_encoder": (str, flag(None, "CLIP's, frozen, in this file, or Stable Diffusion's")),
+    "text_encoder": (str, flag(None, "file with CLIP's text encoder, to read captions; frozen")),
     "bpe": (str, flag(None, "its list of merges (default: in data/)", needs="text_encoder")),
     "aux_weight": (float, flag(1.0, "weight of the cross-entropy; long runs: 5e-4", "[0, inf)")),
     "relative": (bool, flag(False, "tokens also attend by how far apart they are")),

@@ -213,8 +213,8 @@ def held_out(task, config, count):
         return tokenizer(captions), captions
     words = [tokenizer.WORD.findall(caption.lower()) for caption in captions]
     if (unseen := sorted(set().union(*words) - tokenizer.ids.keys())) and tokenizer.reserved:
-        print("words in no training caption, which all read as one new word, "
-              f"{len(unseen)}: {', '.join(unseen[:9])}")
+        print(f"new words, in no training caption, are all read as one word ({len(unseen)}): "
+              f"{', '.join(unseen[:9])}")
         tokenizer.ids = {**dict.fromkeys(unseen, 3 + len(tokenizer.words)), **tokenizer.ids}
     return tokenizer([" ".join(line[:tokenizer.max_length - 2]) for line in words]), captions
 

@@ -26,7 +26,7 @@ from studies.scenes_base import trained
 
 OUT, ASSET = pathlib.Path("out/studies/scenes-vq"), "assets/vq-scenes.pt"
 STEPS, BATCH, DEVICE = (6000, 14000), 32, resolve_device("auto")
-ON = ("--device", DEVICE, "--precision", "float32", "--compile", "off")     # the same arithmetic
+ON = ("--device", DEVICE, "--precision", "float32", "--compile", "off")     # as on a CPU
 FIRST = ["--model", "vq-vae", "--codes", "1024", "--steps", "4000"]
 BASE = ["--model", "vq-tiny", "--batch-size", str(BATCH), "--ema", "0.998"]
 TRUNCATIONS = (1.0, 0.86)

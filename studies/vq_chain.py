@@ -8,8 +8,8 @@ Here: vq-tiny on the 8x8 tokens of `scenes`, guidance 3, 480 test captions, half
 objects, read by the exact reader; verdicts are of all of them, for after so few steps nearly no
 picture of two objects is right. Mask rates: the runs of studies.vq_parts, 1,500 steps, and their
 bound; those that end 90 % masked are its arm "all". Samplers: the default run, `train.py --model
-vq-tiny --data scenes --hold-out`, 3,000 steps. About 5 CPU-minutes a mask rate and seed, 40 a seed
-of the samplers. Seeds 0 to 2 ran on an H100 in float32 (torch 2.11): column `device`.
+vq-tiny --data scenes --hold-out`, 3,000 steps. About 6 CPU-minutes a mask rate and seed; the
+samplers take longer, and ran on a GPU alone. Seeds 0 to 2: on an H100 in float32 (torch 2.11).
 
     python -m studies.vq_chain --seeds 5 --only masks       # after studies.vq_parts
     python -m studies.vq_chain --seeds 5 --only samplers

@@ -941,7 +941,7 @@ def test_unseen_words_of_held_out_captions_share_a_row(monkeypatch, capsys):
     monkeypatch.setattr(data, "load", lambda *args, **how: SimpleNamespace(captions=captions))
     config = dict.fromkeys(("data", "image_size", "data_dir", "seed", "skip_bad"))
     ids, again = sample.held_out(task, config, 4)
-    assert "one new word, 2: " in (said := capsys.readouterr().out) and "bird, blue" in said
+    assert "one word (2): " in (said := capsys.readouterr().out) and "bird, blue" in said
     known, free = task.tokenizer.ids, 3 + len(task.tokenizer.words)
     assert known.keys() == {"a", "cat", "dog", "red"} and again == [*captions, captions[0]]
     assert ids[0].tolist()[:5] == [1, known["a"], known["red"], free, 2] and free < (
