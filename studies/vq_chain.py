@@ -5,31 +5,35 @@ beats masking alone and replacing alone; a quarter of the calls keeps the qualit
 0.86 helps; revealing tokens where the network is sure ("purity") helps. And ours: a jump over
 several steps has an exact posterior, and the released approximation loses quality with few calls.
 Here: vq-tiny on the 8x8 tokens of `scenes`, guidance 3, 480 test captions, half of them of two
-objects, read by the exact reader; verdicts are of all of them, for after so few steps nearly no
-picture of two objects is right. Mask rates: the runs of studies.vq_parts, 1,500 steps, and their
-bound; those that end 90 % masked are its arm "all". Samplers: the default run, `train.py --model
-vq-tiny --data scenes --hold-out`, 3,000 steps. About 6 CPU-minutes a mask rate and seed; the
-samplers take longer, and ran on a GPU alone. Seeds 0 to 2: on an H100 in float32 (torch 2.11).
+objects, read by the exact reader; verdicts are of all of them. Twice: of short runs, whose shapes
+are mostly wrong, and of 6,000 steps on the VQ-VAE of studies.vq_base, as its model begins.
+Short runs of the mask rates: those of studies.vq_parts, 1,500 steps (its arm "all" ends 90 %
+masked). Short runs of the samplers: the default run, `train.py --model vq-tiny --data scenes
+--hold-out`, 3,000 steps. On one CPU thread a mask rate and seed takes 6 minutes, a long one 26, the
+samplers of a seed half an hour. Column `device`: some ran on an H100 in float32 (torch 2.11).
 
     python -m studies.vq_chain --seeds 5 --only masks       # after studies.vq_parts
-    python -m studies.vq_chain --seeds 5 --only samplers
+    python -m studies.vq_chain --seeds 3 --only long-masks
+    python -m studies.vq_chain --seeds 3 --only samplers
+    python -m studies.vq_chain --seeds 3 --only long-samplers
 """
 import sample
 from cli import one_line
-from studies import vq_parts
+from studies import vq_base, vq_parts
 from studies.common import (RULE, Table, claims, figure, markdown, mean_se, parser, run, shown)
 from studies.scenes_base import trained
 from studies.vq_base import AXES, DEVICE, ON, OUT, accuracy, captions_of
 from vqdiffusion import MaskReplace
 
-RATES = (0.0, 0.5, 0.9, 1.0)
-FULL = ["--model", "vq-tiny", "--steps", "3000"]
+RATES = {vq_parts.STEPS: (0.0, 0.5, 0.9, 1.0), vq_base.STEPS[0]: (0.9, 1.0)}
+SHORT, LONG = RATES
+FULL = {3000: ["--model", "vq-tiny"], LONG: vq_base.BASE}       # of the samplers
 WAYS = {**{f"{n} calls": {"steps": n} for n in (100, 25, 10, 5)},
         **{f"{n} calls, released jumps": {"steps": n, "released": True} for n in (25, 10, 5)},
         **{f"truncation {r}": {"truncation": r} for r in (0.86, 0.7)},
         "fewer": {"sampler": "fewer"}, "purity 1": {"sampler": "purity", "purity": 1.0},
         "purity 2": {"sampler": "purity", "purity": 2.0}}
-MASKS, JUMPS = Table("vq_mask", ["rate", "seed"]), Table("vq_samplers", ["seed"])
+MASKS, JUMPS = Table("vq_mask", ["steps", "rate", "seed"]), Table("vq_samplers", ["steps", "seed"])
 COLUMNS = ("two", "one", *AXES)
 
 
@@ -52,10 +56,12 @@ def masking(rate):
     return lambda chain: MaskReplace(chain.steps, chain.num_codes, ends, chain.aux_weight)
 
 
-def full(seed):
-    """(task, averaged model) of the default run with this seed, trained if it is not there yet."""
-    flags = [*FULL, "--first-stage", vq_parts.first_stage(), "--seed", str(seed)]
-    return sample.load(trained(flags, OUT / f"default-{seed}", ON), DEVICE)
+def full(steps, seed):
+    """(task, averaged model) of the default run or of a long one, trained if it is not there."""
+    stage = (vq_base if steps == LONG else vq_parts).first_stage()
+    flags = [*FULL[steps], "--steps", str(steps), "--first-stage", stage, "--seed", str(seed)]
+    folder = OUT / f"{'long' if steps == LONG else 'default'}-{seed}"
+    return sample.load(trained(flags, folder, ON), DEVICE)
 
 
 def sampled(task, model, captions, released=False, **options):
@@ -66,15 +72,16 @@ def sampled(task, model, captions, released=False, **options):
 
 
 def by_seed(column, way):
-    """{seed: rate} of a way to sample, or of a share of [MASK]."""
-    if isinstance(way, str):
-        return JUMPS.by("seed", column, way=way)
-    return vq_parts.TABLE.by("seed", column, arm="all") if way == 0.9 else MASKS.by(
-        "seed", column, rate=way)
+    """{seed: value} of a pair (steps, way to sample) or (steps, share of [MASK] at the end)."""
+    if isinstance(way[1], str):
+        return JUMPS.by("seed", column, steps=way[0], way=way[1])
+    if way == (SHORT, 0.9):
+        return vq_parts.TABLE.by("seed", column, arm="all")
+    return MASKS.by("seed", column, steps=way[0], rate=way[1])
 
 
-# (the sentence, what should be above 0, column, a, b, more): a - b + more of every seed
-MASK_CLAIMS = [
+# What should be above 0, of every seed: column of a - column of b + more.
+MASK_CLAIMS = [                     # (the sentence, its words, column, a, b, more)
     ("90 % masked beats masking alone (Fig. 5)", "bound: 100 % - 90 %", "bound", 1.0, 0.9, 0),
     ("the same", "all: 90 % - 100 %", "all", 0.9, 1.0, 0),
     ("90 % masked beats replacing alone", "bound: 0 % - 90 %", "bound", 0.0, 0.9, 0),
@@ -92,60 +99,73 @@ JUMP_CLAIMS = [
      0)]
 
 
-def verdicts(rows):
-    """The papers' sentences and ours, those of which two seeds are measured."""
+def verdicts(rows, steps):
+    """The papers' sentences and ours, those of which two seeds of so many steps are measured."""
     found = []
     for said, above, column, a, b, more in rows:
-        first, second = by_seed(column, a), by_seed(column, b)
+        first, second = by_seed(column, (steps, a)), by_seed(column, (steps, b))
         both = {seed: first[seed] - second[seed] + more for seed in first if seed in second}
         found += [(said, "", above, both)] if len(both) > 1 else []
     return claims("seeds", found) if found else ""
 
 
 def report():
-    """Mask rates and ways to sample: the verdicts, and a table."""
-    def table(head, ways, columns):
-        lines = [[way, len(by_seed("all", way)),
-                  *(shown(by_seed(c, way).values(), 3 if c == "bound" else 1,
-                          1 if c == "bound" else 100) for c in columns)]
-                 for way in ways if by_seed("all", way)]
-        return markdown([head, "seeds", *columns], lines) if lines else ""
-    masks = table("masked at the end", RATES, ("bound", *COLUMNS)) if MASKS.rows() else ""
-    jumps = table("way", WAYS, COLUMNS)
-    if not masks and not jumps:
-        return ""
-    return (RULE + "\nPer cent of 480 captions, mean of the seeds ± its standard error; the bound "
-            "in nats per token.\n\n" + "\n".join(part for part in (
-                verdicts(MASK_CLAIMS), masks, verdicts(JUMP_CLAIMS), jumps) if part))
+    """Mask rates and ways to sample, short and long runs: the verdicts, and a table."""
+    parts = []
+    for table, said, head, ways, columns in (
+            (MASKS, MASK_CLAIMS, "masked at the end", RATES, ("bound", *COLUMNS)),
+            (JUMPS, JUMP_CLAIMS, "way", dict.fromkeys(FULL, WAYS), COLUMNS)):
+        for steps in ways:
+            lines = [[way, len(by_seed("all", (steps, way))),
+                      *(shown(by_seed(c, (steps, way)).values(), 3 if c == "bound" else 1,
+                              1 if c == "bound" else 100) for c in columns)]
+                     for way in ways[steps] if by_seed("all", (steps, way))]
+            if table.column("seed", steps=steps):
+                parts += [verdicts(said, steps),
+                          markdown([f"{head}, {steps:,} steps", "seeds", *columns], lines)]
+    return "" if not parts else (
+        RULE + "\nPer cent of 480 captions, mean of the seeds ± its standard error; the bound in "
+        "nats per token.\n\n" + "\n".join(part for part in parts if part))
 
 
 def plot(panels):
     """Left: pictures right against the share of [MASK]. Right: against the calls."""
-    shares = [rate for rate in RATES if by_seed("all", rate)] if MASKS.rows() else []
-    for column in ("two", "one"):
-        panels[0].errorbar(shares, *zip(*(mean_se(by_seed(column, rate).values())
-                                          for rate in shares)) if shares else [[]],
-                           marker="o", capsize=2, label=column)
-    for kind in ("", ", released jumps"):
-        calls = [n for n in (100, 25, 10, 5) if by_seed("all", f"{n} calls{kind}")]
-        means = [mean_se(by_seed("all", f"{n} calls{kind}").values()) for n in calls]
-        panels[1].errorbar(calls, *zip(*means) if means else [[]], marker="o", capsize=2,
-                           label=f"all{kind or ', exact jumps'}")
+    def curve(axes, xs, column, ways, label, look):
+        if ways:
+            means = [mean_se(by_seed(column, way).values()) for way in ways]
+            axes.errorbar(xs, *zip(*means), fmt=look, capsize=2, label=label)
+    for steps, line in zip(RATES, ("--", "-")):
+        rates = [r for r in RATES[steps] if MASKS.rows() and by_seed("all", (steps, r))]
+        for column, color in (("two", "C0"), ("one", "C1")):
+            curve(panels[0], rates, column, [(steps, rate) for rate in rates],
+                  f"{column}, {steps:,} steps", f"{color}o{line}")
+    for steps, line in zip(FULL, ("--", "-")):
+        for kind, color in (("", "C0"), (", released jumps", "C1")):
+            calls = [n for n in (100, 25, 10, 5) if by_seed("all", (steps, f"{n} calls{kind}"))]
+            curve(panels[1], calls, "all", [(steps, f"{n} calls{kind}") for n in calls],
+                  f"{kind[2:] or 'exact jumps'}, {steps:,} steps", f"{color}o{line}")
     panels[0].set(xlabel="share of [MASK] at the chain's end", ylabel="share right")
-    panels[1].set(xlabel="calls of the network", xscale="log")
+    panels[1].set(xlabel="calls of the network", xscale="log", ylabel="all captions right")
     for axes in panels:
-        axes.legend()
+        axes.legend(fontsize=7)
 
 
 @one_line
 def main(argv):
     """Command line of the study."""
     p = parser(__doc__)
-    p.add_argument("--only", choices=["masks", "samplers"], help="one half of the study")
+    p.add_argument("--only", choices=["masks", "long-masks", "samplers", "long-samplers"],
+                   help="one part of the study")
     args = p.parse_args(argv)
 
     def masks(cell):
-        made = vq_parts.trained("all", cell["seed"], process=masking(cell["rate"]))
+        if cell["steps"] == SHORT:
+            made = vq_parts.trained("all", cell["seed"], process=masking(cell["rate"]))
+        elif cell["rate"] == 0.9:
+            made = (*full(LONG, cell["seed"]), "")              # its seconds: in its log.csv
+        else:
+            made = vq_parts.trained("all", cell["seed"], LONG, masking(cell["rate"]), ema=0.998,
+                                    first_stage=vq_base.first_stage(), batch_size=vq_base.BATCH)
         return [{**cell, **vq_parts.measure(*made)}]
 
     def samplers(cell):
@@ -153,11 +173,13 @@ def main(argv):
         return [{**cell, "way": way, **sampled(task, model, captions_of(240, 240), **options)}
                 for way, options in WAYS.items()]
     seeds = range(args.seeds)
-    if args.only != "samplers":
-        run(args, MASKS, [{"rate": rate, "seed": seed} for seed in seeds for rate in RATES
-                          if rate != 0.9], masks)
-    if args.only != "masks":
-        run(args, JUMPS, [{"seed": seed} for seed in seeds], samplers)
+    for part, steps in zip(("masks", "long-masks"), RATES):
+        if args.only in (None, part):
+            run(args, MASKS, [{"steps": steps, "rate": rate, "seed": seed} for seed in seeds
+                              for rate in RATES[steps] if (steps, rate) != (SHORT, 0.9)], masks)
+    for part, steps in zip(("samplers", "long-samplers"), FULL):
+        if args.only in (None, part):
+            run(args, JUMPS, [{"steps": steps, "seed": seed} for seed in seeds], samplers)
     print(report())
     if report():
         figure("vq_mask", plot, (9, 3.4), 2)

@@ -674,9 +674,9 @@ def test_verdicts_of_the_vq_studies_by_made_up_rows(tmp_path, monkeypatch):
         {"arm": arm, "seed": k, **runs, "bound": 2 - 0.1 * n - 9 * noise(k) ** 2,
          "all": 0.2 * n + noise(k) * len(arm), "two": 0.1}
         for k in range(3) for arm, n in better.items()])
-    vq_chain.MASKS.add(*[{"rate": rate, "seed": k, **runs, "bound": 1.6 + 0.2 * rate, "two": 0.5}
-                         for k in range(3) for rate in (0.0, 0.5, 1.0)])
-    vq_chain.JUMPS.add(*[{"seed": k, "way": way, **axes, "two": 0.5 + noise(k),
+    vq_chain.MASKS.add(*[{"steps": 1500, "rate": rate, "seed": k, **runs, "two": 0.5,
+                          "bound": 1.6 + 0.2 * rate} for k in range(3) for rate in (0.0, 0.5, 1.0)])
+    vq_chain.JUMPS.add(*[{"steps": 3000, "seed": k, "way": way, **axes, "two": 0.5 + noise(k),
                           "all": 0.9 - 0.3 * ("released" in way) + noise(k) * len(way)}
                          for k in range(3) for way in vq_chain.WAYS])
     vq_base.TABLE.add(*[{"what": "model", "seed": k, "truncation": r, **axes, "two": 0.9}
