@@ -145,13 +145,9 @@ class Stage(nn.Sequential):
     """Layers in a row; each gets what it reads of h, emb and context. Source: ADM appendix A."""
 
     def forward(self, h, emb, context):
+        reads = {ResBlock: [emb], SpatialTransformer: [context]}
         for layer in self:
-            if isinstance(layer, ResBlock):
-                h = layer(h, emb)
-            elif isinstance(layer, SpatialTransformer):
-                h = layer(h, context)
-            else:
-                h = layer(h)
+            h = layer(h, *reads.get(type(layer), []))
         return h
 
 
