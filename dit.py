@@ -54,7 +54,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(D, eps=1e-6, elementwise_affine=not self.modulations)
         self.mlp = nn.Sequential(OrderedDict(       # ViT §3.1
             fc1=nn.Linear(D, wide), gelu=nn.GELU("tanh"), fc2=nn.Linear(wide, D)))
-        self.adaLN_modulation = make_modulation(D, self.modulations)
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(D, self.modulations * D)) if self.modulations else None
         self.norm_cross = nn.LayerNorm(D, eps=1e-6) if cross else None
         self.cross_attn = Attention(D, num_heads, qk_norm, cross=True) if cross else None
 
@@ -121,11 +122,6 @@ class Attention(nn.Module):
                    for u in (q, k, v))
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)   # (B, h, N, d)
         return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
-
-
-def make_modulation(width, count):
-    """(B, D) -> (B, count * D): shifts, scales, gates; None if count is 0. Source: DiT §3.2."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width)) if count else None
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -239,7 +235,8 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not adaptive)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = make_modulation(hidden_size, 2 * adaptive)
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size)) if adaptive else None
 
     def forward(self, x, c):
         x = self.norm_final(x)                                                  # (B, N, D)
