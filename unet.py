@@ -167,8 +167,7 @@ class UNet(nn.Module):
         super().__init__()
         for width in (mult * model_channels for mult in channel_mult):
             if width % num_heads:
-                raise ValueError(f"{width:g} channels are not a multiple of num_heads {num_heads}: "
-                                 "change one of them")
+                raise ValueError(f"{width:g} channels are not a multiple of num_heads {num_heads}")
         factors = [2 ** level for level in range(len(channel_mult))]
         if not set(attention_resolutions) <= set(factors):
             raise ValueError(f"attention_resolutions {tuple(attention_resolutions)} must be down-"
@@ -220,8 +219,7 @@ class UNet(nn.Module):
     def forward(self, x, t, context):
         """x (B, C, H, W), t (B,) in 0..999, context (B, L, D_ctx) -> (B, C_out, H, W)."""
         if x.shape[2] % self.min_size or x.shape[3] % self.min_size:
-            raise ValueError(f"a {x.shape[2]}x{x.shape[3]} map cannot be halved down to the lowest "
-                             f"level: make height and width multiples of {self.min_size}")
+            raise ValueError(f"a {x.shape[2]}x{x.shape[3]} map: take multiples of {self.min_size}")
         if context.dim() != 3 or context.shape[2] != self.context_dim:
             raise ValueError(f"context has shape {tuple(context.shape)}, expected (batch, tokens, "
                              f"{self.context_dim}): change context_dim or the text encoder")
