@@ -12,7 +12,6 @@ import os
 import sys
 import tarfile
 import textwrap
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,11 +194,10 @@ def read_arrays(path, kind):
     try:
         if not os.path.isfile(path):                # a pipe would be waited for
             raise ValueError("no such file")
-        with zipfile.ZipFile(path) as packed:       # a few MB of zip can become a TB
-            size = sum(entry.file_size for entry in packed.infolist())
-        if size > max(2 ** 30, 100 * os.path.getsize(path)):
-            raise ValueError(f"it would grow to {size:,} bytes, store it without compression")
         with np.load(path, allow_pickle=False) as file:
+            size = sum(entry.file_size for entry in file.zip.infolist())
+            if size > max(2 ** 30, 100 * os.path.getsize(path)):    # a few MB can become a TB
+                raise ValueError(f"it would grow to {size:,} bytes, store it without compression")
             arrays = {name: file[name] for name in file.files}
             if not arrays.keys() >= set(needed) or file.zip.testzip():  # compares all checksums
                 raise ValueError(f"damaged, or only {', '.join(arrays) or 'nothing'} in it")
