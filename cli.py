@@ -4,7 +4,6 @@
 import argparse
 import dataclasses
 import difflib
-import functools
 import os
 import re
 import signal
@@ -105,7 +104,6 @@ def one_line(main):
     def stop(number, frame):
         signal.signal(number, signal.SIG_DFL)
         raise KeyboardInterrupt(number)
-    @functools.wraps(main)
     def wrapped(argv=None):
         before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
