@@ -162,7 +162,7 @@ def read_image(path, size, background="white"):
 
 def _read_images(paths, size, skip_bad, encode):
     """What `encode` keeps of all files, (N, ...), and the positions in `paths` of those that could
-    be read.  Raises ValueError for the others, unless skip_bad."""
+    be read.  Raises ValueError for the others, unless skip_bad, and if memory is too small."""
     def read(path):
         try:
             return read_image(path, size)
@@ -170,25 +170,20 @@ def _read_images(paths, size, skip_bad, encode):
             if not skip_bad:
                 raise ValueError(f"{error}, delete it, or add --skip-bad") from error
     images, good = torch.empty(0), []
+    said = Path(MEMORY).read_text() if os.path.isfile(MEMORY) else ""
+    free = 1024 * float(re.search(r"MemAvailable: *(\d+)|$", said)[1] or "inf")
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
             desc="reading images", total=len(paths), disable=None) as bar:
         for first in range(0, len(paths), 64):
             part = [*pool.map(read, paths[first:first + 64])]
             if found := [i for i, image in enumerate(part) if image is not None]:
                 codes = encode(torch.stack([part[i] for i in found]))                # (n, ...)
-                images = images if good else _room(len(paths), codes)
+                if (needed := len(paths) * codes[0].nbytes) > free:
+                    raise ValueError(f"{len(paths):,} pictures take {needed:,} bytes, and "
+                        f"{free:,.0f} are free: take a smaller --image-size, or encode them first: "
+                        "python train.py --first-stage FILE --save-latents FILE --data ...")
+                images = images if good else codes.new_empty(len(paths), *codes.shape[1:])
                 images[len(good):len(good) + len(found)] = codes
                 good += [first + i for i in found]
             bar.update(len(part))
     return images[:len(good)], good
-
-
-def _room(count, like):
-    """An empty tensor for `count` rows such as those of `like`.  Raises ValueError if too large."""
-    said = Path(MEMORY).read_text() if os.path.isfile(MEMORY) else ""
-    left = 1024 * float(re.search(r"MemAvailable: *(\d+)|$", said)[1] or "inf")
-    if (needed := count * like[0].nbytes) > left:
-        raise ValueError(f"{count:,} pictures take {needed:,} bytes, and {left:,.0f} are free: take"
-                         " a smaller --image-size, or encode them first: python train.py"
-                         " --first-stage FILE --save-latents FILE --data ...")
-    return like.new_empty(count, *like.shape[1:])
