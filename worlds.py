@@ -27,9 +27,8 @@ BACKGROUNDS = {"black": (20, 20, 26), "gray": (110, 110, 115), "navy": (20, 30, 
 SIZES = ("small", "large")
 PLACES = ("in the middle", "on the left", "on the right", "at the top", "at the bottom")
 RELATIONS = ("left of", "right of", "above", "below")
-# The share of "right of" among "left of" and "right of", and of "below" among "above" and "below".
-# With even shares neither the order of the objects nor the relation tells by itself which object is
-# where, only both together (an exclusive or): a U-Net did not learn that in 4,000 steps.
+# The share of "right of", else "left of", and of "below", else "above". With even shares only order
+# and relation together tell which object is where, which a U-Net did not learn in 4,000 steps.
 CONVERSE = {"train": 0.2, "test": 0.5}
 # Pairs that hold_out removes from training: can a model combine what it has seen apart?
 HELD_OUT = (("circle", "purple"), ("square", "cyan"), ("triangle", "orange"),
@@ -71,8 +70,7 @@ OUTLINES = (
     _star,
     lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.36, y.abs() - 0.98),   # cross: two bars
                                torch.maximum(x.abs() - 0.98, y.abs() - 0.36)),
-    lambda x, y: (torch.hypot(x, y) - 0.77).abs_() - 0.22,   # ring: radii 0.55 to 0.99
-)
+    lambda x, y: (torch.hypot(x, y) - 0.77).abs_() - 0.22)   # ring: radii 0.55 to 0.99
 
 
 def shape_coverage(shape_index, cx, cy, r, image_size=32):
