@@ -73,12 +73,11 @@ class AdaLNZeroBlock(Block):
     modulations = 6
 
     def forward(self, x, c, tokens):
-        modulation = self.adaLN_modulation(c).chunk(6, dim=1)                   # 6x (B, D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        attn = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        x = self.read(torch.addcmul(x, gate_msa[:, None], attn), tokens)
-        mlp = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return torch.addcmul(x, gate_mlp[:, None], mlp)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        attn = self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = self.read(torch.addcmul(x, gate1[:, None], attn), tokens)
+        mlp = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return torch.addcmul(x, gate2[:, None], mlp)
 
 
 class AdaLNBlock(Block):
@@ -86,9 +85,9 @@ class AdaLNBlock(Block):
     modulations = 4
 
     def forward(self, x, c, tokens):
-        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
-        x = self.read(x + self.attn(modulate(self.norm1(x), shift_msa, scale_msa)), tokens)
-        return x + self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, dim=1)
+        x = self.read(x + self.attn(modulate(self.norm1(x), shift1, scale1)), tokens)
+        return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 BLOCKS = {"in_context": Block, "cross_attention": Block, "adaln": AdaLNBlock,
