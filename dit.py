@@ -168,13 +168,12 @@ class DiT(nn.Module):
             raise ValueError(f"this DiT expects pictures of shape {expected}, got "
                              f"{tuple(x.shape[1:])}: resize them, or change the model's sizes")
         x = self.patchify(x) + self.pos_embed                                   # (B, N, D)
-        N = x.shape[1]
         c, tokens = joined(self.t_embedder(t), self.y_embedder(y))      # (B, D), (B, 1 + L, D)
         if self.conditioning == "in_context":
             x = torch.cat([x, tokens], dim=1)                                   # (B, N + 1 + L, D)
         for block in self.blocks:
             x = block(x, c, tokens)
-        x = self.final_layer(x[:, :N], c)                                       # (B, N, p*p*C_out)
+        x = self.final_layer(x[:, :self.pos_embed.shape[1]], c)                 # (B, N, p*p*C_out)
         return self.unpatchify(x)                                               # (B, C_out, H, W)
 
     def patchify(self, x):
