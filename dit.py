@@ -288,5 +288,4 @@ def sincos_positions(hidden_size, grid_size):
 DIT_CONFIGS = {     # the twelve of the paper (Table 1); after the slash stands the patch size
     f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
     for name, width, depth, heads in (("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16),
-                                      ("XL", 1152, 28, 16))
-    for patch in (2, 4, 8)}
+                                      ("XL", 1152, 28, 16)) for patch in (2, 4, 8)}
