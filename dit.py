@@ -191,15 +191,14 @@ class DiT(nn.Module):
 
     def initialize_weights(self):
         """Every initial value of the model, in one place. Source: DiT §3.2 and its released code.
-        | what                               | how                     | why                       |
-        | Linear layers, patch projection    | Xavier uniform, bias 0  | as ViT, conv = its matrix |
-        | norms that have a weight           | weight 1, bias 0        | only normalise at first   |
-        | label table, timestep MLP          | normal(0, 0.02)         | small conditions at first |
-        | modulations: shifts, scales, gates | 0                       | gate 0: identity          |
-        | cross_attn.proj beside modulations | 0                       | the same                  |
-        | last linear layer                  | 0                       | the first prediction is 0 |
-        | pos_embed                          | 2-D sine-cosine, frozen | nothing to learn          |
-        """
+        | what                            | how                     | why                       |
+        | Linear layers, patch projection | Xavier uniform, bias 0  | as ViT, conv = its matrix |
+        | norms that have a weight        | weight 1, bias 0        | only normalise at first   |
+        | label table, timestep MLP       | normal(0, 0.02)         | small conditions at first |
+        | modulations: shift, scale, gate | 0                       | gate 0: identity          |
+        | cross_attn.proj, if modulated   | 0                       | the same                  |
+        | last linear layer               | 0                       | the first prediction is 0 |
+        | pos_embed                       | 2-D sine-cosine, frozen | nothing to learn          |"""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))

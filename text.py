@@ -88,8 +88,7 @@ class TextEncoder(nn.Module):
         | token and position vectors | normal(0, 0.02) | word and position weigh the same  |
         | out_proj, fc2              | 0               | each layer starts as the identity |
         | all other Linear layers    | Xavier uniform  | the variance stays about the same |
-        | all biases                 | 0               | LayerNorms: PyTorch's 1 and 0     |
-        """
+        | all biases                 | 0               | LayerNorms: PyTorch's 1 and 0     |"""
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)

@@ -236,13 +236,12 @@ class UNet(nn.Module):
 
     def initialize_weights(self):
         """Every initial value of the model, in one place. Source: DDPM's and LDM's code.
-        | what                              | how                      | why                     |
-        | Linear and Conv2d                 | uniform +-1/sqrt(fan_in) | PyTorch's, as published |
-        | norms                             | weight 1, bias 0         | only normalise at first |
-        | last convolution of each ResBlock | 0                        | first output: its skip  |
-        | proj_out of each transformer      | 0                        | first output: its input |
-        | last convolution of the model     | 0                        | first output: 0         |
-        """
+        | what                           | how                      | why                     |
+        | Linear and Conv2d              | uniform +-1/sqrt(fan_in) | PyTorch's, as published |
+        | norms                          | weight 1, bias 0         | only normalise at first |
+        | last convolution of a ResBlock | 0                        | first output: its skip  |
+        | proj_out of a transformer      | 0                        | first output: its input |
+        | last convolution of the model  | 0                        | first output: 0         |"""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)):
                 module.reset_parameters()
