@@ -31,8 +31,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 # and relation together tell which object is where, which a U-Net did not learn in 4,000 steps.
 CONVERSE = {"train": 0.2, "test": 0.5}
 # Pairs that hold_out removes from training: can a model combine what it has seen apart?
-HELD_OUT = (("circle", "purple"), ("square", "cyan"), ("triangle", "orange"),
-            ("star", "blue"), ("cross", "yellow"), ("ring", "red"))
+HELD_OUT = (*zip(SHAPES, ("purple", "cyan", "orange", "blue", "yellow", "red")),)
 
 PARTS = ("circle", "square", "cross", "star")   # inside an object, smaller; no caption names it
 PART_SHARE = 0.6                # of the objects have one
