@@ -85,8 +85,7 @@ def shape_coverage(shape_index, cx, cy, r, image_size=32):
         size = r[rows, None, None].float()                                           # (n, 1, 1)
         x = (grid - cx[rows, None].float())[:, None, :] / size                       # (n, 1, W)
         y = (grid - cy[rows, None].float())[:, :, None] / size                       # (n, H, 1)
-        distance = outline(x, y) * (size * scale)         # (n, H, W) in pixels of this image size
-        coverage[rows] = (0.5 - distance).clamp_(0, 1)
+        coverage[rows] = (0.5 - outline(x, y) * (size * scale)).clamp_(0, 1)         # (n, H, W)
     return coverage
 
 
@@ -174,11 +173,10 @@ def _uniform(generator, shape, low, high):
 
 def _shapes_world(first, generator):
     """One large object near the centre."""
-    count = len(first)
-    cx, cy = (_uniform(generator, (count, 1), 13.0, 19.0) for _ in range(2))
-    r = _uniform(generator, (count, 1), 8.0, 11.0)
+    cx, cy = (_uniform(generator, (len(first), 1), 13.0, 19.0) for _ in range(2))
+    r = _uniform(generator, (len(first), 1), 8.0, 11.0)
     return {"shape": first[:, None] // 8, "color": first[:, None] % 8, "cx": cx, "cy": cy, "r": r,
-            "background": torch.zeros(count, dtype=torch.int64),
+            "background": torch.zeros_like(first),
             "captions": [caption_of([OBJECTS[label]]) for label in first.tolist()]}
 
 
@@ -226,9 +224,8 @@ def _parts(classes, r, allowed, generator):
 def _place_pair(relation, r1, r2, uniform):
     """Centres x (N, 2), y (N, 2) of two objects: along the axis of their relation each is in its
     half, at least one pixel apart; on the other axis they nearly agree."""
-    count = len(relation)
-    near, far = (uniform(count, r + 0.5, 15.5 - r) for r in (r1, r2))
-    level = uniform(count, 10.0, 22.0)[:, None] + uniform((count, 2), -1.0, 1.0)     # (N, 2)
+    near, far = (uniform(len(r), r + 0.5, 15.5 - r) for r in (r1, r2))
+    level = uniform(len(r1), 10.0, 22.0)[:, None] + uniform((len(r1), 2), -1.0, 1.0)     # (N, 2)
     along = torch.stack([near, CANVAS - far], 1)     # (N, 2): first object low, second object high
     along = torch.where((relation % 2 == 0)[:, None], along, CANVAS - along)  # right of, below
     sideways = (relation < 2)[:, None]
