@@ -234,9 +234,8 @@ def check_target(path, mark):
     """Raise ValueError unless `path` can be written, and is new or has the bytes `mark` near its
     start, which the same command left there; None: it must be new. Leaves nothing behind."""
     path = Path(path)
-    known = mark is not None and os.path.isfile(path) and (
-        mark in np.fromfile(path, np.uint8, 2 ** 20).tobytes())
-    if os.path.lexists(path) and not known:
+    if os.path.lexists(path) and (mark is None or not os.path.isfile(path) or
+                                  mark not in np.fromfile(path, np.uint8, 2 ** 20).tobytes()):
         raise ValueError(f"{path} exists and was not made by this command: choose another name")
     there = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     probe = there / f"{max(path.parts, key=len)}.part"      # folders may have to be made as well
