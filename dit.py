@@ -76,8 +76,7 @@ class AdaLNZeroBlock(Block):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         attn = self.attn(modulate(self.norm1(x), shift1, scale1))
         x = self.read(torch.addcmul(x, gate1[:, None], attn), tokens)
-        mlp = self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return torch.addcmul(x, gate2[:, None], mlp)
+        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class AdaLNBlock(Block):
