@@ -189,8 +189,7 @@ class WordTokenizer:
         """Give the next free row a name, such as <new1> or V*. Source: Custom Diffusion §3.2."""
         name = name.lower()
         if name in self.ids or not self.WORD.fullmatch(name):
-            raise ValueError(f"token {name!r} exists already, or is not a single word: choose "
-                             "another name, such as <new1>, V* or letters and digits")
+            raise ValueError(f"{name!r} exists already or is no single word: choose another name")
         if not self.reserved:
             raise ValueError(f"no row left for {name!r}: all reserved rows are taken")
         self.ids[name], self.reserved = 3 + len(self.words), self.reserved - 1
