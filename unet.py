@@ -202,8 +202,7 @@ class UNet(nn.Module):
                 skips.append(ch)
             for _ in range(num_res_blocks):
                 self.input_blocks.append(Stage(*layers(ch, width, attend)))
-                ch = width
-                skips.append(ch)
+                skips.append(ch := width)
         self.middle_block = Stage(*layers(ch, ch, True), *layers(ch, ch, False))
         self.output_blocks = nn.ModuleList()
         for level, (width, attend) in reversed(list(enumerate(levels))):
