@@ -226,7 +226,6 @@ class CLIPTokenizer:
     def __call__(self, captions):
         """Prints what the first too long caption loses. Raises ValueError if it is a new word."""
         room, lost, symbols = self.max_length - 2, [], list(self.ids)   # start and end stay
-
         def cut(caption):
             ids = self.encode(caption)
             if new := [name for name in self.special[2:] if self.ids[name] in ids[room:]]:

@@ -174,12 +174,10 @@ class UNet(nn.Module):
                              f"sampling factors out of {factors} (1 = full size), not pixel sizes")
         self.context_dim, self.model_channels = context_dim, model_channels
         self.in_channels, self.min_size, emb_dim = in_channels, factors[-1], 4 * model_channels
-
         def layers(ch_in, ch, attend):
             stage = [ResBlock(ch_in, emb_dim, ch, norm_groups)]
             sizes = ch, num_heads, ch // num_heads, context_dim, norm_groups
             return [*stage, SpatialTransformer(*sizes)] if attend else stage
-
         levels = [(int(mult * model_channels), factor in attention_resolutions)
                   for mult, factor in zip(channel_mult, factors)]   # width, and whether it attends
         self.time_embed = nn.Sequential(
