@@ -261,16 +261,6 @@ def read_mask(options, info):
     return white.float()
 
 
-def sampling_options(options, task, model):
-    """The options that were given, under the names that a process knows. Raises ValueError."""
-    names = ("cfg_scale", "cfg_channels", "sampler", "steps", "truncation", "eta")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if given.get("cfg_scale", task.settings.cfg_scale if model.can_guide else 1) == 1:
-        refuse(options, "negative cfg_channels", "is read with guidance alone: give a "
-               "--cfg-scale other than 1, and a model that was trained with --class-dropout")
-    return given
-
-
 # ---------------------------------------------------------------- files, and the command
 def targets(options):
     """{kind: file that will be written}. The grid: --out; or samples.png beside a run's checkpoint;
@@ -315,20 +305,22 @@ def write(files, images, x, y, names, film, classes=()):
 @one_line
 def main(argv):
     """The command: options -> files."""
-    words = [re.sub("^--class(?=$|=)", "--classes", word) for word in argv]
-    options, = parse(words, __doc__, Options)
+    options, = parse([re.sub("^--class(?=$|=)", "--classes", x) for x in argv], __doc__, Options)
     if options.export:
         form = "official" * bool(options.official) or "diffusers" * bool(options.diffusers)
-        read = {"ckpt", "export", "note", "official", "diffusers", *{
-            "official": ["base"], "diffusers": ["base", "bpe", "vae", "weights"], "": []}[form]}
-        refuse(options, " ".join(sorted(vars(options).keys() - read)),
-               "is not read beside --export: leave one of them out")
+        also = {"official": "base", "diffusers": "base bpe vae weights", "": ""}[form].split()
+        unread = vars(options).keys() - {"ckpt", "export", "note", "official", "diffusers", *also}
+        refuse(options, " ".join(sorted(unread)), "is not read beside --export: leave one out")
         data.check_target(options.export, EXPORTED.encode())
         export(options.ckpt, options.export, options.note or "", form, shlex.join(argv), options)
         return print(f"exported to {options.export}")
     device, files = resolve_device(options.device or "auto"), targets(options)
     (task, model), seed = load(options.ckpt, device, options), options.seed or 0
-    given = sampling_options(options, task, model)
+    read = ("cfg_scale", "cfg_channels", "sampler", "steps", "truncation", "eta")   # by a process
+    given = {name: value for name in read if (value := getattr(options, name)) is not None}
+    if given.get("cfg_scale", task.settings.cfg_scale if model.can_guide else 1) == 1:
+        refuse(options, "negative cfg_channels", "is read with guidance alone: give a "
+               "--cfg-scale other than 1, and a model that was trained with --class-dropout")
     if task.on_pixels and task.shape[0] not in (1, 3):
         refuse(options, "npz", "no autoencoder is here: add --vae, or train with --first-stage")
         files["latents"] = files["grid"].with_suffix(".npz")
