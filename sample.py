@@ -81,9 +81,8 @@ def load(path, device="cpu", options=None):
     options, state = options or Options(), None if is_official(path) else load_checkpoint(path)
     if state is None:
         refuse(options, "weights base scale", f"is not for {path}, an official file")
-        dtype = options.dtype or ("float16" if device == "cuda" else "float32")
-        task = official_task(path, options.vae, getattr(torch, dtype), options.bpe or MERGES,
-                             options.image_size or 512)
+        dtype = getattr(torch, options.dtype or ("float16" if device == "cuda" else "float32"))
+        task = official_task(path, options.vae, dtype, options.bpe, options.image_size or 512)
         if task.tokenizer is None:
             refuse(options, "bpe image_size" + " dtype" * task.on_pixels, f"is not for {path}")
     elif "tensors" in state:
