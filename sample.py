@@ -189,15 +189,13 @@ def learned(path, state, base):
 
 def choose_classes(text, names, count):
     """"3,red circle" -> [3, 0]; a name comes before a number. Raises ValueError."""
-    chosen = []
-    for item in map(str.strip, text.split(",") if text else ()):
-        number = int(item) if item.isdecimal() else count
-        chosen.append(names.index(item) if item in names else number)
-        if chosen[-1] >= count:
-            near = difflib.get_close_matches(item, names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {count}, numbered from 0"
-            raise ValueError(f"unknown class {item!r}: {hint}")
-    return chosen
+    asked = [item.strip() for item in text.split(",")] if text else []
+    known = {str(k): k for k in range(count)} | {name: k for k, name in enumerate(names)}
+    for item in [item for item in asked if item not in known]:
+        near = difflib.get_close_matches(item, names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {count}, numbered from 0"
+        raise ValueError(f"unknown class {item!r}: {hint}")
+    return [known[item] for item in asked]
 
 
 def held_out(task, config, count):
