@@ -241,8 +241,6 @@ def conditions(options, task, config=None):
 
 def read_picture(path, info, background="white"):
     """A picture file as (1, C, H, W) float in [-1, 1] at the model's size. Raises ValueError."""
-    if info["channels"] not in (1, 3):
-        raise ValueError("--init: no autoencoder is here: add --vae, or train with --first-stage")
     picture = to_float(data.read_image(path, info["image_size"], background))[None]  # (1, 3, H, W)
     return picture.mean(1, keepdim=True) if info["channels"] == 1 else picture
 
@@ -319,7 +317,7 @@ def main(argv):
         refuse(options, "negative cfg_channels", "is read with guidance alone: give a "
                "--cfg-scale other than 1, and a model that was trained with --class-dropout")
     if task.on_pixels and task.shape[0] not in (1, 3):
-        refuse(options, "npz", "no autoencoder is here: add --vae, or train with --first-stage")
+        refuse(options, "npz init", "needs an autoencoder: add --vae, or train with --first-stage")
         files["latents"] = files["grid"].with_suffix(".npz")
         data.check_target(files["latents"], data.LATENTS_MARK)
     if options.concept:

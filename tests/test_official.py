@@ -172,7 +172,8 @@ def test_dit_alone_gives_latents_and_guides_three_channels_if_asked(tmp_path, ca
         assert arrays["labels"].tolist() == [7, 3]
         assert_near(arrays["latents"], x)
     assert "the latents themselves" in capsys.readouterr().out
-    for flags, words in ((["--npz", "2"], "--npz no autoencoder is here: add --vae"),
+    for flags, words in ((["--npz", "2"], "--npz needs an autoencoder: add --vae"),
+                         (["--init", "x.png"], "--init needs an autoencoder: add --vae"),
                          (["--dtype", "bfloat16"], "--dtype is not for")):      # which is its own
         with pytest.raises(SystemExit):
             sample.main(["--ckpt", str(path), *flags, "--device", "cpu",
