@@ -210,8 +210,7 @@ def held_out(task, config, count):
         return tokenizer(captions), captions
     words = [tokenizer.WORD.findall(caption.lower()) for caption in captions]
     if (unseen := sorted(set().union(*words) - tokenizer.ids.keys())) and tokenizer.reserved:
-        print(f"new words, in no training caption, are all read as one word ({len(unseen)}): "
-              f"{', '.join(unseen[:9])}")
+        print(f"unseen in training, read as one word ({len(unseen)}): {', '.join(unseen[:9])}")
         tokenizer.ids = {**dict.fromkeys(unseen, 3 + len(tokenizer.words)), **tokenizer.ids}
     return tokenizer([" ".join(line[:tokenizer.max_length - 2]) for line in words]), captions
 
@@ -281,9 +280,8 @@ def write(files, images, x, y, names, film, classes=()):
     if "npz" in files:
         arrays = {"captions": names} if y.dim() == 2 else {} if not (names or y.any()) else {
             "labels": y.numpy(), "class_names": np.array(classes, str)}
-        arrays |= {"arr_0": images.permute(0, 2, 3, 1).numpy()}             # (N, H, W, C)
-        with written_whole(files["npz"]) as file:
-            np.savez(file, made_by=MADE_BY.encode(), **arrays)
+        with written_whole(files["npz"]) as file:                           # arr_0: (N, H, W, C)
+            np.savez(file, made_by=MADE_BY.encode(), **arrays, arr_0=images.permute(0, 2, 3, 1))
     if "strip" in files:
         said, moments = zip(*(film[round(k * (len(film) - 1) / 9)] for k in range(10)))
         moments = torch.stack(moments, 1)[:8]                               # (N, 10, C, 2H, W)
