@@ -71,9 +71,8 @@ class DiffusionTask:
         return dataclasses.replace(dataset, images=z, labels=y, captions=None, flip=False)
 
     def draw(self, n, generator, device):
-        uniform = lambda: torch.rand(n, generator=generator, device=device)
-        return {"drop": uniform(), "flip": uniform(),
-                **self.process.draw((n, *self.shape), generator, device)}
+        drop, flip = (torch.rand(n, generator=generator, device=device) for _ in range(2))
+        return {"drop": drop, "flip": flip} | self.process.draw((n, *self.shape), generator, device)
 
     def loss(self, net, x, y, index, drop, **draws):
         if x.dtype != torch.int64:          # pixels, or latents in half precision, and no tokens
@@ -124,8 +123,7 @@ class DiffusionTask:
         y, names = self.examples()
         images = sample_all(self, model, y.to(device), 0, self.at_once, steps=25,
                             sampler=self.process.samplers[0])[1]
-        scale = None if names else max(1, 64 // self.info["image_size"])
-        save_grid(images, path, nrow=8, captions=names, scale=scale)
+        save_grid(images, path, 8, names, scale=None if names else max(1, 64 // images.shape[-1]))
 
     def state(self):
         stage = self.first_stage
@@ -157,9 +155,8 @@ class AutoencoderTask:
         return net(to_float(x), draws)
 
     def preview(self, model, dataset, device, path):
-        x = to_float(dataset.images[:32])
-        y = torch.cat([model.decode(model.encode(some.to(device))).clamp(-1, 1).cpu()
-                       for some in x.split(self.at_once)])
+        x = to_float(dataset.images[:32]).to(device)
+        y = torch.cat([model.decode(model.encode(some)) for some in x.split(self.at_once)])
         save_grid(torch.stack([x, y], 1).flatten(0, 1), path, nrow=16, scale=2)    # (64, C, H, W)
 
     def finish(self, model, dataset, device):
