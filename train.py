@@ -168,8 +168,7 @@ def train(config, dataset, task, caught, bar, held_out=None):
     if world > 1:
         dist.barrier()                  # nobody reads the checkpoint before it is written
     if caught:
-        print(f"stopped at step {s}, saved in {out}; the same command with --resume goes on",
-              file=sys.stderr)
+        print(f"stopped at step {s}, saved in {out}; go on with --resume", file=sys.stderr)
         raise SystemExit(128 + caught[0])
     return out / "ckpt.pt"
 
