@@ -233,13 +233,12 @@ def class_accuracy(images, labels):
 def _judge(seen, asked):
     """One reading against one parsed caption: {axis: bool}, for the axes that it mentions."""
     axes = dict(shape=worlds.SHAPES, color=[*worlds.COLORS], size=worlds.SIZES, place=worlds.PLACES)
-    wanted, relation, count = asked["objects"], asked.get("relation"), min(seen["count"], 2)
-    found = [{axis: axes[axis][seen[axis][k]] for axis in axes} for k in range(count)]
+    wanted, relation, n = asked["objects"], asked.get("relation"), min(seen["count"], 2)
+    found = [{axis: axes[axis][seen[axis][k]] for axis in axes} if k < n else {} for k in (0, 1)]
     hits = {"count": seen["count"] == len(wanted)} | ({"relation": False} if relation else {})
     def agreements(axis, found):    # for each asked object that mentions the axis, in its role
-        return [want[axis] == have.get(axis) for want, have in zip(wanted, found + [{}, {}])
-                if axis in want]
-    if relation and count == 2:
+        return [want[axis] == have.get(axis) for want, have in zip(wanted, found) if axis in want]
+    if relation and n == 2:
         # In "A left of B" the object farther left has the role of A. The relation is wrong if the
         # objects differ more along the other axis, or fit better with their roles swapped.
         index = worlds.RELATIONS.index(relation)
