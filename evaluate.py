@@ -19,7 +19,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import zlib
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from torch import nn
 import cli
 import data
 import worlds
-from checkpoint import load_checkpoint, load_weights, save_checkpoint, written_whole
+from checkpoint import fingerprint, load_checkpoint, load_weights, save_checkpoint, written_whole
 
 # Lengths are in pixels of a 32-pixel picture, whatever its size; colours are on the 0..1 scale.
 MIN_AREA = 12.0      # smaller connected pieces are dust; the smallest object has 1.7 * 4.5^2 = 34
@@ -347,10 +346,9 @@ def kept_classifier(real, folder="out", steps=1000, device="cpu"):
         images = torch.cat([real.images[k::4].rot90(k, (2, 3)) for k in range(4)])
         turns = torch.arange(len(real)).remainder(4).sort().values              # (N,)
         real = data.Dataset(f"{real.name} turned", images, turns, None, [*"0123"], flip=False)
-    trained_on = str((real.name, real.class_names, real.labels.tolist(), real.images.shape, steps,
-                      zlib.crc32(real.images.contiguous().numpy())))
+    trained_on = {str((real.name, real.class_names, steps)): real.images, "labels": real.labels}
     words = re.sub(r"\W", "-", real.name)[-40:]             # letters of any alphabet stay
-    path = pathlib.Path(folder) / f"classifier-{words}-{zlib.crc32(trained_on.encode()):08x}.pt"
+    path = pathlib.Path(folder) / f"classifier-{words}-{fingerprint(trained_on)[:8]}.pt"
     if not path.exists():
         data.check_target(path, b"")
         print(f"training the classifier: {steps} steps")
