@@ -131,11 +131,10 @@ def _find_objects(images):
     ground = border.median(-1).values                       # (B, 3)
     away = images - ground.view(B, 3, 1, 1)
     step = torch.tensor(list(worlds.COLORS.values())) / 255 - ground.unsqueeze(1)   # (B, 8, 3)
-    # how far a pixel has gone towards each colour, and what that leaves unexplained; (B, 8, H, W)
-    # before smoothing, which would mix the colours of an object and its part
+    # how far a pixel has gone to each colour: not smoothed, which would mix an object and its part
     size = step.square().sum(2).view(B, 8, 1, 1)
-    along = torch.einsum("bchw,bkc->bkhw", away, step) / size
-    rest = -along.clamp(min=0).square() * size              # + the pixel's square, for every colour
+    along = torch.einsum("bchw,bkc->bkhw", away, step) / size               # (B, 8, H, W)
+    rest = -along.clamp(min=0).square() * size      # unexplained, less the pixel's own square
     coverage = _smooth(along.gather(1, rest.argmin(1, keepdim=True)).squeeze(1).clamp(0, 1))
     # An object is all that the background does not reach from the border: its hole, its part.
     solid = coverage > 0.5                                  # (B, H, W)
