@@ -444,9 +444,8 @@ def _score(options, path, config, info):
         asked = {"cfg_scale": options.cfg_scale, "steps": options.steps, "seed": options.seed or 0}
         n, side, theirs = options.n or 480, info["image_size"], info["class_names"]
         draw = lambda n: sampled(path, n, config, device, **asked)
-    real = None if drawn and not options.sheet else data.load(
-        name, side, data_dir=config["data_dir"], seed=config["seed"],
-        hold_out=drawn and config["hold_out"], skip_bad=config["skip_bad"])
+    real = None if drawn and not options.sheet else data.load(name, side, "train",
+        config["data_dir"], None, config["seed"], drawn and config["hold_out"], config["skip_bad"])
     images, labels, captions = draw(1)          # what is wrong is said before all are sampled
     if drawn:
         rates(name, images, labels, captions)

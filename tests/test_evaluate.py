@@ -751,7 +751,7 @@ def test_skip_bad_and_data_dir_are_handed_on(tmp_path, capsys, monkeypatch, stri
 
     asked = []
 
-    def load(name, image_size, data_dir, skip_bad, seed, hold_out):
+    def load(name, image_size, split, data_dir, count, seed, hold_out, skip_bad):
         asked.append((name, image_size, data_dir, skip_bad))
         return dataclasses.replace(stripes, images=stripes.images.expand(-1, 3, -1, -1))
     monkeypatch.setattr(data, "load", load)
