@@ -83,8 +83,15 @@ def make_step(config, dataset, task, held_out=None):
 
     net = model if world == 1 else DistributedDataParallel(model, broadcast_buffers=False)
     if config.compile == "on" or (config.compile == "auto" and device == "cuda"):
-        with autocast:
-            compile_or_warn(net, lambda: task.loss(net, **micro_batch(0, 0))[0])
+        net.compile()                           # in place, so that names stay clean
+        try:
+            with autocast:
+                task.loss(net, **micro_batch(0, 0))[0].backward()
+        except Exception as error:              # no compiler, an unsupported platform, ...
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:100]
+            print(f"torch.compile failed ({reason}); going on without it", file=sys.stderr)
+            net._compiled_call_impl = None
+        net.zero_grad(set_to_none=True)
 
     def step(s):
         sums, vectors = {}, []
@@ -171,18 +178,6 @@ def train(config, dataset, task, caught, bar, held_out=None):
         print(f"stopped at step {s}, saved in {out}; go on with --resume", file=sys.stderr)
         raise SystemExit(128 + caught[0])
     return out / "ckpt.pt"
-
-
-def compile_or_warn(net, one_loss):
-    """net.compile(), in place so that names stay clean; where that fails one warning, and eager."""
-    net.compile()
-    try:
-        one_loss().backward()
-    except Exception as error:          # no compiler, an unsupported platform: the same consequence
-        print(f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0][:100]}); "
-              "going on without it", file=sys.stderr)
-        net._compiled_call_impl = None
-    net.zero_grad(set_to_none=True)
 
 
 @dataclasses.dataclass

@@ -382,15 +382,19 @@ def test_a_whole_process_plots_and_saves_when_it_is_stopped(tmp_path, pictures):
 # --------------------------------------------------------------------------------------------------
 # the rest
 
-def test_a_failing_compiler_is_one_warning(monkeypatch, capsys):
-    net = torch.nn.Linear(2, 2)
-
-    def broken(x):
-        raise RuntimeError("no compiler here")
-    monkeypatch.setattr(net, "compile", lambda: setattr(net, "_compiled_call_impl", broken))
-    train.compile_or_warn(net, lambda: net(torch.ones(1, 2)).sum())
-    assert net(torch.ones(1, 2)).shape == (1, 2)
-    assert "going on without it" in capsys.readouterr().err
+def test_a_failing_compiler_is_one_warning(pictures, monkeypatch, capsys):
+    """And the steps are those of a run that never asked for it."""
+    def broken(*given):
+        raise RuntimeError("no compiler here\nand more")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: setattr(
+        net, "_compiled_call_impl", broken))
+    losses = []
+    for compile, said in (("on", "torch.compile failed (RuntimeError: no compiler here); going on "
+                                 "without it\n"), ("off", "")):
+        step = make_step(*by_hand(pictures, compile=compile))
+        assert capsys.readouterr().err == said
+        losses.append(torch.stack([step(s)[0]["loss"] for s in range(3)]))
+    assert torch.equal(*losses)
 
 
 def test_bfloat16_is_float32_but_for_rounding(pictures):
