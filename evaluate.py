@@ -404,12 +404,11 @@ def main(argv):
     options, = cli.parse(argv, __doc__, Options)
     if not (path := options.ckpt or options.images):
         raise ValueError("give --ckpt FILE, to sample from, or --images FILE, an npz")
-    for file, end, mark in ((options.json, ".json", f'"{MADE_BY}"'),
-                            (options.sheet, ".png", f"Software\0{MADE_BY}")):
+    for file, end in ((options.json, ".json"), (options.sheet, ".png")):
         if file and not file.endswith(end):
             raise ValueError(f"{file}: give a name that ends in {end}")
         if file:
-            data.check_target(file, mark.encode())
+            data.check_target(file, MADE_BY.encode())
     saved = load_checkpoint(path) if options.ckpt else {}
     if options.ckpt and "info" not in saved:
         raise ValueError(f"{path} is no run of train.py: use sample.py --npz, then --images FILE")
