@@ -1,8 +1,7 @@
 """Tasks: what one training step is, for every model.
 
 The idea.  A task is a model, a process that makes noise, and a first stage in whose latents all
-happens. DiffusionTask trains a model to undo the noise, AutoencoderTask a first stage to give
-pictures back. The loop in train.py never asks which one it runs. It calls
+happens; or a first stage alone. The loop in train.py never asks which one it runs. It calls
     check_batch(batch_size)                           once: raises ValueError if it is too small
     prepare(dataset, device) -> dataset               once: pictures to latents, captions to ids
     draw(n, generator, device) -> {name: (n, ...)}    every random number of a step
@@ -145,7 +144,6 @@ class AutoencoderTask:
         self.settings, self.info, self.model = settings, info, model
         self.sizes = model.sizes            # for the checkpoint, measured anew at the end
         self.check_batch, self.shape = model.check_batch, image_shape(info)
-        model.latent_shape(self.shape)                                  # raises if it cannot fit
 
     def draw(self, n, generator, device):
         return {**self.model.draw(n, self.shape, generator, device),
