@@ -116,7 +116,6 @@ def add_concept(path, task):
     return things
 
 
-# ---------------------------------------------------------------- files for others
 def export(path, out, note="", form="", flags="", options=Options()):
     """Write what a checkpoint holds to `out`. form: "" in half precision, for sampling and --init;
     "official" as the official code reads it, also what was learned on options.base; "diffusers" a
@@ -255,7 +254,6 @@ def read_mask(options, info):
     return white.float()
 
 
-# ---------------------------------------------------------------- files, and the command
 def targets(options):
     """{kind: file that will be written}. The grid: --out; or samples.png beside a run's checkpoint;
     or, for other files, out/NAME.png. Raises ValueError if one cannot be written."""
