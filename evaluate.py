@@ -318,17 +318,16 @@ def features(model, images):
 def train_classifier(real, steps=1000, device="cpu", seed=0):
     """Train on nine tenths of a data.Dataset, test on the rest. Returns (model, test accuracy), on
     CIFAR-10 62 % of the classes in 2.5 minutes on one core, and 62 % of quarter turns."""
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):                 # initialisation uses the global one
         torch.manual_seed(seed)
         model = make_classifier(real.images.shape[1], len(real.class_names)).to(device)
-    test, train = torch.randperm(len(real), generator=generator).tensor_split(
-        [max(1, len(real) // 10)])
+    test, train = torch.randperm(len(real), generator=rng).tensor_split([max(1, len(real) // 10)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     for step in range(steps):
-        rows = train[torch.randint(len(train), (128,), generator=generator)]
+        rows = train[torch.randint(len(train), (128,), generator=rng)]
         x = data.to_float(real.images[rows])                # (128, C, H, W)
-        x = x.flip(-1).where(torch.rand(128, 1, 1, 1, generator=generator) < real.flip / 2, x)
+        x = x.flip(-1).where(torch.rand(128, 1, 1, 1, generator=rng) < real.flip / 2, x)
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         optimizer.zero_grad()
         F.cross_entropy(model(x.to(device)), real.labels[rows].to(device)).backward()
