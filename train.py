@@ -88,8 +88,7 @@ def make_step(config, dataset, task, held_out=None):
             with autocast:
                 task.loss(net, **micro_batch(0, 0))[0].backward()
         except Exception as error:              # no compiler, an unsupported platform, ...
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:100]
-            print(f"torch.compile failed ({reason}); going on without it", file=sys.stderr)
+            print(f"torch.compile failed ({error!r:.100}); going on without it", file=sys.stderr)
             net._compiled_call_impl = None
         net.zero_grad(set_to_none=True)
 

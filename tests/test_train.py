@@ -388,9 +388,9 @@ def test_a_failing_compiler_is_one_warning(pictures, monkeypatch, capsys):
         raise RuntimeError("no compiler here\nand more")
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: setattr(
         net, "_compiled_call_impl", broken))
-    losses = []
-    for compile, said in (("on", "torch.compile failed (RuntimeError: no compiler here); going on "
-                                 "without it\n"), ("off", "")):
+    why, losses = r"RuntimeError('no compiler here\nand more')", []
+    for compile, said in (("on", f"torch.compile failed ({why}); going on without it\n"),
+                          ("off", "")):
         step = make_step(*by_hand(pictures, compile=compile))
         assert capsys.readouterr().err == said
         losses.append(torch.stack([step(s)[0]["loss"] for s in range(3)]))
