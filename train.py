@@ -184,8 +184,7 @@ class Config:
     """flags of the loop"""
     model: str = flag("DiT-128x4/2", "DiT-S/2 ... DiT-XL/8, DiT-WxD/p (width, depth, patch size), "
                       "U-DiT-S, udit-tiny, unet-tiny, vq-tiny, VQ-S, ..., tiny-ae, kl-ae, vq-vae")
-    data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, folder:PATH, npz:FILE, "
-                     "latents:FILE")
+    data: str = flag("shapes", "shapes, scenes, mnist, fashion, cifar10, folder|npz|latents:PATH")
     data_dir: str = flag("data", "where official files are looked for, and downloaded to")
     image_size: int = flag(32, "side of the training pictures in pixels", "[1, 65536]")
     hold_out: bool = flag(False, "shapes, scenes: keep six shape-colour pairs out of training")
@@ -206,8 +205,7 @@ class Config:
     ema: float = flag(0.99, "decay of the averaged weights, less at first", "[0, 1)")
     seed: int = flag(0, "of weights, data order and noise", "[0, 1e15)")
     device: str = flag("auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
-    precision: str = flag("auto", "of products; auto: bfloat16 on cuda, else float32",
-                          choices=["auto", "float32", "bfloat16"])
+    precision: str = flag("auto", "auto: bfloat16 on cuda", "", ["auto", "float32", "bfloat16"])
     compile: str = flag("auto", "torch.compile; auto: on cuda", choices=["auto", "on", "off"])
     out: str = flag("", "output folder; default: out/MODEL-DATA")
     resume: bool = flag(False, "go on with the run in --out")
