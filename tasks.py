@@ -17,7 +17,6 @@ import csv
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import re
@@ -180,11 +179,10 @@ def sample_all(task, model, y, seed=0, batch_size=None, per_picture=(), film=Fal
     model space (N, ...), uint8 (N, C, H, W), and if `film`, of every step and the end, else [],
     ("step 03 noise 0.88", uint8 (N, C, 2H, W): x_t above the guess at x0)."""
     sampled, pictures, films, read = [], [], [], []
-    size = batch_size or max(1, min(64, 2 ** 16 // math.prod(task.shape)))
+    size = batch_size or max(1, min(64, 2 ** 16 // torch.Size(task.shape).numel()))
     listen = lambda net, given: read.append(given[:2])          # what the network reads: x_t and t
     for first in tqdm(range(0, len(y), size), "sampling", leave=None, disable=None, unit="batch"):
         rows, seen = slice(first, first + size), []
-
         def watch(x0):
             (xt, t), _ = read[0], read.clear()                  # guidance reads two copies of x_t
             both = [task.to_pictures(x).cpu() for x in (xt[:len(x0)], x0)]
@@ -357,7 +355,7 @@ def plot_loss(table, path):
     from matplotlib.figure import Figure        # not pyplot, whose backend belongs to the caller
     rows = [*csv.DictReader(pathlib.Path(table).read_text().splitlines())]
     steps, losses, held_out = torch.tensor([[float(row.get(name, "nan")) for row in rows]
-        for name in ("step", "loss", "held_out")]).nan_to_num(math.nan, math.nan, math.nan)
+        for name in ("step", "loss", "held_out")]).nan_to_num(torch.nan, torch.nan, torch.nan)
     # of 5 rows before and 5 after, at first of equally fewer: a mean of the past would come late
     means = [losses[i - min(i, 5):i + min(i, 5) + 1].nanmean() for i in range(len(rows))]
     axes = Figure(figsize=(5, 4), dpi=90, layout="tight").subplots()
