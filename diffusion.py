@@ -95,9 +95,8 @@ class GaussianDiffusion:
 
     def vb_term(self, out, x0, xt, t, mask=None):
         """One term (B,) of the variational bound, in bits per dimension. Source: DDPM Eq. 5."""
-        mean, logvar = self.q_posterior(x0, xt, t)
         p_mean, p_logvar, _ = self.p_mean_variance(out, xt, t)
-        kl = normal_kl(mean, logvar, p_mean, p_logvar)
+        kl = normal_kl(*self.q_posterior(x0, xt, t), p_mean, p_logvar)
         nll = -discretized_gaussian_log_likelihood(x0, p_mean, 0.5 * p_logvar)
         return torch.where(t == 0, _mean(nll, mask), _mean(kl, mask)) / math.log(2)
 
