@@ -280,8 +280,7 @@ class RectifiedFlow:
         2 u / (1 - u), whose x_u is like the flow's: of mean (1 - u) x0 and variance u^2.
         Source: Liu et al. Eq. 1; DDIM Eq. 12; SDE: Song et al. 2021 (2011.13456) Eq. 6."""
         u, u_next = levels
-        velocity = denoise(xt, t).float()
-        x0 = xt - u * velocity
+        x0 = xt - u * denoise(xt, t).float()
         x0 = x0.clamp(-1, 1) if opt.clip else x0
         velocity = (xt - x0) / u
         if opt.eta > 0 and u_next > 0:
