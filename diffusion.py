@@ -327,9 +327,8 @@ def check_options(process, sampler, options):
     """Raise ValueError for a wrong sampler, or options {name: value} not read or out of range."""
     check_name("sampler", sampler, process.samplers)
     for name in sorted(set(options) - process.options[sampler]):
-        readers = [s for s in process.samplers if name in process.options[s]]
-        raise ValueError(f"sampler {sampler!r} does not read {name}: leave it out"
-                         + (f", or use sampler {' or '.join(readers)}" if readers else ""))
+        others = [f", or use sampler {s}" for s in process.samplers if name in process.options[s]]
+        raise ValueError(f"sampler {sampler!r} does not read {name}: leave it out{''.join(others)}")
     if not 0 <= options.get("eta", 0.0) <= 1:
         raise ValueError(f"eta {options['eta']}: give a number from 0 to 1")
     strength, x_init = options.get("strength", 1.0), options.get("x_init")
