@@ -398,12 +398,11 @@ def _mean(x, mask=None):
 
 
 def timestep_embedding(t, dim, max_period=10000):
-    """t (B,) -> cosines, then sines, (B, dim) float32. Source: Vaswani et al. 2017 §3.5; DiT."""
+    """t (B,) -> cosines, then sines, (B, dim) float32, dim even. Source: Vaswani 2017 §3.5; DiT."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     args = t.float()[:, None] * torch.exp(-math.log(max_period) * steps / half)     # (B, half)
-    emb = torch.cat([torch.cos(args), torch.sin(args)], dim=1)                      # (B, 2 * half)
-    return F.pad(emb, (0, dim % 2))                     # (B, dim); an odd dim ends in a zero column
+    return torch.cat([torch.cos(args), torch.sin(args)], dim=1)                     # (B, dim)
 
 
 def random_rows(draw, shape, generator=None, device="cpu"):

@@ -798,11 +798,11 @@ def test_picture_i_does_not_depend_on_the_batch(kind, sampler):
         randn((3, 2), seeds(range(2)))
 
 
-@pytest.mark.parametrize("dim", [2, 6, 7])
-def test_a_timestep_is_cosines_then_sines_then_a_zero_if_odd(dim):
+@pytest.mark.parametrize("dim", [2, 6])
+def test_a_timestep_is_cosines_then_sines(dim):
     half, t = dim // 2, [0.0, 17.0, 999.5]
     angles = [[u * 10_000 ** (-k / half) for k in range(half)] for u in t]
-    want = [[*map(math.cos, row), *map(math.sin, row)] + [0.0] * (dim % 2) for row in angles]
+    want = [[*map(math.cos, row), *map(math.sin, row)] for row in angles]
     # float32 angles below 1000 are off by at most 6e-5 or so
     assert_close(timestep_embedding(torch.tensor(t), dim), torch.tensor(want), rtol=0, atol=3e-4)
 
