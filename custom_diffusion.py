@@ -24,7 +24,6 @@ Differences from the official code (adobe-research/custom-diffusion):
 5. merge: in float64, with a small ridge; nearly equal text states count once."""
 import copy
 import dataclasses
-import os
 import pathlib
 import re
 
@@ -486,14 +485,12 @@ def merge_files(argv):
     W0, (Ws, words, concepts) = keys_and_values(unet), gather(o.files, unet, o.category)
     if not Ws or any(set(W) != set(W0) for W in Ws):
         raise ValueError("merge takes files of concepts that were learned with --part kv")
-    try:
-        captions = (pathlib.Path(texts).read_text("utf-8-sig").split("\n") if
-                    o.captions and os.path.isfile(texts) else
-                    texts and data.load(texts, count=1000, skip_bad=True).captions)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--captions {texts} is no text in UTF-8: {error}") from error
-    if not (captions := [*filter(str.strip, captions or ())]):
-        raise ValueError("--captions: give a data set that has some, or a file with one a line")
+    if o.captions and pathlib.Path(texts).is_file():
+        captions = pathlib.Path(texts).read_text("utf-8-sig", "replace").split("\n")
+    else:
+        captions = texts and data.load(texts, count=1000, skip_bad=True).captions
+    if not (captions := [*filter(str.strip, captions or ())]) or "\ufffd" in "".join(captions):
+        raise ValueError("--captions: give a data set that has some, or UTF-8 text with one a line")
     apply_concept(base.model, base.tokenizer, {}, words)
     C_reg = torch.cat(caption_rows(base.model.text, base.tokenizer, captions, "photo of a"))
     things = [(W_n, prompt_rows(base.model.text, base.tokenizer, thing), thing)

@@ -921,7 +921,7 @@ def test_a_rare_row_of_one_thing_is_not_taken_for_that_of_its_file():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--captions", "BAD"], "--captions .*bad.txt is no text in UTF-8"),
+    (["--captions", "BAD"], "--captions: give .*, or UTF-8 text with one a line"),
     (["--captions", "EMPTY"], "--captions: give a data set that has some"),
     (["--captions", "FOLDER"], "--captions: give a data set that has some"),
     (["--captions", "CAPTIONS", "--category", "dog"], "--category dog is not read"),
