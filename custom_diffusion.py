@@ -322,8 +322,7 @@ class ConceptTask(DiffusionTask):
         split = [self.tokenizer.WORD.findall(text.lower()) for text in captions]
         named = [[c for c in options.category if c.lower() in words] for words in split]
         for category in [c for c in options.category if all(c not in found for found in named)]:
-            raise ValueError(f"no caption or class of {dataset.name} names {category}: choose "
-                             "another --prior, or --prior generated")
+            raise ValueError(f"nothing in {dataset.name} names {category}: say --prior generated")
         rows = [i for i, found in enumerate(named) if found]
         rows = rows[::-(-len(rows) // 2000)]                # of the whole data set, at most 2,000
         said = [captions[i] if k % 2 else f"a {named[i][0]}" for k, i in enumerate(rows)]

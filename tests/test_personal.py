@@ -190,7 +190,7 @@ def test_a_prior_without_captions_is_known_by_its_classes(things, tmp_path):
     task = concept_task(things, "--prior", f"folder:{tmp_path / 'classes'}")[0]
     shown = [(int(x.mean() * 127.5 + 128), text.split()[1]) for x, text in zip(*task.prior)]
     assert set(shown) == {(90, "circle"), (160, "square")} and len(shown) == 6
-    with pytest.raises(ValueError, match="no caption or class of .* names square"):
+    with pytest.raises(ValueError, match="nothing in .* names square"):
         concept_task(things, "--prior", f"folder:{tmp_path / 'flat'}")
     for k, text in enumerate(("A red Circle.", "a ring on black, a SQUARE", "a star")):
         (tmp_path / "flat" / f"{k}.txt").write_text(text)       # known as the tokenizer knows them
