@@ -243,8 +243,7 @@ def incomplete_beta(x, a, b):
 class Options:
     """flags of adapters.py learn"""
     base: str = flag("assets/unet-scenes.pt", "text-to-image checkpoint, or Stable Diffusion v1")
-    adapter: str = flag("ca_out-ffn_in", "where it stands: READ-ADD; or lora, on keys and values",
-                        "", (*PLACEMENTS, "lora"))
+    adapter: str = flag("ca_out-ffn_in", "READ-ADD; or lora, on K and V", "", (*PLACEMENTS, "lora"))
     rank: int = flag(None, "its width (default: 16)", "[1, inf)", needs="!budget")
     budget: float = flag(None, "its share of the U-Net's parameters, such as 0.0075", "(0, 1]")
     activation: str = flag(None, "between its layers (default: relu)", "", list(ACTIVATIONS))
