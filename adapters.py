@@ -30,11 +30,11 @@ import torch.nn.functional as F
 
 from checkpoint import built_from, check_tensors, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
-from custom_diffusion import ConceptTask, take_things
+from custom_diffusion import ConceptTask, learn, take_things
 from diffusion import check_name
-from models import base_flags, base_task
+from models import base_flags
 from tasks import DiffusionTask, fingerprint
-from train import Config, check_out, load_data, micro_size, run
+from train import Config
 from unet import Tapped
 
 LEGAL = {       # read -> add to; Source: Xiang et al. 2023 figure 4
@@ -283,6 +283,7 @@ class AdapterTask(DiffusionTask):
                      o.activation or ("identity" if lora else "relu"), o.scale)
         learned = {name for name, p in self.model.named_parameters() if p.requires_grad}
         self.frozen = frozenset(self.model.state_dict()) - learned
+        self.sampled_by = f"{self.config.out}/adapter.pt --base {o.base}"
 
     def finish(self, model, dataset, device):
         save_checkpoint(f"{self.config.out}/adapter.pt", {      # base: as it was without the words
@@ -321,13 +322,7 @@ def main(argv):
     if argv[:1] != ["learn"]:
         raise ValueError("say python adapters.py learn ..., or learn --help")
     options, config = read_flags(argv[1:])
-    micro_size(config)
-    check_out(config)
-    dataset, Task = load_data(config), ThingTask if options.concept else AdapterTask
-    torch.manual_seed(config.seed)
-    task = Task(base_task(options.base, options.bpe, config.image_size), dataset, options, config)
-    run(config, task, dataset)
-    print(f"python sample.py --ckpt {config.out}/adapter.pt --base {options.base}")
+    learn(options, config, ThingTask if options.concept else AdapterTask)
 
 
 if __name__ == "__main__":

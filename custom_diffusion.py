@@ -275,6 +275,8 @@ class ConceptTask(DiffusionTask):
         free = (f"<new{k}>" for k in range(1, 1000) if f"<new{k}>" not in known)
         self.words = {word: rare[k % len(rare)] for k, word in zip(range(len(self.bare)), free)}
         self.things = [f"{word} {what}" for word, what in zip(self.words, options.category)]
+        self.sampled_by = (f"{options.base} --concept {config.out}/concept.pt --prompt "
+                           f'"{self.prompt(self.things[0])}"')
         self.pictures = [*map(self.photographs, options.concept, options.category, self.words)]
         self.W0 = copy.deepcopy(keys_and_values(self.model.denoiser.state_dict()))
         if options.augment:
@@ -463,16 +465,15 @@ def take_things(options, config):
     return config
 
 
-def learn(argv):
-    """`learn`: teach a base new things."""
-    options, config = read_flags(argv)
+def learn(options, config, Task):
+    """`learn`: train Task(base, data set, options, config), and say how to sample from it."""
     micro_size(config)
     check_out(config)
-    dataset, base = load_data(config), base_task(options.base, options.bpe, config.image_size)
-    task = ConceptTask(base, dataset, options, config)
+    dataset = load_data(config)
+    torch.manual_seed(config.seed)
+    task = Task(base_task(options.base, options.bpe, config.image_size), dataset, options, config)
     run(config, task, dataset)
-    print(f'python sample.py --ckpt {options.base} --concept {config.out}/concept.pt --prompt '
-          f'"{task.prompt(task.things[0])}"')
+    print(f"python sample.py --ckpt {task.sampled_by}")
 
 
 def merge_files(argv):
@@ -525,7 +526,8 @@ def compress_file(argv):
 @one_line
 def main(argv):
     """The command line: custom_diffusion.py learn | merge | compress ..."""
-    commands = {"learn": learn, "merge": merge_files, "compress": compress_file}
+    commands = {"learn": lambda argv: learn(*read_flags(argv), ConceptTask),
+                "merge": merge_files, "compress": compress_file}
     if not argv or argv[0] not in commands:
         raise ValueError("say python custom_diffusion.py learn, merge or compress; each has --help")
     named = len(argv) > 1 and not argv[1].startswith("-")       # merge a.pt b.pt

@@ -277,10 +277,11 @@ def test_rules_of_the_adapter_sweep():
 def test_a_cell_of_the_sweep_is_a_run_of_learn(tmp_path, monkeypatch, few_pictures):
     """The same losses as adapters.py learn has with these flags; and rates follow the table."""
     import adapters
+    import custom_diffusion
     from studies import adapter_sweep as study, custom_concepts
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(custom_concepts, "OUT", tmp_path)
-    monkeypatch.setattr(adapters, "run", lambda config, task, dataset: losses_of(
+    monkeypatch.setattr(custom_diffusion, "run", lambda config, task, dataset: losses_of(
         config, dataset, task))
     bench = types.SimpleNamespace(measure=lambda task, model: {"alignment": 0.5})
     losses = []
