@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from checkpoint import built_from, load_checkpoint, save_checkpoint
+from checkpoint import built_from, check_tensors, load_checkpoint, save_checkpoint
 from cli import flag, one_line, parse, resolve_device
 from models import base_flags, base_task
 from pretrained import is_official, read_official
@@ -372,7 +372,6 @@ def load_concept(path, unet):
     """A file of ours or published -> ({name: W}, {token: row}, ["<new1> dog", or bare tokens]).
     unet: the base's state_dict, to which it must belong: ValueError. Source: get_deltas.py."""
     known = keys_and_values(unet)
-    fits = lambda w, shape: w.is_floating_point() and w.shape == shape and w.isfinite().all()
     with built_from(path):
         state = {} if is_official(path) else load_checkpoint(path)          # of ours: checked
         if "tensors" in state and state.get("base") != fingerprint(known):
@@ -381,13 +380,12 @@ def load_concept(path, unet):
             read_official(path, "concept")[1]["concept"])
         W = {name: w["u"].float() @ w["v"].float() if isinstance(w, dict) else w
              for name, w in given.items()}
-        wrong = [name for name, w in W.items() if name not in unet or not fits(w, unet[name].shape)]
-        wrong += [token for token, row in rows.items() if not re.fullmatch(r"\S+", token)
-                  or not fits(row, next(iter(known.values())).shape[1:])]
+        have = {name: unet[name] for name in unet if name in W}
+        have |= dict.fromkeys(rows, next(iter(known.values()))[0])                  # (D,)
+        check_tensors(have, W | rows, f"{path} holds no concept for this U-Net:")
         concepts = list(state.get("concepts", rows))
-        wrong += [text for text in concepts if not rows.keys() & {*text.split()}]
-    if wrong := wrong or ([] if given or rows else ["a file without one"]):
-        raise ValueError(f"{path} holds no concept for this U-Net: {wrong[0]} does not fit")
+        if not W | rows or any(not rows.keys() & {*text.split()} for text in concepts):
+            raise ValueError(f"{path} holds no concept for this U-Net, or its words are missing")
     return {name: w.float() + (unet[name].cpu().float() if isinstance(given[name], dict) else 0)
             for name, w in W.items()}, rows, concepts
 
