@@ -88,8 +88,7 @@ class GaussianDiffusion:
             terms["mse"] = snr.clamp(max=self.min_snr) / error * terms["mse"]       # (B,)
         if self.learn_sigma:
             frozen = torch.cat([pred.detach(), out[:, x0.shape[1]:]], dim=1)        # (B, 2C, ...)
-            term = self.vb_term(frozen, x0, xt, t, mask)                            # (B,)
-            terms["vb"] = self.original_steps / 1000 * term                         # Eq. 16
+            terms["vb"] = self.original_steps / 1000 * self.vb_term(frozen, x0, xt, t, mask)  # (B,)
         metrics = {name: values.mean().detach() for name, values in terms.items()}
         return sum(terms.values()).mean(), metrics
 
