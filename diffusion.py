@@ -73,9 +73,8 @@ class GaussianDiffusion:
 
     def loss(self, model, x0, cond=None, mask=None, *, t, eps):
         """Training loss of a batch x0 (B, C, ...) -> (scalar, {"mse", "vb" if learn_sigma}).
-        vb: T / 1000 of the bound's term, and it trains the variance only: mse + vb = L_simple +
-        0.001 L_vlb, for L_vlb sums T terms. T is that of the chain before it was respaced. Only
-        entries with mask 1 count. Source: DDPM Eq. 14, improved DDPM Eq. 16 (L_hybrid)."""
+        vb: T / 1000 of the bound's term, for the variance alone: mse + vb = L_simple + 0.001 L_vlb,
+        as L_vlb sums T terms. mask: 1 = this counts. Source: DDPM Eq. 14, improved DDPM Eq. 16."""
         xt = self.q_sample(x0, t, eps)
         out = model(xt, self._at("t", t, x0), cond).float()
         pred = out[:, :x0.shape[1]]                                                 # (B, C, ...)
