@@ -6,10 +6,9 @@ Paper: A Closer Look at Parameter-Efficient Tuning in Diffusion Models (Xiang et
 The idea.  To teach a big model something new, freeze it, and train A(x) = up(act(down(x))) beside
 every block, d -> rank -> d: A reads one tensor of the block, and scale * A(x) is added to another.
 Where? Ten tensors can be read and seven be added to; an adapter can only add to a tensor that is
-computed after the one it reads, and shapes must fit: LEGAL holds the 20 pairs that are left.
-ca_in = sa_out + sa_in, so adding to sa_out equals adding to ca_in, and the second name is used;
-likewise ca_out and ffn_in, ffn_out and trans_out. The paper's answer: what is read matters most (by
-an analysis of variance), and cross-attention's output is best.
+computed after the one it reads, and shapes must fit: LEGAL holds the 20 pairs that are left. Adding
+to sa_out equals adding to ca_in = sa_out + sa_in, and the second name is used (see STREAM). The
+paper's answer: what is read matters most (analysis of variance), cross-attention's output is best.
 
     python adapters.py learn --data folder:my_captioned_pictures --adapter lora
     python adapters.py learn --concept folder:my_thing --category circle    # <new1> circle
