@@ -171,9 +171,8 @@ class GaussianDiffusion:
         process, path = self.path(sampler, steps, opt.strength)
         denoise, x0 = guided(model, cond, uncond, opt.cfg_scale, opt.cfg_channels), None
         batch = lambda t: torch.full(shape[:1], t, device=opt.device)               # (B,)
-        xt = noise = randn(shape, opt.generator, opt.device) if opt.noise is None else opt.noise
-        if opt.strength < 1:
-            xt = process.q_sample(opt.x_init, batch(path[0][0]), noise)
+        noise = randn(shape, opt.generator, opt.device) if opt.noise is None else opt.noise
+        xt = noise if opt.strength == 1 else process.q_sample(opt.x_init, batch(path[0][0]), noise)
         for (t, level), (_, level_next) in zip(path, path[1:]):
             if opt.mask is not None:              # outside the mask: the known picture, noised to t
                 xt = torch.where(opt.mask > 0.5, xt, process.q_sample(opt.x_init, batch(t), noise))
