@@ -314,7 +314,7 @@ class UDiT(nn.Module):
     def forward(self, x, t, y):
         """x (B, C, H, W), and t, y as in DiT.forward -> (B, C_out, H, W)."""
         if x.shape[2:] != (self.input_size, self.input_size):
-            raise ValueError(f"x {tuple(x.shape)} must be of the input_size {self.input_size}")
+            raise ValueError(f"x {tuple(x.shape)} must have sides of input_size {self.input_size}")
         # c: (B, D), (B, 2D), (B, 4D); and the same as tokens, which blocks read if y is text
         c1, tokens1 = joined(self.t_embedder_1(t), self.y_embedder_1(y))
         c2, tokens2 = joined(self.t_embedder_2(t), self.y_embedder_2(y))
