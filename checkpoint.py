@@ -158,6 +158,8 @@ def named_tensors(state, path):
     first of "ema", "model" and "state_dict". Raises ValueError if there is none."""
     state = state if isinstance(state, dict) else {}
     wrapped = [state[key] for key in ("ema", "model", "state_dict") if key in state]
+    if len(wrapped) > 1 and any(str(name)[:14] == "content_codec." for name in wrapped[1]):
+        wrapped = [wrapped[1] | {f"transformer.{k}": w for k, w in wrapped[0].items()}]
     state = _flat(next((inner for inner in wrapped if isinstance(inner, dict)), state))
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): w for name, w in state.items()}
     if not state:

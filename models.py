@@ -16,13 +16,13 @@ import torch
 from tqdm import tqdm
 
 import data
-from checkpoint import built_from, load_checkpoint, load_weights
+from checkpoint import built_from, load_checkpoint, load_weights, read_torch
 from cli import check, flag
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import BLOCKS, DIT_CONFIGS, DiT
 from folders import read_folder
-from pretrained import (build, infer_dit, infer_text, infer_udit, is_official, load_first_stage,
-                        read_official)
+from pretrained import (build, infer_dit, infer_text, infer_udit, infer_vq, infer_vqgan,
+                        is_official, load_first_stage, read_official)
 from tasks import AutoencoderTask, DiffusionTask, check_same, identity, image_shape
 from text import CLIPTokenizer, TextConditional, TextEncoder, WordTokenizer
 from udit import UDIT_CONFIGS, UDiT
@@ -367,12 +367,14 @@ def task_from(state, path, weights="ema"):
 
 
 def official_task(path, vae, dtype, bpe, image_size):
-    """An official DiT, U-DiT or Stable Diffusion v1 file, or a diffusers folder -> its task. vae:
-    file, or None; bpe: CLIP's merges. Raises ValueError. Source: LDM §4.3.1; DiT §4; U-DiT §4.1."""
+    """An official DiT, U-DiT, Stable Diffusion v1 or VQ-Diffusion file, or a diffusers folder -> its
+    task. vae: file, or None; bpe: CLIP's merges. Raises ValueError. Source: LDM §4.3.1; DiT §4."""
     what, parts, said = read_official(path)
-    if vae:
+    if vae and "vq" not in parts:
         stage = load_first_stage(vae)                   # with the scale of a kl-ae of ours
         parts, said = {**parts, "vae": stage.state_dict()}, {**said, "vae": stage.sizes}
+    if "vq" in parts:
+        return official_vq(path, parts, dtype, bpe)
     if "concept" in parts:
         raise ValueError(f"{path} is {what}: say --ckpt BASE --concept {path}")
     name = next((name for name in ("dit", "udit") if name in parts), "unet")
@@ -400,6 +402,34 @@ def official_task(path, vae, dtype, bpe, image_size):
     settings = settings_class("dit")(cfg_scale=cfg_scale)       # that of their demos
     process = GaussianDiffusion(**said["process"], learn_sigma=sizes["learn_sigma"])
     return DiffusionTask(settings, info, model, process, first_stage)
+
+
+def official_vq(path, parts, dtype, bpe):
+    """The same of a published VQ-Diffusion. Which token each code of its VQGAN is, if not all are,
+    says a list beside it, taming_vqvae_K.pt. Source: VQ-Diffusion §3.1, §5.1; its configs."""
+    K, stage = infer_vq(parts["vq"])["num_codes"], parts.get("vqgan", {})
+    if not (total := len(stage.get("codes", ()))):
+        raise ValueError(f"{path} has no content_codec, which decodes tokens: give the full file")
+    used = os.path.join(os.path.dirname(path), f"taming_vqvae_{K}.pt")
+    if total != K and not os.path.isfile(used):
+        raise ValueError(f"{path} uses {K} of {total} codes: fetch the file {used} from "
+                         "help_folder/statistics of github.com/microsoft/VQ-Diffusion")
+    with built_from(used):
+        stage["token"] = torch.arange(K) if total == K else read_torch(used)
+        grid = 256 // 2 ** (len(infer_vqgan(stage)["multipliers"]) - 1)
+    models = build(parts, torch.float32, {"vq": {"grid": grid}})
+    model, text, tokenizer = models["vq"], models.get("text") or models.get("learned_null"), None
+    settings = settings_class("vq")(cfg_scale=1 + 2.0 * ("learned_null" in models))     # as there
+    if text:
+        tokenizer = clip_words(bpe, infer_text(text.state_dict()), path)
+        tokenizer.pad, text.unit, text.end = 0, True, tokenizer.end
+        model = TextConditional(model, text, tokenizer([""])[0], 0.1)
+    info = {"name": "", "class_names": [], "channels": 3, "image_size": 256,
+            "examples": ["a teddy bear playing in the pool"]}
+    task = DiffusionTask(settings, info, model, MaskReplace(models["vq"].steps, K, "released"),
+                         models["vqgan"].eval().requires_grad_(False), tokenizer)
+    task.dtype = dtype
+    return task
 
 
 def clip_words(bpe, sizes, path):

@@ -25,7 +25,8 @@ from checkpoint import check_tensors, load_checkpoint, named_tensors, read_safet
 from dit import DIT_CONFIGS
 from text import TextEncoder
 from unet import UNet
-from vae import AutoencoderKL, first_stage_from
+from vae import VQGAN, AutoencoderKL, first_stage_from
+from vqdiffusion import LearnedNull, VQTransformer
 
 # ---- sizes, and the modules ----------------------------------------------------------------------
 def infer_unet(state):
@@ -103,6 +104,29 @@ def infer_udit(state):
                 kernel_size=shape(kernel, 4)[-1] if kernel in state else 0, rope=cosine)
 
 
+def infer_vq(state):
+    """Arguments of the VQTransformer with this state_dict; 16 heads. Source: VQ-Diffusion §5.1."""
+    shape, has = _shapes(state, "VQ-Diffusion's network"), lambda end: f"blocks.0.{end}" in state
+    num_codes, D = shape("to_logits.1.weight", 2)
+    conv, text = has("mlp.conv1.weight"), has("attn2.key.weight")
+    wide = shape(f"blocks.0.mlp.{'conv1' if conv else 0}.weight", 4 if conv else 2)[0]
+    labels = shape("blocks.0.ln2.emb.weight", 2)[0] if has("ln2.emb.weight") else 0
+    context = {"context_dim": shape("blocks.0.attn2.key.weight", 2)[1]} if text else {}
+    return dict(                                            # 1,001 labels: the last stands for none
+        num_codes=num_codes, hidden_size=D, num_heads=16, depth=_count(state, r"blocks\.(\d+)\."),
+        steps=shape("blocks.0.ln1.emb.weight", 2)[0], mlp="conv" if conv else "fc", **context,
+        table=shape("content_emb.height_emb.weight", 2)[0], mlp_ratio=wide / D,
+        condition="text" if text else "class" if labels else "none",
+        num_classes=min(labels, 1000), class_dropout_prob=0.1 * (labels > 1000))
+
+
+def infer_vqgan(state):
+    """Arguments of the VQGAN with this state_dict. Source: VQ-Diffusion's configs."""
+    total, dim = _shapes(state, "a VQGAN")("codes", 2)
+    return {**infer_vae(state), "total": total, "dim": dim, "logits": "proj.weight" in state,
+            "num_codes": 1 + state["token"].max().item()}
+
+
 def _shapes(state, what):
     """shape(name, axes): of a tensor that must be there, with so many axes, else ValueError."""
     def shape(name, axes):
@@ -119,7 +143,8 @@ def _count(names, pattern):
 
 
 PARTS = {"unet": (infer_unet, UNet), "vae": (infer_vae, AutoencoderKL),
-         "text": (infer_text, TextEncoder)}
+         "text": (infer_text, TextEncoder), "learned_null": (infer_text, LearnedNull),
+         "vq": (infer_vq, VQTransformer), "vqgan": (infer_vqgan, VQGAN)}
 
 
 def build(parts, dtype=None, said=None):
@@ -131,7 +156,8 @@ def build(parts, dtype=None, said=None):
         with torch.device("meta"):
             models[part] = make(**{**infer(state), **(said or {}).get(part, {})})
         check_tensors(models[part].state_dict(), state, f"{part}:")
-        cast = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+        cast = {name: tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+                for name, tensor in state.items()}
         models[part].load_state_dict(cast, assign=True)
     return models
 
@@ -160,6 +186,22 @@ def split_compvis(state, _):
     named = {part: _plain({name.removeprefix(prefix): tensor for name, tensor in state.items()
                            if name.startswith(prefix)}) for part, prefix in PREFIXES.items()}
     return {part: tensors for part, tensors in named.items() if tensors}
+
+
+def split_vq(state, _):
+    """A file of VQ-Diffusion -> {"vq", "vqgan" and, of captions, "text" or "learned_null"}; all of
+    its names that are read are in PUBLISHED. Source: VQ-Diffusion's dalle.py; CLIP's code."""
+    parts = {}
+    for name, w in state.items():
+        for old, new in PUBLISHED["vq-diffusion"]:
+            name = re.sub(old, new, name)
+        part, _, name = name.partition(":")
+        qkv = "qkv" if "in_proj_" in name else "-"              # three in one: (3D, D) or (3D,)
+        names = [name.replace("in_proj_", f"{x}_proj.") for x in qkv]
+        parts.setdefault(part, {}).update(zip(names, w.chunk(len(names))) if name else ())
+    if "null" in parts.get("text", ()):
+        parts["learned_null"] = parts.pop("text")
+    return {part: parts[part] for part in PARTS if part in parts}
 
 
 def _plain(state):
@@ -318,6 +360,7 @@ def read_word(state, stem):
 only = lambda part, rename=dict: lambda tensors, stem: {part: rename(tensors)}
 renumbered = lambda part: only(part, lambda tensors: from_diffusers(part, tensors))
 KINDS = (
+    ("VQ-Diffusion", r"^transformer\.transformer\.content_emb\.", split_vq),
     *PUBLISHED["refused"],
     ("a concept of Custom Diffusion", r"^unet\.|^modifier_token\.|^embed |_custom_diffusion\.|"
      r"\A(.*\.attn2\..*\n)+\Z", only("concept", read_delta)),

@@ -83,8 +83,8 @@ def load(path, device="cpu", options=None):
         refuse(options, "weights base scale", f"is not for {path}, an official file")
         dtype = getattr(torch, options.dtype or ("float16" if device == "cuda" else "float32"))
         task = official_task(path, options.vae, dtype, options.bpe, options.image_size or 512)
-        if task.tokenizer is None:
-            refuse(options, "bpe image_size" + " dtype" * task.on_pixels, f"is not for {path}")
+        unread = "bpe image_size" * (task.tokenizer is None) + " dtype" * task.on_pixels
+        refuse(options, unread + " vae image_size" * (task.shape[1:] == ()), f"is not for {path}")
     elif "tensors" in state:
         raise ValueError(f"{path} is a concept: say --ckpt BASE --concept {path}")
     elif "adapter" not in state:

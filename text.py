@@ -71,6 +71,8 @@ class TextEncoder(nn.Module):
     """Token ids (B, L) -> states (B, L, D), one per token, which cross-attention reads; vocab_size,
     max_length: the tokenizer's; D, hidden_size: the context width. Source: CLIP §2.4; LDM §3.3."""
 
+    unit = False                        # True: states of length 1, as VQ-Diffusion's files want
+
     def __init__(self, vocab_size, max_length, hidden_size=64, depth=2, num_heads=4, mlp_ratio=4.0):
         super().__init__()
         self.vocab_size, self.max_length, self.hidden_size = vocab_size, max_length, hidden_size
@@ -111,7 +113,8 @@ class TextEncoder(nn.Module):
         x = x + embeddings.position_embedding.weight[:ids.shape[1]]                 # (B, L, D)
         for layer in self.text_model.encoder.layers:
             x = layer(x)
-        return self.text_model.final_layer_norm(x)                                  # (B, L, D)
+        x = self.text_model.final_layer_norm(x)                                     # (B, L, D)
+        return nn.functional.normalize(x, dim=-1) if self.unit else x
 
 
 class TextConditional(nn.Module):
@@ -221,6 +224,7 @@ class CLIPTokenizer:
         self.special = ["<|startoftext|>", "<|endoftext|>"]
         self.ids = {token: i for i, token in enumerate(vocab + self.special)}
         self.start, self.end, self.vocab_size = len(vocab), len(vocab) + 1, len(vocab) + 2
+        self.pad = self.end             # of Stable Diffusion; VQ-Diffusion's files want 0
         self.pattern = self._pattern()
 
     def __call__(self, captions):
@@ -232,7 +236,7 @@ class CLIPTokenizer:
                 raise ValueError(f"{new[0]} is beyond {room} tokens: shorten {caption[:80]!r}")
             lost.extend(["".join(symbols[i] for i in ids[room:])] if ids[room:] else [])
             return ids[:room]
-        rows = _rows(captions, cut, self.start, self.end, self.end, self.max_length)
+        rows = _rows(captions, cut, self.start, self.end, self.pad, self.max_length)
         if lost:
             print(f"{len(lost)} of {len(captions)} captions have more than {room} tokens and are "
                   f"cut; the first loses {lost[0].replace('</w>', ' ')[:80]!r}", file=sys.stderr)

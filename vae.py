@@ -328,6 +328,45 @@ class AutoencoderKL(FirstStage):
         self.scale = 1 / means.std().item()
 
 
+class VQGAN(VQVAE):
+    """VQ-Diffusion's published tokenizer: pictures <-> tokens, num_codes of its `total` codes. It
+    does not learn here. dim: of a code; logits: the encoder scores all codes (Gumbel), instead of
+    looking for the nearest; sizes: of kl_networks. Buffers: codes (total, dim); token (total,),
+    which token a code is. Source: VQ-Diffusion §3.1; Esser et al. 2021 §3.1."""
+    kind, matrices = "vqgan", r"(?!)"                                       # matches no name
+
+    def __init__(self, num_codes, total, dim, logits, image_size=256, **sizes):
+        FirstStage.__init__(self, num_codes=num_codes, total=total, dim=dim, logits=logits,
+                            image_size=image_size, **sizes)
+        z, last = self.z_channels, self.channels * self.multipliers[-1]
+        self.latent_channels, self.factor = dim, 2 ** (len(self.multipliers) - 1)
+        self.grid = image_size // self.factor
+        self.encoder, self.decoder = kl_networks(**sizes)
+        self.encoder.conv_out = nn.Conv2d(last, z, 3, padding=1)            # a mean, no variance
+        for levels, lowest in ((self.encoder.down, -1), (self.decoder.up, 0)):
+            levels[lowest] = Attended(levels[lowest], last)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(z, dim, 1), nn.Conv2d(dim, z, 1)
+        self.proj = nn.Conv2d(dim, total, 1) if logits else nn.Identity()
+        self.register_buffer("codes", torch.zeros(total, dim))
+        self.register_buffer("token", torch.zeros(total).long())
+
+    def encode(self, x):
+        self.latent_shape(x.shape[1:])
+        z = self.proj(self.quant_conv(self.encoder(x))).flatten(2).mT       # (B, N, D or total)
+        code = z.argmax(2) if self.logits else torch.cdist(
+            z, self.codes, compute_mode="donot_use_mm_for_euclid_dist").argmin(2)
+        return self.token[code]                                             # (B, N)
+
+    def look_up(self, ids):
+        """Tokens -> codes, as in VQVAE: for a token, the first code that is this token."""
+        tokens = torch.arange(self.num_codes, device=ids.device)
+        codes = self.codes[(self.token == tokens[:, None]).byte().argmax(1)]            # (K, D)
+        return torch.cat([codes, codes.mean(0, True)])[ids].mT.unflatten(2, (self.grid, self.grid))
+
+    def decode(self, ids):
+        return self.decoder(self.post_quant_conv(self.look_up(ids)))
+
+
 def _named(**layers):
     return nn.Sequential(OrderedDict(layers))           # runs in this order, under these names
 
@@ -353,6 +392,19 @@ def kl_networks(channels, multipliers, res_blocks, in_channels, z_channels):
     decoder = _named(conv_in=conv(z_channels, last), mid=middle(), up=_named(**up),
                      norm_out=norm(widths[0]), act=nn.SiLU(), conv_out=conv(widths[0], in_channels))
     return encoder, decoder
+
+
+class Attended(nn.Sequential):
+    """A level of kl_networks with self-attention after each of its blocks. Source: VQGAN's code."""
+
+    def __init__(self, level, channels):
+        super().__init__(OrderedDict(level.named_children()))
+        self.attn = nn.Sequential(*(KLAttention(channels) for _ in level.block))
+
+    def forward(self, x):
+        for block, attention in zip(self.block, self.attn):
+            x = attention(block(x))
+        return self.upsample(x) if hasattr(self, "upsample") else x
 
 
 class KLAttention(nn.Module):

@@ -326,18 +326,20 @@ class VQTransformer(nn.Module):
     num_codes: K, so [MASK] = K; grid: N = grid^2; steps: T; condition: "text" (B, L, context_dim),
     "class" (B,), or "none", not read; class_dropout_prob: of classes, as in DiT; mlp: "fc", "conv";
     relative: rotary angles and a learned bias per head and offset in self-attention, beside the
-    published tables; codebook: the VQ-VAE's, to start code vectors. Source: VQ-Diffusion §4.3."""
+    published tables; codebook: the VQ-VAE's, to start code vectors; table: side of the tables of
+    places, if not grid: those of 16x16 files have 32, of which the first 256 places are read.
+    Source: VQ-Diffusion §4.3."""
     matrices = r"blocks\.\d+\.(attn\d?\.(?!bias)|mlp|ln\w*\.linear)"  # Muon's share (optim.py)
 
     def __init__(self, num_codes=256, grid=8, hidden_size=128, depth=4, num_heads=4, steps=100,
                  condition="text", context_dim=64, num_classes=0, class_dropout_prob=0.1, mlp="fc",
-                 mlp_ratio=4, relative=False, codebook=None):
+                 mlp_ratio=4, relative=False, codebook=None, table=None):
         super().__init__()
         check_name("condition", condition, ("text", "class", "none"))
         check_name("mlp", mlp, ("fc", "conv"))
         self.num_codes, self.grid, self.steps, self.condition = num_codes, grid, steps, condition
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
-        rows = {"emb": num_codes + 1, "height_emb": grid, "width_emb": grid}
+        rows = {"emb": num_codes + 1, "height_emb": table or grid, "width_emb": table or grid}
         self.content_emb = nn.ModuleDict({k: nn.Embedding(n, hidden_size) for k, n in rows.items()})
         self.can_guide = condition == "class" and num_classes > 0 and class_dropout_prob > 0
         D, wide = hidden_size, int(mlp_ratio * hidden_size)
@@ -375,7 +377,8 @@ class VQTransformer(nn.Module):
 
     def forward(self, tokens, t, cond=None):
         code, row, column = self.content_emb.values()
-        x = code(tokens) + (row.weight[:, None] + column.weight).flatten(0, 1)  # (B, N, D)
+        places = (row.weight[:, None] + column.weight).flatten(0, 1)[:tokens.shape[1]]  # (N, D)
+        x = code(tokens) + places                                               # (B, N, D)
         for block in self.blocks:
             x = block(x, t, cond)
         return self.to_logits(x)                                                # (B, N, K)
@@ -385,13 +388,14 @@ class VQTransformer(nn.Module):
 
 class LearnedNull(TextEncoder):
     """A text encoder whose states of the empty caption are parameters. Source: Improved §3.1."""
+    end = WordTokenizer.END             # the tokenizer's id
 
     def initialize_weights(self):
         super().initialize_weights()
         self.null = nn.Parameter(torch.randn(self.max_length, self.hidden_size))        # (L, C)
 
     def forward(self, ids, modifiers=None):
-        empty = (ids[:, 1] == WordTokenizer.END)[:, None, None]     # right after the start
+        empty = (ids[:, 1] == self.end)[:, None, None]              # right after the start
         return torch.where(empty, self.null, super().forward(ids, modifiers))   # (B, L, C)
 
 

@@ -55,6 +55,17 @@ def golden_case(name):
     return json.loads((GOLDEN / f"{name}.json").read_text()), tensors
 
 
+def by_recipe(name, shape):
+    """The values of the golden recipe for the tensor of this name (tests/golden/README.md)."""
+    random = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
+    n = random.standard_normal(tuple(shape)).astype("float32")
+    if n.ndim <= 1:
+        n = 0.1 * n + (1.0 if name.endswith("weight") else 0.0)
+    else:
+        n = n / np.sqrt(np.prod(n.shape[1:]))
+    return torch.from_numpy(np.asarray(n, dtype="float32"))
+
+
 def fill_by_recipe(model, computed=()):
     """Give every tensor of a state_dict the values of the golden recipe (tests/golden/README.md).
 
@@ -62,15 +73,8 @@ def fill_by_recipe(model, computed=()):
     """
     state = model.state_dict()
     for name, tensor in state.items():
-        if name in computed:
-            continue
-        random = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
-        n = random.standard_normal(tuple(tensor.shape)).astype("float32")
-        if n.ndim <= 1:
-            n = 0.1 * n + (1.0 if name.endswith("weight") else 0.0)
-        else:
-            n = n / np.sqrt(np.prod(n.shape[1:]))
-        state[name] = torch.from_numpy(np.asarray(n, dtype="float32"))
+        if name not in computed:
+            state[name] = by_recipe(name, tensor.shape)
     model.load_state_dict(state, strict=True)
     return model
 

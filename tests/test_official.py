@@ -12,7 +12,7 @@ import custom_diffusion
 import data
 import sample
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import fill_by_recipe, write_safetensors
+from conftest import by_recipe, fill_by_recipe, golden_case, write_safetensors
 from diffusion import GaussianDiffusion, respaced_steps
 from dit import DiT
 from pretrained import infer_dit
@@ -304,3 +304,78 @@ def test_a_vae_file_without_an_autoencoder_is_refused(parts, tmp_path, capsys):
                      "--out", str(tmp_path / "x.png")])
     err = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and "AutoencoderKL" in err and len(err.splitlines()) == 1
+
+
+# ---- VQ-Diffusion: checkpoints as its solver saves them, and what its own code computes from them
+VQ_KINDS = {"coco": 11, "ithq": 12, "imagenet": 13, "ffhq": 14}         # and how many tokens
+
+
+def vq_file(kind, folder, without=""):
+    """The golden case's file, and beside it the list of codes if there is one -> (path, case)."""
+    said, a = golden_case(f"vqd_file_{kind}")
+
+    def state(part, before, where):
+        return {name: (torch.zeros(shape) if before + name in said["computed"] else by_recipe(
+                    where + (before + name).replace("enc.quantize", "dec.quantize"), shape)
+                ).to(getattr(torch, dtype)) for name, (shape, dtype) in said[part].items()
+                if not (without and name.startswith(without))}
+    averaged = {} if without else {"ema": state("ema", "transformer.", "ema.")}
+    torch.save({"last_epoch": 3, "last_iter": 7, "model": state("model", "", ""), **averaged,
+                "optimizer_and_scheduler": {"none": {"optimizer": {"module": {"state": {}}}}}},
+               folder / f"{kind}.pth")
+    if "codes" in a:
+        torch.save(a["codes"], folder / f"taming_vqvae_{VQ_KINDS[kind]}.pt")
+    return folder / f"{kind}.pth", a
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", VQ_KINDS)
+def test_published_vq_diffusion_computes_what_its_own_code_does(kind, tmp_path):
+    path, a = vq_file(kind, tmp_path)
+    options = sample.Options(bpe=str(MERGES)) if "in_ids" in a else None
+    task, model = sample.load(str(path), "cpu", options)
+    near = {"rtol": 0, "atol": 1e-5}
+    cond = a.get("in_y", torch.zeros(2).long())
+    if "in_ids" in a:
+        cond = model.text(a["in_ids"])
+        learned = {"ithq": by_recipe("ema.transformer.empty_text_embed", (77, 64))}
+        torch.testing.assert_close(cond[0, ::11], a["out_states"][0], **near)
+        torch.testing.assert_close(cond[1], learned.get(kind, cond[1]), **near)     # no caption
+        torch.testing.assert_close(cond[1, ::11], learned[kind][::11] if kind in learned else
+                                   a["out_states"][1], **near)
+        ids = task.tokenizer(["a cat", ""])
+        assert ids[1].tolist() == [560, 561] + [0] * 75
+        assert ids[0, :6].min() > 0 and ids[0, 6:].max() == 0
+    logits = model(a["in_x"], a["in_t"], cond)[:, ::37]                         # (2, n, K)
+    torch.testing.assert_close(logits, a["out_logits"], rtol=0, atol=2e-5)
+    decoded = 127.5 * (task.first_stage.decode(a["in_tokens"]).clamp(-1, 1) + 1)
+    torch.testing.assert_close(decoded[..., 5::17, 3::17], a["out_decoded"], rtol=0, atol=0.02)
+    picture = a["in_picture"].repeat_interleave(16, 2).repeat_interleave(16, 3) / 127.5 - 1
+    tokens = task.first_stage.encode(picture)
+    assert tokens.dtype == torch.int64 and (tokens != a["out_encoded"]).float().mean() < 0.005
+    assert task.process.gamma_bar[99].item() == pytest.approx(0.99999)
+    assert model.can_guide == (kind != "ffhq")
+    assert getattr(model, "num_classes", 0) == (1000 if kind == "imagenet" else 0)
+
+
+def test_published_vq_diffusion_draws_and_refuses(tmp_path, grids, capsys):
+    path, _ = vq_file("coco", tmp_path)
+    run = lambda *more: sample.main(["--ckpt", str(path), "--bpe", str(MERGES), "--steps", "1",
+                                     "--out", str(tmp_path / "x.png"), *more])
+    run("--prompt", "a low tower", "--cfg-scale", "3", "--truncation", "0.86")
+    (images, captions), = grids
+    assert images.shape == (1, 3, 256, 256) and captions == ["a low tower"]
+    for flags, words in ((["--image-size", "128"], "--image-size is not for"),
+                         (["--vae", str(path)], "--vae is not for")):
+        with pytest.raises(SystemExit):
+            run(*flags)
+        assert words in capsys.readouterr().err
+    (tmp_path / "taming_vqvae_11.pt").unlink()
+    with pytest.raises(SystemExit):
+        run()
+    said = capsys.readouterr().err
+    assert f"uses 11 of 20 codes: fetch the file {tmp_path / 'taming_vqvae_11.pt'} from" in said
+    path, _ = vq_file("coco", tmp_path, without="content_codec.")
+    with pytest.raises(SystemExit):
+        run()
+    assert "has no content_codec" in capsys.readouterr().err

@@ -810,7 +810,7 @@ OTHERS = {      # published beside Stable Diffusion v1: names and shapes of some
     "a U-Net for inpainting": {"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)},
     "a U-Net for pix2pix": {"conv_in.weight": (320, 8, 3, 3)},
     "a U-Net for depth": {"input_blocks.0.0.weight": (320, 5, 3, 3)},
-    "VQ-Diffusion or its codec": {"transformer.transformer.content_emb.emb.weight": (9, 8)},
+    "VQ-Diffusion or its codec": {"transformer.content_emb.emb.weight": (9, 8)},
     "Stable Diffusion 3 or FLUX": {"context_embedder.weight": (8, 8),
                                    "transformer_blocks.0.norm1.linear.bias": (8,)},
     "Stable Diffusion 3 or FLUX, ": {"model.diffusion_model.joint_blocks.0.x.weight": (2,)},
