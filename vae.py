@@ -134,9 +134,7 @@ class TinyAutoencoder(FirstStage):
     def decode(self, z):
         return self.decoder(z * self.std + self.mean)
 
-    @property
-    def standardised(self):
-        return bool((self.std != 1).any())
+    standardised = property(lambda self: bool((self.std != 1).any()))
 
     @torch.no_grad()
     def standardise(self, x):                               # per latent channel
@@ -318,9 +316,7 @@ class AutoencoderKL(FirstStage):
         unscaled = (z / self.scale).to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(unscaled)).to(z.dtype)
 
-    @property
-    def standardised(self):
-        return self.scale != 1
+    standardised = property(lambda self: self.scale != 1)
 
     @torch.no_grad()
     def standardise(self, x):                               # one scale for all channels
@@ -426,11 +422,7 @@ class KLAttention(nn.Module):
 class Pixels(FirstStage):
     """No first stage: diffusion runs on the pictures themselves, and there is nothing to train."""
     kind, factor, noisy, matrices = "none", 1, False, r"(?!)"               # (?!) matches no name
-
-    def encode(self, x):
-        return x
-
-    decode = latent_shape = shrink_mask = encode
+    encode = decode = latent_shape = shrink_mask = lambda self, x: x
 
 
 FIRST_STAGES = {stage.kind: stage for stage in (Pixels, TinyAutoencoder, AutoencoderKL, VQVAE)}
