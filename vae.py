@@ -101,9 +101,9 @@ def small_networks(in_channels, latent_channels, factor, width):
     cell = in_channels * factor * factor
     encoder = nn.Sequential(nn.PixelUnshuffle(factor), nn.Conv2d(cell, width, 1),
                             ResBlock(width, width), nn.Conv2d(width, latent_channels, 1))
-    decoder = nn.Sequential(nn.Conv2d(latent_channels, width, 3, padding=1), ResBlock(width, width),
-                            ResBlock(width, width), nn.Conv2d(width, cell, 1),
-                            nn.PixelShuffle(factor))
+    decoder = nn.Sequential(
+        nn.Conv2d(latent_channels, width, 3, padding=1), ResBlock(width, width),
+        ResBlock(width, width), nn.Conv2d(width, cell, 1), nn.PixelShuffle(factor))
     return encoder, decoder
 
 
@@ -412,8 +412,7 @@ class KLAttention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
-        h = self.norm(x)
-        # 3x (B, 1, H*W, C)
+        h = self.norm(x)                                # q, k, v below: (B, 1, H*W, C)
         q, k, v = (conv(h).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.reshape(x.shape)   # (B, C, H, W)
         return x + self.proj_out(h)
