@@ -367,7 +367,7 @@ def task_from(state, path, weights="ema"):
 
 
 def official_task(path, vae, dtype, bpe, image_size):
-    """An official DiT, U-DiT, Stable Diffusion v1 or VQ-Diffusion file, or a diffusers folder -> its
+    """An official DiT, U-DiT, SD v1 or VQ-Diffusion file, or a diffusers folder -> its
     task. vae: file, or None; bpe: CLIP's merges. Raises ValueError. Source: LDM §4.3.1; DiT §4."""
     what, parts, said = read_official(path)
     if vae and "vq" not in parts:
