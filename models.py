@@ -288,7 +288,9 @@ def make_task(config, settings, dataset):
             if start and start.get("settings", {}).get("text_encoder") != encoder:
                 raise ValueError(f"--text-encoder: {path} has one already: leave it out")
             if not start:
-                known, published = read_encoder(encoder, settings.bpe)
+                published = read_official(encoder, "text")[1]["text"]
+                known = {"encoder": infer_text(published)}                  # its sizes
+                known["merges"] = [*clip_words(settings.bpe, known["encoder"], encoder).ranks]
         info = describe(dataset, config.model, first_stage, getattr(settings, "captions", None),
                         known if encoder else None)
         if "vocabulary" in info and "words" in known:
@@ -305,13 +307,6 @@ def make_task(config, settings, dataset):
             check_init(task, identity(start["info"], start), path)
         load_weights(task.model, start["ema"], path)
     return task
-
-
-def read_encoder(path, bpe):
-    """CLIP's text encoder in a file -> (vocabulary: its sizes and merges, {name: tensor})."""
-    tensors = read_official(path, "text")[1]["text"]
-    sizes = infer_text(tensors)
-    return {"encoder": sizes, "merges": [*clip_words(bpe, sizes, path).ranks]}, tensors
 
 
 def check_init(task, was, path):
