@@ -58,10 +58,9 @@ FLAGS = {
 CONTEXT_DIM = 64                    # width of the text states that a DiT, U-DiT or VQ model reads
 MERGES = "data/bpe_simple_vocab_16e6.txt.gz"            # CLIP's list of merges, if not given
 TINY = ("latent_channels", "latent_noise", "factor")
-CONTINUOUS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", *TINY, "schedule",
-              "flow_shift", "logit_normal", "prediction", "min_snr", "text_encoder", "bpe")
-TOKENS = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", "codes", "factor",
-          "text_encoder", "bpe")
+ALL = ("first_stage", "first_stage_steps", "class_dropout", "cfg_scale", "text_encoder", "bpe")
+CONTINUOUS = (*ALL, *TINY, "schedule", "flow_shift", "logit_normal", "prediction", "min_snr")
+TOKENS = (*ALL, "codes", "factor")
 # schedule is flow -> the flags that it does not read
 UNREAD = {True: ("prediction", "learn_sigma", "min_snr"), False: ("flow_shift", "logit_normal")}
 
@@ -177,9 +176,8 @@ FAMILIES = {
     "unet": Family(CONTINUOUS, build_unet, UNET_CONFIGS, "tiny-ae", True, 3, "needed"),
     "vq": Family((*TOKENS, "aux_weight", "relative", "learned_null"), build_vq, VQ_CONFIGS,
                  "vq-vae", True, 1, "used"),
-    "tiny-ae": Family(TINY, build_autoencoder, {"tiny-ae": {"kind": "tiny-ae"}}),
-    "kl-ae": Family(("latent_channels",), build_autoencoder, {"kl-ae": {"kind": "kl-ae"}}),
-    "vq-vae": Family(("codes", "factor"), build_autoencoder, {"vq-vae": {"kind": "vq-vae"}})}
+    **{kind: Family(flags, build_autoencoder, {kind: {"kind": kind}}) for kind, flags in {
+        "tiny-ae": TINY, "kl-ae": ("latent_channels",), "vq-vae": ("codes", "factor")}.items()}}
 
 
 # what a model changes among the defaults of all flags
