@@ -156,9 +156,8 @@ def build(parts, dtype=None, said=None):
         with torch.device("meta"):
             models[part] = make(**{**infer(state), **(said or {}).get(part, {})})
         check_tensors(models[part].state_dict(), state, f"{part}:")
-        cast = {name: tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype)
-                for name, tensor in state.items()}
-        models[part].load_state_dict(cast, assign=True)
+        models[part].load_state_dict(state, assign=True)
+        models[part].to(dtype=dtype)                        # of integers, nothing changes
     return models
 
 
