@@ -484,10 +484,9 @@ def check_read(given, config, settings):
     if config.save_latents:
         encode = "data data_dir image_size skip_bad device first_stage save_latents" + (
             " hold_out seed" * (kind in ("shapes", "scenes")))
-        read |= dict.fromkeys(given.keys() - set(encode.split()), (False, "training"))
-    for name in given:
-        used, by = read.get(name, (True, ""))
-        if not used and given[name] is not False:
+        read |= {name: (False, "training") for name in given if name not in encode.split()}
+    for name, (used, by) in read.items():
+        if not used and given.get(name, False) is not False:
             raise ValueError(f"--{name.replace('_', '-')} {given[name]} is for {by}: leave it out")
 
 
