@@ -366,8 +366,10 @@ def official_task(path, vae, dtype, bpe, image_size):
     if vae and "vq" not in parts:
         stage = load_first_stage(vae)                   # with the scale of a kl-ae of ours
         parts, said = {**parts, "vae": stage.state_dict()}, {**said, "vae": stage.sizes}
+    info = {"name": "", "class_names": [], "channels": 3, "image_size": image_size,
+            "examples": ["an astronaut riding a horse"]}
     if "vq" in parts:
-        return official_vq(path, parts, dtype, bpe)
+        return official_vq(path, parts, dtype, bpe, info)
     if "concept" in parts:
         raise ValueError(f"{path} is {what}: say --ckpt BASE --concept {path}")
     name = next((name for name in ("dit", "udit") if name in parts), "unet")
@@ -377,8 +379,6 @@ def official_task(path, vae, dtype, bpe, image_size):
     state = {} if name == "unet" else parts.pop(name)
     models = build(parts, dtype, said)
     first_stage = models["vae"].eval().requires_grad_(False) if parts else Pixels()
-    info = {"name": "", "class_names": [], "channels": 3, "image_size": image_size,
-            "examples": ["an astronaut riding a horse"]}
     if name == "unet":
         process = {"schedule": "scaled_linear", **said["process"]}
         settings = settings_class("unet")(schedule=process["schedule"], cfg_scale=7.5)
@@ -397,7 +397,7 @@ def official_task(path, vae, dtype, bpe, image_size):
     return DiffusionTask(settings, info, model, process, first_stage)
 
 
-def official_vq(path, parts, dtype, bpe):
+def official_vq(path, parts, dtype, bpe, info):
     """The same of a published VQ-Diffusion. Which token each code of its VQGAN is, if not all are,
     says a list beside it, taming_vqvae_K.pt. Source: VQ-Diffusion §3.1, §5.1; its configs."""
     K, stage = infer_vq(parts["vq"])["num_codes"], parts.get("vqgan", {})
@@ -417,8 +417,7 @@ def official_vq(path, parts, dtype, bpe):
         tokenizer = clip_words(bpe, infer_text(text.state_dict()), path)
         tokenizer.pad, text.unit, text.end = 0, True, tokenizer.end
         model = TextConditional(model, text, tokenizer([""])[0], 0.1)
-    info = {"name": "", "class_names": [], "channels": 3, "image_size": 256,
-            "examples": ["a teddy bear playing in the pool"]}
+    info |= {"image_size": 256, "examples": ["a teddy bear playing in the pool"]}
     task = DiffusionTask(settings, info, model, MaskReplace(models["vq"].steps, K, "released"),
                          models["vqgan"].eval().requires_grad_(False), tokenizer)
     task.dtype = dtype
