@@ -175,8 +175,7 @@ def _official_bytes(name, file, data_dir):
         except Exception as error:  # no network, no such host, refused, cut off, disk full
             raise ValueError(f"could not download {url} ({error}): put it at {path}") from error
     raw = path.read_bytes()
-    found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
-    if found != md5:
+    if (found := hashlib.md5(raw, usedforsecurity=False).hexdigest()) != md5:
         raise ValueError(f"{path} has md5 {found}, expected {md5}: delete the file and load again")
     return bytearray(gzip.decompress(raw))
 
