@@ -183,9 +183,8 @@ class WordTokenizer:
             near = ", ".join(difflib.get_close_matches(unknown[0], self.words, n=3, cutoff=0.0))
             raise ValueError(f"unknown word {unknown[0]!r} in the caption {caption!r}: the nearest "
                              f"known words are {near} (a new word needs add_token first)")
-        if len(words) > self.max_length - 2:
-            raise ValueError(f"caption of {len(words)} words, expected at most "
-                             f"{self.max_length - 2}: shorten {caption!r}")
+        if (n := len(words)) > (room := self.max_length - 2):
+            raise ValueError(f"caption of {n} words, expected at most {room}: shorten {caption!r}")
         return [self.ids[word] for word in words]
 
     def add_token(self, name):
