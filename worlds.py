@@ -109,11 +109,10 @@ def caption_of(objects, relation=None, background=None):
     """The caption of a scene, e.g. "a red circle left of a blue square on gray".
     objects: one or two dicts with shape, optionally color and, for a single object, size and place;
     relation: between two, not said of one.  Inverse: caption_of(**parse_caption(text)) == text."""
-    phrases = []
-    for thing in objects:
-        words = [thing[key] for key in ("size", "color", "shape", "place") if key in thing]
-        phrases.append(" ".join(["an" if words[0] == "orange" else "a"] + words))
-    return f" {relation} ".join(phrases) + (f" on {background}" if background else "")
+    said = [" ".join(thing[key] for key in ("size", "color", "shape", "place") if key in thing)
+            for thing in objects]
+    said = [f"an {words}" if words.startswith("orange") else f"a {words}" for words in said]
+    return f" {relation} ".join(said) + (f" on {background}" if background else "")
 
 
 def parse_caption(caption):
