@@ -150,9 +150,8 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = nn.Linear(context_dim, hidden_size) if context_dim else LabelEmbedder(
             num_classes, hidden_size, class_dropout_prob)
-        # never trained, yet a Parameter: the official files hold it
         positions = torch.zeros(1, (input_size // patch_size) ** 2, hidden_size)        # (1, N, D)
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)   # official files hold it
         cross = conditioning == "cross_attention" or bool(context_dim and adaptive)
         self.blocks = nn.ModuleList(BLOCKS[conditioning](
             hidden_size, num_heads, mlp_ratio, qk_norm, cross) for _ in range(depth))
@@ -162,8 +161,7 @@ class DiT(nn.Module):
     def forward(self, x, t, y):
         """x (B, C, H, W), t (B,) steps 0..999 or fractions, y (B,) int64, or text states
         (B, L, context_dim) -> (B, C_out, H, W)."""
-        expected = (self.in_channels, self.input_size, self.input_size)
-        if x.shape[1:] != expected:
+        if x.shape[1:] != (expected := (self.in_channels, self.input_size, self.input_size)):
             raise ValueError(f"this DiT expects pictures of shape {expected}, got "
                              f"{tuple(x.shape[1:])}: resize them, or change the model's sizes")
         x = self.patchify(x) + self.pos_embed                                   # (B, N, D)
