@@ -75,9 +75,8 @@ class TransformerBlock(Tapped):
         names = ("sa_in", "sa_out", "ca_in", "ca_c", "ca_out", "ffn_in", "ffn_out", "trans_out")
         super().__init__({name: context_dim if name == "ca_c" else dim for name in names})
         self.attn1 = CrossAttention(dim, dim, num_heads, head_dim)
-        # nested as published; the Identity stands where the official code has dropout
         layers = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-        self.ff = nn.Sequential(OrderedDict(net=layers))
+        self.ff = nn.Sequential(OrderedDict(net=layers))        # as published; Identity: dropout
         self.attn2 = CrossAttention(dim, context_dim, num_heads, head_dim)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
