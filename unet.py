@@ -182,9 +182,8 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.build_blocks(levels, num_res_blocks, layers)
-        width = levels[0][0]
-        self.out = nn.Sequential(nn.GroupNorm(norm_groups, width), nn.SiLU(),
-                                 nn.Conv2d(width, out_channels, 3, padding=1))
+        self.out = nn.Sequential(nn.GroupNorm(norm_groups, levels[0][0]), nn.SiLU(),
+                                 nn.Conv2d(levels[0][0], out_channels, 3, padding=1))
         self.initialize_weights()
 
     def build_blocks(self, levels, num_res_blocks, layers):
