@@ -29,7 +29,6 @@ import torch.nn as nn
 from diffusion import timestep_embedding
 
 
-# ---- attention and the transformer ---------------------------------------------------------------
 class CrossAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v in heads, x (B, N, query_dim) -> like x. q comes from x, k and v
     from context (B, L, context_dim), x if self-attention. Source: LDM §3.3; Vaswani 2017 Eq. 1."""
@@ -118,7 +117,6 @@ class SpatialTransformer(nn.Module):
         return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))   # (B, C, H, W)
 
 
-# ---- convolutions --------------------------------------------------------------------------------
 class ResBlock(Tapped):
     """Two convolutions, t added between: x (B, C, H, W), emb (B, E) -> (B, C_out, H, W).
     Taps: res_in, the input of both branches, and res_out, their sum. Source: DDPM appendix B."""
@@ -150,7 +148,6 @@ class Stage(nn.Sequential):
         return h
 
 
-# ---- the model -----------------------------------------------------------------------------------
 class UNet(nn.Module):
     """The conditional U-Net. The defaults are Stable Diffusion v1.
     channel_mult: width of each level in units of model_channels, the largest map first;
