@@ -368,14 +368,15 @@ def official_task(path, vae, dtype, bpe, image_size):
         parts, said = {**parts, "vae": stage.state_dict()}, {**said, "vae": stage.sizes}
     info = {"name": "", "class_names": [], "channels": 3, "image_size": image_size,
             "examples": ["an astronaut riding a horse"]}
-    if "vq" in parts:
-        return official_vq(path, parts, dtype, bpe, info)
     if "concept" in parts:
         raise ValueError(f"{path} is {what}: say --ckpt BASE --concept {path}")
-    name = next((name for name in ("dit", "udit") if name in parts), "unet")
-    if name == "unet" and (missing := {"unet", "vae", "text"} - parts.keys()):
+    name = next((name for name in ("dit", "udit", "vq") if name in parts), "unet")
+    needs = {"unet": {"unet", "vae", "text"}, "vq": {"vqgan"}}.get(name, set())
+    if missing := needs - parts.keys():
         raise ValueError(f"{path} is {what}, with no {' and no '.join(sorted(missing))}: give the "
                          "full file" + (", or a --vae" if "vae" in missing else ""))
+    if name == "vq":
+        return official_vq(path, parts, dtype, bpe, info)
     state = {} if name == "unet" else parts.pop(name)
     models = build(parts, dtype, said)
     first_stage = models["vae"].eval().requires_grad_(False) if parts else Pixels()
@@ -400,9 +401,8 @@ def official_task(path, vae, dtype, bpe, image_size):
 def official_vq(path, parts, dtype, bpe, info):
     """The same of a published VQ-Diffusion. Which token each code of its VQGAN is, if not all are,
     says a list beside it, taming_vqvae_K.pt. Source: VQ-Diffusion §3.1, §5.1; its configs."""
-    K, stage = infer_vq(parts["vq"])["num_codes"], parts.get("vqgan", {})
-    if not (total := len(stage.get("codes", ()))):
-        raise ValueError(f"{path} has no content_codec, which decodes tokens: give the full file")
+    K, stage = infer_vq(parts["vq"])["num_codes"], parts["vqgan"]
+    total = len(stage.get("codes", ()))
     used = os.path.join(os.path.dirname(path), f"taming_vqvae_{K}.pt")
     if total != K and not os.path.isfile(used):
         raise ValueError(f"{path} uses {K} of {total} codes: fetch the file {used} from "

@@ -12,8 +12,7 @@ The idea. Our modules keep the official names, so loading takes four small steps
              configs beside them, else as published. The module takes the tensors over.
 
     what, parts, said = read_official("v1-5-pruned-emaonly.safetensors")    # or a diffusers folder
-    models = build(parts, torch.float32, said)
-    python -m pytest tests/test_pretrained.py"""
+    models = build(parts, torch.float32, said)"""
 import itertools
 import json
 import pathlib

@@ -293,8 +293,7 @@ class UDiT(nn.Module):
         | shift, scale and gate | 0                    | gates 0: every block is the identity      |
         | last convolution      | 0                    | the first prediction is 0                 |
         | cross_attn.proj       | 0                    | the block begins as the identity          |
-        | logit_scale           | ln 10                | logits are between -10 and 10             |
-        """
+        | logit_scale           | ln 10                | logits are between -10 and 10             |"""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 w = module.weight

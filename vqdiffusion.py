@@ -362,8 +362,7 @@ class VQTransformer(nn.Module):
         | Linear layers, tables | normal(0, 0.02)        | as in GPT; AdaLN is near a norm      |
         | vectors of the codes  | codebook * normal      | what looks alike starts alike        |
         | biases; LayerNorms    | 0; scale 1             |                                      |
-        | convolutions          | torch's default        | as published                         |
-        """
+        | convolutions          | torch's default        | as published                         |"""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)

@@ -378,4 +378,4 @@ def test_published_vq_diffusion_draws_and_refuses(tmp_path, grids, capsys):
     path, _ = vq_file("coco", tmp_path, without="content_codec.")
     with pytest.raises(SystemExit):
         run()
-    assert "has no content_codec" in capsys.readouterr().err
+    assert "is VQ-Diffusion, with no vqgan: give the full file" in capsys.readouterr().err
