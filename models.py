@@ -371,7 +371,7 @@ def official_task(path, vae, dtype, bpe, image_size):
     if "concept" in parts:
         raise ValueError(f"{path} is {what}: say --ckpt BASE --concept {path}")
     name = next((name for name in ("dit", "udit", "vq") if name in parts), "unet")
-    if missing := {"unet": {"unet", "vae", "text"}, "vq": {"vqgan"}}.get(name, set()) - parts.keys():
+    if missing := dict(unet={"unet", "vae", "text"}, vq={"vqgan"}).get(name, set()) - parts.keys():
         raise ValueError(f"{path} is {what}, with no {' and no '.join(sorted(missing))}: give the "
                          "full file" + (", or a --vae" if "vae" in missing else ""))
     if name == "vq":
