@@ -6,7 +6,7 @@ The idea. A checkpoint is a dict of tensors and plain values, saved by torch.sav
          checksums are compared first: a flipped bit would otherwise load as a wrong number.
   check  keys and types against FORMS, names and shapes against the model, before any is used.
 
-    load_weights(model, load_checkpoint("out/ckpt.pt")["model"], "out/ckpt.pt")"""
+    python -m pytest tests/test_checkpoint.py"""
 import contextlib
 import hashlib
 import json

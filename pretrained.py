@@ -11,8 +11,8 @@ The idea. Our modules keep the official names, so loading takes four small steps
   build      sizes are read off the shapes; what those do not show (heads, scale, schedule) off the
              configs beside them, else as published. The module takes the tensors over.
 
-    what, parts, said = read_official("v1-5-pruned-emaonly.safetensors")    # or a diffusers folder
-    models = build(parts, torch.float32, said)"""
+    python sample.py --ckpt v1-5-pruned-emaonly.safetensors     # or a diffusers folder
+    what, parts, said = read_official(path); models = build(parts, torch.float32, said)"""
 import itertools
 import json
 import pathlib

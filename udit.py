@@ -285,15 +285,15 @@ class UDiT(nn.Module):
 
     def initialize_weights(self):
         """Every initial value of the model, in one place. Source: U-DiT §4.1 (as in DiT).
-        | what                  | how                  | why                                       |
-        | Linear and Conv2d     | Xavier, bias 0; the  | depth-wise kernels are tiny then, so the  |
-        |                       | first as a matrix    | downsampler starts as its shortcut        |
-        | dwconv of mlp="dw"    | 1 more in the centre | RepMlp has it; else the output is tiny    |
-        | label tables, t MLPs  | normal(0, 0.02)      | small conditions at first                 |
-        | shift, scale and gate | 0                    | gates 0: every block is the identity      |
-        | last convolution      | 0                    | the first prediction is 0                 |
-        | cross_attn.proj       | 0                    | the block begins as the identity          |
-        | logit_scale           | ln 10                | logits are between -10 and 10             |"""
+        | what                  | how                  | why                                    |
+        | Linear and Conv2d     | Xavier, bias 0; the  | depth-wise kernels are then tiny: the  |
+        |                       | first as a matrix    | downsampler starts as its shortcut     |
+        | dwconv of mlp="dw"    | 1 more in the centre | RepMlp has it; else the output is tiny |
+        | label tables, t MLPs  | normal(0, 0.02)      | small conditions at first              |
+        | shift, scale and gate | 0                    | gates 0: every block is the identity   |
+        | last convolution      | 0                    | the first prediction is 0              |
+        | cross_attn.proj       | 0                    | the block begins as the identity       |
+        | logit_scale           | ln 10                | logits are between -10 and 10          |"""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 w = module.weight
