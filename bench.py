@@ -10,13 +10,11 @@ sample, one picture and one step of the default sampler, guided (first stages: e
 GiB, peak of the process, on cuda of the device."""
 import dataclasses
 
-from torch.utils.flop_counter import FlopCounterMode
-
 import data
 from cli import flag, one_line, parse, resolve_device
 from models import FAMILIES, find_model, make_task
-from studies.meters import best, clock, limit, memory, outside, overfit, sampling
-from train import make_step, read_flags
+from studies.meters import measure, overfit
+from train import read_flags
 
 DEFAULT = ("DiT-128x4/2", "udit-tiny", "unet-tiny", "vq-tiny", "tiny-ae", "vq-vae")
 
@@ -46,32 +44,6 @@ def run_of(model, options, *flags):
     return config, make_task(config, settings, dataset), dataset
 
 
-def measure(model, options):
-    """A model's row of the table, {column: number}, and the limit, {way: TFLOP/s}. Steps and limit
-    are measured in turns, as a machine's speed changes with its other work."""
-    memory(device := resolve_device(options.device), anew=True)
-    config, task, dataset = run_of(model, options)
-    step, rates, seconds = make_step(config, dataset, task), {}, []
-    with FlopCounterMode(display=False) as counter:
-        step(0)
-    for s in range(3):                              # compile, allocate, settle
-        step(s)
-    for s in range(options.steps):
-        for way, rate in limit(device).items() if s % 5 == 0 else ():
-            rates[way] = max(rates.get(way, 0), rate / 1e12)
-        start = clock(device)
-        step(s)
-        seconds.append(clock(device) - start)
-    median, peak = max(sorted(seconds)[len(seconds) // 2], 1e-9), memory(device)    # a coarse clock
-    rate = counter.get_total_flops() / median / 1e12
-    return {"batch": config.batch_size, "step ms": 1000 * median,
-            "pictures/s": config.batch_size / median, "TFLOP/s": rate,
-            "share %": 100 * rate / best(rates, device)[0],
-            "other %": 100 * outside(step, task, device),
-            "sample ms": 1000 * sampling(task, step.ema, dataset, device),
-            "GiB": peak / 2 ** 30}, rates
-
-
 @one_line
 def main(argv):
     """The command. --overfit exits with 1 if a model did not learn its batch."""
@@ -91,7 +63,7 @@ def main(argv):
             print(f"{model}: loss {first:.4f} -> {last:.4f} ({last / first:.1%}), "
                   f"{'ok' if learned else 'NOT ok'}")
             continue
-        row, rates = measure(model, options)
+        row, rates = measure(*run_of(model, options), options.steps)
         if model == models[0]:
             print("limit in TFLOP/s: " + ", ".join(f"{w} {rate:.3g}" for w, rate in rates.items()))
             print(f"{'model':14}" + "".join(f"{name:>12}" for name in row))

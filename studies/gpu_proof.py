@@ -7,7 +7,7 @@ Question: is what was written on a CPU right and fast on a card? Ten minutes of 
   card. The data are 512 pictures, so that an epoch has few steps; its order is copied to the card.
 - (b) A training step of published sizes by the paper's recipe (AdamW) on random data. Share: six
   operations per multiply-accumulate of a forward, over time and the rate of a large bfloat16
-  product (bench.limit). Kernels: what the card did in one step, and how long.
+  product (meters.limit). Kernels: what the card did in one step, and how long.
 - (c) Sampling with CUDA graphs, 50 guided steps. (d) Memory of Stable Diffusion v1 in float16.
 - (e) `python train.py` with nothing compiled before, and 480 samples judged as by evaluate.py.
 - (f) DiT-S/2 on CIFAR-10 pixels by Muon; classifier-FID of 2,000 samples, with its floor.
@@ -57,8 +57,8 @@ import train
 from cli import one_line, resolve_device
 from diffusion import GaussianDiffusion
 from models import make_task, settings_class
+from studies import meters
 from studies.common import Table, markdown, parser, whole
-from studies.meters import best
 from tasks import DiffusionTask, macs, resume, save
 from text import TextConditional, TextEncoder
 from unet import UNET_CONFIGS, UNet
@@ -168,11 +168,11 @@ def speed(o, model, alone, batch, compile="on", recipe="paper"):
     if o.tiny:
         batch, compile = 4, "off"
     config, dataset, task = random_run(o, model, batch, recipe, compile)
-    operations, begin = 6 * macs(task) * batch, bench.clock(o.device)
+    operations, begin = 6 * macs(task) * batch, meters.clock(o.device)
     step, seconds = train.make_step(config, dataset, task), []
     for s in range(3):
         step(s)
-    start = bench.clock(o.device) - begin
+    start = meters.clock(o.device) - begin
     if compile == "on":
         check_compiled()
     if o.device == "cuda":
@@ -181,11 +181,11 @@ def speed(o, model, alone, batch, compile="on", recipe="paper"):
     with alone():
         limit = product_rate(o)
         for s in range(2 if o.tiny else 12):
-            begin = bench.clock(o.device)
+            begin = meters.clock(o.device)
             step(s)
-            seconds.append(bench.clock(o.device) - begin)
+            seconds.append(meters.clock(o.device) - begin)
         limit = max(limit, product_rate(o))
-        memory, profiled = bench.memory(o.device) / 2 ** 30, profile(o, step)
+        memory, profiled = meters.memory(o.device) / 2 ** 30, profile(o, step)
     name = f"batch {batch}, {config.optimizer}, {'compiled' if compile == 'on' else 'eager'}"
     file = f"profile-{model}-{name}.txt".replace("/", "-").replace(", ", "-").replace(" ", "")
     median, table = statistics.median(seconds), profiled.key_averages()
@@ -204,7 +204,7 @@ def speed(o, model, alone, batch, compile="on", recipe="paper"):
 
 def product_rate(o):
     """Operations per second of a large product, by the fastest way there is."""
-    return best(bench.limit(o.device, 0.01 if o.tiny else 0.5), o.device)[0]
+    return meters.best(meters.limit(o.device, 0.01 if o.tiny else 0.5), o.device)[0]
 
 
 def profile(o, step):
@@ -213,7 +213,7 @@ def profile(o, step):
     with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA][:1 + (o.device == "cuda")]) as p:
         if not o.tiny:
             step(3)
-        bench.clock(o.device)
+        meters.clock(o.device)
     return p
 
 
@@ -275,9 +275,9 @@ def graphs(o, model, alone):
                 with cast():                    # compile, record, replay
                     sample.sample_all(task, some, y, steps=3 if some is fast else 1)
                 with alone(), cast():
-                    begin = bench.clock(o.device)
+                    begin = meters.clock(o.device)
                     x = sample.sample_all(task, some, y, steps=steps)[0]
-                    seconds = bench.clock(o.device) - begin
+                    seconds = meters.clock(o.device) - begin
                 wanted = x if wanted is None else wanted
                 name = f"batch {count}, {'bfloat16' if half else 'float32'}, {kind}"
                 yield row(name, f"s for {steps} steps", seconds)
@@ -303,10 +303,10 @@ def sd_memory(o, model, alone):
             if o.device == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            begin = bench.clock(o.device)
+            begin = meters.clock(o.device)
             sample.sample_all(task, net, y, steps=steps)
-            seconds = bench.clock(o.device) - begin
-        yield row(name, "sampling, peak GiB", bench.memory(o.device) / 2 ** 30)
+            seconds = meters.clock(o.device) - begin
+        yield row(name, "sampling, peak GiB", meters.memory(o.device) / 2 ** 30)
         yield row(name, f"s for {steps} steps and decoding", seconds)
 
 

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -25,6 +26,31 @@ def overfit(config, task, dataset, steps):
     step = make_step(config, dataset, task)
     losses = [step(0)[0]["loss"] for _ in tqdm(range(steps), desc=f"{config.model}, one batch")]
     return losses[0].item(), losses[-1].item()
+
+
+def measure(config, task, dataset, steps):
+    """A model's row of the table, {column: number}, and the limit, {way: TFLOP/s}. Steps and limit
+    are measured in turns, as a machine's speed changes with its other work."""
+    memory(device := config.device, anew=True)
+    step, rates, seconds = make_step(config, dataset, task), {}, []
+    with FlopCounterMode(display=False) as counter:
+        step(0)
+    for s in range(3):                              # compile, allocate, settle
+        step(s)
+    for s in range(steps):
+        for way, rate in limit(device).items() if s % 5 == 0 else ():
+            rates[way] = max(rates.get(way, 0), rate / 1e12)
+        start = clock(device)
+        step(s)
+        seconds.append(clock(device) - start)
+    median, peak = max(sorted(seconds)[len(seconds) // 2], 1e-9), memory(device)    # a coarse clock
+    rate = counter.get_total_flops() / median / 1e12
+    return {"batch": config.batch_size, "step ms": 1000 * median,
+            "pictures/s": config.batch_size / median, "TFLOP/s": rate,
+            "share %": 100 * rate / best(rates, device)[0],
+            "other %": 100 * outside(step, task, device),
+            "sample ms": 1000 * sampling(task, step.ema, dataset, device),
+            "GiB": peak / 2 ** 30}, rates
 
 
 def ways(device):

@@ -31,6 +31,7 @@ import bench
 import train
 from cli import one_line
 from dit import DIT_CONFIGS, DiT
+from studies import meters
 from studies.common import Table, markdown, parser, whole
 from studies.meters import clock, memory
 from udit import UDIT_CONFIGS, UDiT
@@ -208,7 +209,7 @@ def table(device, rounds=10):
     """The rows and the limit of bench.py."""
     best = {}
     for model in bench.DEFAULT:
-        found, rates = bench.measure(model, bench.Options(device=device, steps=rounds))
+        found, rates = meters.measure(*bench.run_of(model, bench.Options(device=device)), rounds)
         best = {way: max(rate, best.get(way, 0)) for way, rate in rates.items()}
         for measure, value in found.items():
             yield row("table", model, measure, value)

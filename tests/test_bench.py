@@ -42,7 +42,7 @@ def test_a_row_holds_the_numbers_of_a_step(capsys):
 
 
 def test_two_models_have_one_heading(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "measure", lambda model, options: ({"step ms": 1.5}, {"product": 2}))
+    monkeypatch.setattr(bench, "measure", lambda *given: ({"step ms": 1.5}, {"product": 2}))
     assert exit_code("--models", "udit-tiny") == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "limit", "model", "DiT-64x2/4", "udit-tiny"]
@@ -50,10 +50,10 @@ def test_two_models_have_one_heading(monkeypatch, capsys):
 
 def test_the_operations_of_a_picture_are_those_of_forward_and_backward(monkeypatch):
     ticks = iter(range(10_000))
-    monkeypatch.setattr(bench, "clock", lambda device: float(next(ticks)))      # a step: 1 second
-    monkeypatch.setattr(bench, "limit", lambda device: {"product": 1e12})
-    measure = lambda n: bench.measure("DiT-64x2/4", bench.Options(
-        steps=1, device="cpu", batch_size=n))[0]
+    monkeypatch.setattr(meters, "clock", lambda device: float(next(ticks)))      # a step: 1 second
+    monkeypatch.setattr(meters, "limit", lambda device: {"product": 1e12})
+    measure = lambda n: meters.measure(*bench.run_of("DiT-64x2/4", bench.Options(
+        device="cpu", batch_size=n)), 1)[0]
     one, two = measure(32), measure(64)
     assert one["step ms"] == 1000 and one["pictures/s"] == 32
     more = 1e12 * (two["TFLOP/s"] - one["TFLOP/s"]) / 32        # without those of the optimizer
@@ -65,10 +65,10 @@ def test_the_operations_of_a_picture_are_those_of_forward_and_backward(monkeypat
 def test_a_step_takes_the_median_of_its_times(monkeypatch):
     """Five steps of 1, 1, 2, 8 and 9 seconds: 2, whatever the slowest and the fastest take."""
     moments = iter([0, 8, 8, 9, 9, 11, 11, 20, 20, 21])
-    monkeypatch.setattr(bench, "clock", lambda device: float(next(moments)))
-    monkeypatch.setattr(bench, "limit", lambda device: {"product": 1e12})
-    options = bench.Options(steps=5, device="cpu", batch_size=4, image_size=16)
-    assert bench.measure("DiT-32x1/4", options)[0]["step ms"] == 2000
+    monkeypatch.setattr(meters, "clock", lambda device: float(next(moments)))
+    monkeypatch.setattr(meters, "limit", lambda device: {"product": 1e12})
+    options = bench.Options(device="cpu", batch_size=4, image_size=16)
+    assert meters.measure(*bench.run_of("DiT-32x1/4", options), 5)[0]["step ms"] == 2000
 
 
 # --------------------------------------------------------------------------------------------------

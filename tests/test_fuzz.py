@@ -156,7 +156,7 @@ class Workshop:
                     tick(30)
                     yield state
             return ticking
-        for module in (train, bench, studies.meters):
+        for module in (train, studies.meters):
             patch.setattr(module, "make_step", short_step)
         for process in (GaussianDiffusion, RectifiedFlow, MaskReplace):
             patch.setattr(process, "trajectory", short(process.trajectory))
@@ -166,7 +166,7 @@ class Workshop:
         learn = evaluate.train_classifier
         patch.setattr(evaluate, "train_classifier", lambda real, steps=1000, *more: learn(
             real, min(steps, 2), *more))
-        patch.setattr(bench, "limit", lambda device: {"product": 1e9})
+        patch.setattr(studies.meters, "limit", lambda device: {"product": 1e9})
         patch.setattr("torch._guards.detect_fake_mode", lambda *given: None)    # asked per tensor
         patch.setattr("torch.nn.Module.compile", lambda net: None)      # takes half a minute
         patch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **how: None)
