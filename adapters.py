@@ -21,6 +21,8 @@ Differences from the official code (Xiang-cd/unet-finetune; equal numbers with i
 4. A thing has a new word, whose row learns too. There, a rare word that stays as it is."""
 import dataclasses
 import math
+import pathlib
+import re
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from cli import flag, one_line, parse, resolve_device
 from custom_diffusion import ConceptTask, learn, take_things
 from diffusion import check_name
 from models import base_flags
+from pretrained import PUBLISHED, read_weights
 from tasks import DiffusionTask, fingerprint
 from train import Config
 from unet import Tapped
@@ -198,12 +201,35 @@ def load_adapters(unet, state):
         words = state.get("modifiers", {})              # checked here; apply_concept adds them
         rows = {w: unet.text.text_model.embeddings.token_embedding.weight[0] for w in words}
         check_tensors(_tensors(made) | rows, state["adapter"] | words, "the adapter does not fit,")
-        if base_hash(unet) != state["base"]:
+        if state["base"] not in (None, base_hash(unet)):
             raise ValueError("the adapter's base has the same shape with other weights")
     for path, _, adapter in made:
         adapter.load_state_dict({k: state["adapter"][f"{path}.{k}"].clone()
                                  for k in adapter.state_dict()}, assign=True)
     _attach(unet, made)
+
+
+def read_adapter(path):
+    """A folder of unet-finetune, a file per block -> what adapter_state gives, of any base; else
+    None. Its place is in the config of its run, a .yaml inside or where its training leaves it.
+    Raises ValueError without. Source: its save_adapter_to_dir; its README, "Notation"."""
+    path, names = pathlib.Path(path), PUBLISHED["unet-finetune"]
+    if not (files := sorted(path.glob("*.adapter*.pt"))):
+        return None
+    configs = [*sorted(path.glob("../../configs/*-project.yaml")), *path.glob("*.yaml")]
+    if not configs:
+        raise ValueError(f"{path} is an adapter of unet-finetune: put the config of its run there, "
+                         "such as attn2o-ffni.yaml, which says where it stands")
+    config = configs[-1].read_text("utf-8", "replace").partition("adapter_config:")[2]
+    lines = re.findall(r"""^[ -]*(\w+): *["']?([\w.]+)""", config.split("_stage_config")[0], re.M)
+    said = {key: names.get(value, value) for key, value in lines}   # of several the last, as there
+    ours = lambda name: re.sub(r"adapter[\w.]*\d", lambda layer: names.get(layer[0], ""), name)
+    with built_from(configs[-1]):
+        spec = dict(read=said["din"], add=said["dout"], activation=said["method"],
+                    rank=int(said["mid_dim"]), scale=float(said["scale"]))
+        return {"spec": spec, "base": None, "adapter": {
+            f"denoiser.{ours(f'{file.stem}.{name}')}": w for file in files
+            for name, w in read_weights(file).items()}}
 
 
 # ---- analysis of variance ------------------------------------------------------------------------

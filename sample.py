@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 
 import data
-from adapters import load_adapters, set_scale
+from adapters import load_adapters, read_adapter, set_scale
 from checkpoint import load_checkpoint, save_checkpoint, write_safetensors, written_whole
 from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, load_concept
@@ -52,7 +52,7 @@ class Options:
     eta: float = flag(None, "ddim, euler: noise added back; 1 = as ddpm, or the SDE", "[0, 1]")
     seed: int = flag(None, "picture i is sampled from seed + i (default: 0)", "[0, 1e15)")
     batch_size: int = flag(None, "pictures at once (default: at most 64)", "[1, 1e9]")
-    base: str = flag(None, "--ckpt adapter.pt: the checkpoint that it was trained on")
+    base: str = flag(None, "--ckpt adapter.pt or of unet-finetune: what it was trained on")
     scale: float = flag(None, "--ckpt adapter.pt: its strength, 0 = off (default: as trained)")
     concept: str = flag(None, "a concept, ours or published: its words work in --prompt")
     weights: str = flag(None, "of a run: averaged (ema, default) or raw", "", ["ema", "model"])
@@ -78,7 +78,8 @@ class Options:
 def load(path, device="cpu", options=None):
     """Checkpoint -> (task, model in eval mode on the device). options: for what files do not say.
     Official files are known by their tensors. Raises ValueError for files that sample nothing."""
-    options, state = options or Options(), None if is_official(path) else load_checkpoint(path)
+    options = options or Options()
+    state = read_adapter(path) or (None if is_official(path) else load_checkpoint(path))
     if state is None:
         refuse(options, "weights base scale", f"is not for {path}, an official file")
         dtype = getattr(torch, options.dtype or ("float16" if device == "cuda" else "float32"))

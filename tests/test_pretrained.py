@@ -1,5 +1,6 @@
 """pretrained.py: shrunk files of every published form come back tensor for tensor."""
 import argparse
+import copy
 import json
 import pathlib
 import random
@@ -15,8 +16,9 @@ import torch
 
 import checkpoint
 import pretrained
+from adapters import load_adapters, read_adapter
 from checkpoint import save_checkpoint
-from conftest import fill_by_recipe, write_safetensors
+from conftest import fill_by_recipe, golden_case, write_safetensors
 from diffusion import GaussianDiffusion, RectifiedFlow
 from dit import DIT_CONFIGS, DiT
 from models import find_model, official_task
@@ -1002,6 +1004,83 @@ def test_a_compressed_delta_of_the_official_code(tmp_path):
     W, words = parts_of(tmp_path / "compressed_delta.ckpt")["concept"]
     same({"": W.pop(name)}, {"": {"u": u, "v": v}})
     assert not W and torch.equal(torch.stack([words["<new1>"], words["<new2>"]]), rows)
+
+
+THEIR_CONFIG = """model:
+  scale: 9
+  params:
+    unet_config:
+      params:
+        adapter_config: # where
+          {kind}_adp_config:
+            - type: inout # of several entries the last counts
+              din: transo
+              dout: transo
+              scale: 5.0
+            - type: inout
+              din: {din}
+              dout: {dout} #
+              mid_dim: {mid_dim}
+              method: "{method}"
+              # scale: 3.0
+              scale: {scale}
+    first_stage_config:
+      scale: 7"""
+
+
+def write_their_adapter(folder, tensors, said):
+    """{name in their U-Net: tensor} as its save_adapter_to_dir does: a file for every module that
+    has "adapter" in its name, so a transformer block's twice; and its config beside, as training
+    leaves it."""
+    files = {}
+    for name, w in tensors.items():
+        for end in ("adapter_inout", "adapter_inout.adp", "adapter"):
+            if f".{end}." in name:
+                block, rest = name.split(f".{end}.")
+                files.setdefault(f"{block}.{end}.pt", {})[rest] = w
+    for file, state in files.items():
+        write(folder / file, state)
+    config = folder.parent.parent / "configs/2023-04-01T12-00-00-project.yaml"
+    config.parent.mkdir()
+    config.write_text(THEIR_CONFIG.format(**said))
+    return config
+
+
+@pytest.mark.parametrize("case", ["attn1i_transo", "attn2c_attn2c", "attn2o_ffni", "resi_reso"])
+def test_an_adapter_of_unet_finetune_computes_the_official_numbers(case, tmp_path):
+    """Read from the folders that its training leaves; the output is that of the official code. With
+    folders that the official code wrote, outputs of its 20 configs differ by at most 2e-6."""
+    d, g = golden_case(f"adapter_unet_{case}")
+    (kind, said), state = next(iter(d["config"]["adapter_config"].items())), {}
+    fill_by_recipe(types.SimpleNamespace(
+        state_dict=lambda: {name: torch.zeros(shape) for name, shape in d["params"]},
+        load_state_dict=lambda filled, strict: state.update(filled)))
+    folder = tmp_path / "checkpoints/500-adapters"
+    config = write_their_adapter(folder, {k: w for k, w in state.items() if "adapter" in k},
+                                 {**said, "kind": kind})
+    unet = UNet(**{key: d["config"][key] for key in (
+        "in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks",
+        "attention_resolutions", "num_heads", "context_dim")})
+    unet.load_state_dict({name: w for name, w in state.items() if "adapter" not in name})
+    model, found = torch.nn.ModuleDict({"denoiser": unet}), read_adapter(folder)
+    bare = copy.deepcopy(model)
+    assert found["spec"]["scale"] == said["scale"]
+    load_adapters(model, found)
+    with torch.no_grad():
+        got = unet(g["in_x"], g["in_t"], g["in_context"])
+    assert (got - g["out_out"]).abs().max() < 1e-3 * g["out_out"].abs().max()
+    good = config.read_text()
+    for content, words in (("", "by .*its.yaml .KeyError"), (
+            good.replace(said["din"], "attn3"), "attn3"), (
+            good.replace(f"mid_dim: {said['mid_dim']}", "mid_dim: 7"), "tensors differ"), (
+            good.replace(f'"{said["method"]}"', "tanh"), "unknown activation 'tanh'")):
+        (folder / "its.yaml").write_text(content)           # one inside comes first
+        with pytest.raises(ValueError, match=words):
+            load_adapters(bare, read_adapter(folder))
+    (folder / "its.yaml").unlink(), config.unlink()
+    with pytest.raises(ValueError, match="500-adapters is an adapter .* put the config"):
+        read_adapter(folder)
+    assert read_adapter(tmp_path) is read_adapter(config) is None
 
 
 def unet_names(state):

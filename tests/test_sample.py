@@ -529,6 +529,37 @@ def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
                  {**state["adapter"], **state["modifiers"]}, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("read, add", [("ca_out", "ffn_in"), ("res_in", "res_out")])
+def test_an_adapter_of_unet_finetune_beside_its_base(tmp_path, capsys, read, add):
+    """Files as its code saves them, see test_pretrained.py: --base, and --scale as for ours."""
+    task, model = sample.load(BASE)
+    x, t, y = torch.randn(2, *task.shape), torch.tensor([3, 900]), task.tokenizer(["a circle"] * 2)
+    before = model(x, t, y)
+    add_adapters(model, read, add, rank=2, activation="silu", scale=2.0, init="official")
+    layers = {"down": "adapter_inout.adp.0", "up": "adapter_inout.adp.2"} if add == "ffn_in" else {
+        "before.0": "adapter.0", "down": "adapter.2", "up": "adapter.4"}
+    files = {}
+    for name, w in adapter_state(model)["adapter"].items():
+        ours = next(layer for layer in layers if f".{layer}." in name)
+        block, kind = name.removeprefix("denoiser.").split(f".{ours}.")
+        stem, _, layer = layers[ours].partition(".")
+        files.setdefault(f"{block}.{stem}.pt", {})[f"{layer}.{kind}"] = w
+    for file, tensors in files.items():
+        torch.save(tensors, tmp_path / file)
+    theirs = {"ca_out": "attn2o", "ffn_in": "ffni", "res_in": "resi", "res_out": "reso"}
+    (tmp_path / "x.yaml").write_text(f"adapter_config:\n  din: {theirs[read]}\n  dout: "
+                                     f"{theirs[add]}\n  mid_dim: 2\n  method: silu\n  scale: 2.0")
+    options = [sample.Options(base=BASE), sample.Options(base=BASE, scale=0.0)]
+    got, plain = (sample.load(str(tmp_path), options=o)[1](x, t, y) for o in options)
+    assert torch.equal(got, model(x, t, y)) and not torch.equal(got, before)
+    assert torch.equal(plain, before)
+    for flags, words in (([str(tmp_path)], "is an adapter: give the --base"),
+                         ([str(tmp_path / file)], "one file is one block: give --ckpt the folder")):
+        with pytest.raises(SystemExit):
+            sample.main(["--ckpt", *flags, "--out", str(tmp_path / "x.png")])
+        assert words in capsys.readouterr().err
+
+
 def test_a_concept_brings_its_word_and_its_matrices(tmp_path, capsys, monkeypatch):
     task, model = sample.load(BASE)
     unet = model.denoiser.state_dict()
