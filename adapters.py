@@ -201,7 +201,7 @@ def load_adapters(unet, state):
         words = state.get("modifiers", {})              # checked here; apply_concept adds them
         rows = {w: unet.text.text_model.embeddings.token_embedding.weight[0] for w in words}
         check_tensors(_tensors(made) | rows, state["adapter"] | words, "the adapter does not fit,")
-        if state["base"] not in (None, base_hash(unet)):
+        if state["base"] not in ("any", base_hash(unet)):
             raise ValueError("the adapter's base has the same shape with other weights")
     for path, _, adapter in made:
         adapter.load_state_dict({k: state["adapter"][f"{path}.{k}"].clone()
@@ -227,7 +227,7 @@ def read_adapter(path):
     with built_from(configs[-1]):
         spec = dict(read=said["din"], add=said["dout"], activation=said["method"],
                     rank=int(said["mid_dim"]), scale=float(said["scale"]))
-        return {"spec": spec, "base": None, "adapter": {
+        return {"spec": spec, "base": "any", "adapter": {
             f"denoiser.{ours(f'{file.stem}.{name}')}": w for file in files
             for name, w in read_weights(file).items()}}
 

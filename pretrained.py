@@ -175,8 +175,11 @@ def load_first_stage(path):
 
 
 # ---- names: CompVis, diffusers -------------------------------------------------------------------
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
-            "text": "cond_stage_model.transformer."}
+# names of others. Of diffusers: layers, {their layer: ours}, of a U-Net and an autoencoder outside
+# blocks, then inside each kind of block; places, {their block: ours}, see layer_names; of a config,
+# arguments, {key: ours}; usable, {key: all values that can be used}; folder: what is written
+PUBLISHED = json.loads((pathlib.Path(__file__).parent / "assets/published.json").read_text())
+PREFIXES = PUBLISHED["prefixes"]            # of the three parts in a CompVis file
 
 
 def split_compvis(state, _):
@@ -211,12 +214,6 @@ def _plain(state):
     return {text.sub("text_model.", name): w[:, :, None, None]
             if w.dim() == 2 and convolution.search(name) else w for name, w in state.items()
             if not name.startswith(("loss.", "model_ema.")) and not name.endswith("position_ids")}
-
-
-# names of others. Of diffusers: layers, {their layer: ours}, of a U-Net and an autoencoder outside
-# blocks, then inside each kind of block; places, {their block: ours}, see layer_names; of a config,
-# arguments, {key: ours}; usable, {key: all values that can be used}; folder: what is written
-PUBLISHED = json.loads((pathlib.Path(__file__).parent / "assets/published.json").read_text())
 
 
 def layer_names(part, blocks, levels, attends):

@@ -752,7 +752,7 @@ def test_a_thing_learns_an_adapter_and_its_word_together(scenes, tmp_path, monke
     assert torch.equal(off, plain) and not torch.equal(on, plain)
     assert not torch.equal(thing, word) and shown[1] == ["a <new1> circle"]
     for change, words in (({"modifiers": {"<new1>": torch.zeros(3)}}, "<new1>: file"),
-                          ({"modifiers": {"two words": torch.zeros(64)}}, "not a single word"),
+                          ({"modifiers": {"two words": torch.zeros(64)}}, "no single word"),
                           ({"modifiers": {"circle": torch.zeros(64)}}, "exists already")):
         save_checkpoint(tmp_path / "bad.pt", {**file, **change})
         with pytest.raises(ValueError, match=words):
