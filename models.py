@@ -11,7 +11,9 @@ import dataclasses
 import difflib
 import os
 import re
+import tempfile
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -319,25 +321,29 @@ def check_init(task, was, path):
 
 
 def save_encoded(config, settings, load_data):
-    """--save-latents: the data set as latents of its first stage, in half precision."""
+    """--save-latents: the data set as latents, in half precision. First into a file without a name,
+    as they, like the pictures of a folder, may be more than the memory holds."""
     out, stage = config.save_latents, load_first_stage(settings.first_stage).to(config.device)
     data.check_target(out, data.LATENTS_MARK)
-
-    def encode(images):                                                     # (n, C, H, W)
-        shape = stage.latent_shape(images.shape[1:])
-        if len(shape) != 3 or images.dtype != torch.uint8 or not stage.standardised:
-            raise ValueError("--save-latents needs --data of pictures, --first-stage of numbers, "
-                             "which was trained to its end")
-        return torch.cat([stage.encode(data.to_float(x.to(config.device))).half().cpu() for x in
-                          images.split(max(1, 1_024_000 // images.shape[-1] ** 2))])  # as in tasks
-    path = config.data.removeprefix("folder:")
-    if path != config.data:         # encoded as it is read: it may be more than the memory holds
-        z, *said, _ = read_folder(path, config.image_size, skip_bad=config.skip_bad, encode=encode)
-    else:
-        whole = load_data(config)
-        z = torch.cat([encode(x) for x in tqdm(whole.images.split(64), "encoding", disable=None)])
-        said = whole.labels, whole.captions, whole.class_names
-    data.save_latents(out, z, *said)
+    os.makedirs(folder := os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        def encode(images):                                 # (n, C, H, W) -> (n, 0, h, w)
+            shape = stage.latent_shape(images.shape[1:])
+            if len(shape) != 3 or images.dtype != torch.uint8 or not stage.standardised:
+                raise ValueError("--save-latents needs --data of pictures, --first-stage of "
+                                 "numbers, which was trained to its end")
+            for x in images.split(max(1, 1_024_000 // images.shape[-1] ** 2)):      # as in tasks
+                stage.encode(data.to_float(x.to(config.device))).half().cpu().numpy().tofile(file)
+            return torch.empty(len(images), 0, *shape[1:])
+        if config.data[:7] == "folder:":
+            z, *said, _ = read_folder(config.data[7:], config.image_size, skip_bad=config.skip_bad,
+                                      encode=encode)
+        else:
+            x = load_data(config)
+            said = x.labels, x.captions, x.class_names
+            z = torch.cat([encode(some) for some in tqdm(x.images.split(64), disable=None)])
+        z = torch.from_numpy(np.memmap(file, np.float16)).view(len(z), -1, *z.shape[2:])
+        data.save_latents(out, z, *said)
     print(f"{len(z):,} latents of {tuple(z.shape[1:])}; train on them with\n--data latents:{out} "
           f"--first-stage {settings.first_stage}")
 
@@ -411,12 +417,12 @@ def official_vq(path, parts, dtype, bpe, info):
         grid = 256 // 2 ** (len(infer_vqgan(stage)["multipliers"]) - 1)
     models = build(parts, torch.float32, {"vq": {"grid": grid}})
     model, text, tokenizer = models["vq"], models.get("text") or models.get("learned_null"), None
-    settings = settings_class("vq")(cfg_scale=1 + 2.0 * ("learned_null" in models))     # as there
     if text:
         tokenizer = clip_words(bpe, infer_text(text.state_dict()), path)
         tokenizer.pad, text.unit, text.end = 0, True, tokenizer.end
         model = TextConditional(model, text, tokenizer([""])[0], 0.1)
     info |= {"image_size": 256, "examples": ["a teddy bear playing in the pool"]}
+    settings = settings_class("vq")(cfg_scale=1 + 2.0 * ("learned_null" in models))     # as there
     task = DiffusionTask(settings, info, model, MaskReplace(models["vq"].steps, K, "released"),
                          models["vqgan"].eval().requires_grad_(False), tokenizer)
     task.dtype = dtype

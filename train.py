@@ -72,7 +72,6 @@ def make_step(config, dataset, task, held_out=None):
     low = config.precision == "bfloat16" or (config.precision == "auto" and device == "cuda")
     autocast = torch.autocast(device, torch.bfloat16, enabled=low)
     generator = torch.Generator(device)
-
     def micro_batch(s, micro, batches=batches):
         generator.manual_seed((config.seed * 1_000_003 + s) % 2 ** 63)
         draws = task.draw(config.batch_size, generator, device)     # of the whole batch,
@@ -80,7 +79,6 @@ def make_step(config, dataset, task, held_out=None):
         rows = slice(first, first + size)                           # of which these rows are ours
         batch = batches.batch(s, rows, draws.pop("flip"))
         return {**batch, **{name: value[rows] for name, value in draws.items()}}
-
     net = model if world == 1 else DistributedDataParallel(model, broadcast_buffers=False)
     if config.compile == "on" or (config.compile == "auto" and device == "cuda"):
         net.compile()                           # in place, so that names stay clean
@@ -108,7 +106,6 @@ def make_step(config, dataset, task, held_out=None):
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.float() / config.accum
         return sums, *update(config, model, ema, optimizers, s, vectors)
-
     others = held_out and data.Batches(task.prepare(held_out, device), config.batch_size, device)
     step.held_out = torch.no_grad()(lambda: task.loss(ema, **micro_batch(0, 0, others))[0].item())
     step.ema, step.optimizers = ema, optimizers

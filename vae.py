@@ -39,14 +39,12 @@ class FirstStage(nn.Module):
     kind, noisy, standardised = "", True, True
     matrices = r"(en|de)coder\.\d+\.conv"               # the convolutions of the residual blocks
     standardise = check_batch = lambda self, given: None         # nothing to measure, or to check
+    forward = lambda self, x, draws: self.objective(x, draws)   # DDP and torch.compile wrap forward
 
     def __init__(self, **sizes):
         super().__init__()
         self._sizes = tuple(sizes)
         vars(self).update(sizes)                        # each argument becomes an attribute
-
-    def forward(self, x, draws):
-        return self.objective(x, draws)                 # DDP and torch.compile wrap forward
 
     @property
     def sizes(self):

@@ -202,7 +202,6 @@ class MaskReplace:
         if o.start is not None:
             return o.start
         u = rand((*shape, 2), o.generator, o.device)                            # (B, N, 2)
-        # "fewer" and "purity" only fill in [MASK]s: all tokens start as [MASK]
         rate = self.gamma_bar[self.steps - 1].item() if sampler == "posterior" else 1.0
         xt = torch.where(u[..., 0] < rate, self.num_codes, (u[..., 1] * self.num_codes).long())
         if o.strength < 1:
