@@ -332,7 +332,7 @@ def save_encoded(config, settings, load_data):
             if len(shape) != 3 or images.dtype != torch.uint8 or not stage.standardised:
                 raise ValueError("--save-latents needs --data of pictures, --first-stage of "
                                  "numbers, which was trained to its end")
-            for x in images.split(max(1, 1_024_000 // images.shape[-1] ** 2)):      # as in tasks
+            for x in images.split(max(1, 262_144 // images.shape[-1] ** 2)):        # 4 of 256x256
                 stage.encode(data.to_float(x.to(config.device))).half().cpu().numpy().tofile(file)
             return torch.empty(len(images), 0, *shape[1:])
         if config.data[:7] == "folder:":

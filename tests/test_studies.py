@@ -743,7 +743,7 @@ def proof(tmp_path, monkeypatch, few_pictures):
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     monkeypatch.chdir(tmp_path)                             # where the classifier is kept
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")         # so that it is put back
-    monkeypatch.setattr(gpu_proof.bench, "limit", lambda *given: {"product": 1e11})
+    monkeypatch.setattr(gpu_proof.meters, "limit", lambda *given: {"product": 1e11})
 
     def run(*flags):
         gpu_proof.main(["--tiny", "--out", "proof", "--cifar", "pictures", *flags])
