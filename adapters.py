@@ -210,9 +210,9 @@ def load_adapters(unet, state):
 
 
 def read_adapter(path):
-    """A folder of unet-finetune, a file per block -> what adapter_state gives, of any base; else
-    None. Its place is in the config of its run, a .yaml inside or where its training leaves it.
-    Raises ValueError without. Source: its save_adapter_to_dir; its README, "Notation"."""
+    """A folder of unet-finetune, a file per block -> what adapter_state gives; else None. A config,
+    a .yaml inside or where its training leaves it, says its place: ValueError without. Source: its
+    save_adapter_to_dir; its README, "Notation"."""
     path, names = pathlib.Path(path), PUBLISHED["unet-finetune"]
     if not (files := sorted(path.glob("*.adapter*.pt"))):
         return None

@@ -38,7 +38,6 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])     # addcmul: a + b * c, one pass
 
 
-# ---- the four blocks -----------------------------------------------------------------------------
 class Block(nn.Module):
     """The standard ViT block, block(x (B, N, D), c (B, D), tokens (B, L, D)) -> (B, N, D).
     c, tokens: see joined. cross: after attention, x reads the tokens ("cross_attention"); else
@@ -93,7 +92,6 @@ BLOCKS = {"in_context": Block, "cross_attention": Block, "adaln": AdaLNBlock,
           "adaln_zero": AdaLNZeroBlock}
 
 
-# ---- layers of a block ---------------------------------------------------------------------------
 class Attention(nn.Module):
     """Multi-head attention, x (B, N, D) -> (B, N, D). Queries come from x, keys and values too, or
     if `cross` from tokens (B, L, D). Source: Vaswani et al. 2017 Eq. 1; DiT §3.2 (cross-attention).
@@ -122,7 +120,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
 
 
-# ---- the model -----------------------------------------------------------------------------------
 class DiT(nn.Module):
     """Diffusion transformer. The defaults are DiT-XL/2.
     input_size: side of x, in pixels or latent cells; num_classes: 0 = no classes, y is always the
@@ -239,7 +236,6 @@ class FinalLayer(nn.Module):
         return self.linear(x)                                                   # (B, N, p*p*C_out)
 
 
-# ---- embedders: timestep, class, position --------------------------------------------------------
 class TimestepEmbedder(nn.Module):
     """t (B,) -> (B, D): a sinusoid of 256 numbers, then an MLP. Source: DiT appendix A."""
 

@@ -419,7 +419,9 @@ def official_vq(path, parts, dtype, bpe, info):
     model, text, tokenizer = models["vq"], models.get("text") or models.get("learned_null"), None
     if text:
         tokenizer = clip_words(bpe, infer_text(text.state_dict()), path)
-        tokenizer.pad, text.unit, text.end = 0, True, tokenizer.end
+        tokenizer.pad, text.end = 0, tokenizer.end
+        text.text_model.final_layer_norm.register_forward_hook(     # states of length 1
+            lambda layer, inputs, x: x / x.norm(dim=-1, keepdim=True))
         model = TextConditional(model, text, tokenizer([""])[0], 0.1)
     info |= {"image_size": 256, "examples": ["a teddy bear playing in the pool"]}
     settings = settings_class("vq")(cfg_scale=1 + 2.0 * ("learned_null" in models))     # as there

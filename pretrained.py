@@ -265,7 +265,7 @@ def to_diffusers(task):
         values |= {"ids": ids, "pattern": words.WORD.pattern}
     files = _filled(rows[task.settings.schedule] | rows["clip" if words.open else "words"], values)
     for part, module in parts.items():
-        files |= _filled(rows[part], values | _turned(part, module))
+        files |= _filled(rows[part], values | turned(part, module))
     if "vae" not in parts or task.settings.schedule == "flow":      # no StableDiffusionPipeline
         files.pop("model_index.json", None)
     return files
@@ -278,7 +278,7 @@ def _filled(said, values):
     return values.get(said, said) if isinstance(said, str) else said
 
 
-def _turned(part, module):
+def turned(part, module):
     """from_diffusers the other way: a module -> {"tensors": {diffusers' name: w}, and sizes}."""
     s = PARTS[part][0](state := module.state_dict())
     for inner in module.modules():                          # what no shape shows

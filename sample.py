@@ -28,7 +28,8 @@ from cli import flag, one_line, parse, refuse, resolve_device
 from custom_diffusion import apply_concept, load_concept
 from data import make_grid, save_gif, save_grid, to_float, to_uint8
 from models import FAMILIES, MERGES, base_task, find_model, official_task, task_from
-from pretrained import PREFIXES, infer_dit, infer_udit, is_official, to_diffusers
+from pretrained import (CUSTOM, PREFIXES, infer_dit, infer_udit, is_official, to_diffusers,
+                        turned)
 from tasks import sample_all
 from udit import fold
 
@@ -120,20 +121,20 @@ def add_concept(path, task):
 def export(path, out, note="", form="", flags="", options=Options()):
     """Write what a checkpoint holds to `out`. form: "" in half precision, for sampling and --init;
     "official" as the official code reads it, also what was learned on options.base; "diffusers" a
-    folder. note, flags: of the command, lines inside. Raises ValueError."""
-    if form == "diffusers":
+    folder, also of a concept. note, flags: of the command, inside. Raises ValueError."""
+    state, base = {} if is_official(path) else load_checkpoint(path), options.base
+    if form == "diffusers" and "tensors" not in state:
         task, _ = load(path, options=options)
         files, config = to_diffusers(task), {"cfg_scale": task.settings.cfg_scale}
     else:
-        state, base = load_checkpoint(path), options.base
         if not base and not (state.get("task") in FAMILIES and ("opt" in state or form)):
-            raise ValueError(f"{path} is not the checkpoint of a run: say --official --base BASE")
+            raise ValueError(f"{path} is no run's checkpoint: say --official, --base BASE")
         if not form:
             small = halved({k: v for k, v in state.items() if k not in ("model", "opt")})
             return save_checkpoint(out, {"made_by": EXPORTED, **small, "note": note})
-        tensors, config = learned(path, state, base) if base else official(path, state)
-        files, end = {"": tensors}, ".ckpt" if "state_dict" in tensors else ".safetensors"
-        if pathlib.Path(out).suffix != end:
+        files, config = learned(path, state, base, form) if base else official(path, state)
+        end = ".ckpt" if "state_dict" in files.get("", ()) else ".safetensors"
+        if form == "official" and pathlib.Path(out).suffix != end:
             raise ValueError(f"--export {out}: give a name that ends in {end}")
     about = {"made_by": EXPORTED, "licence": LICENCE, "note": note,
              "command": f"python sample.py {flags}", "config": json.dumps(config)}
@@ -142,8 +143,8 @@ def export(path, out, note="", form="", flags="", options=Options()):
             if name.endswith((".json", ".txt")):
                 text = content if isinstance(content, str) else json.dumps(content, indent=1)
                 file.write(text.encode())
-            elif "state_dict" in content:                   # the official code reads no other
-                torch.save({**content, **about}, file)
+            elif "state_dict" in content or name.endswith(".bin"):      # they read no other
+                torch.save(content if name else {**content, **about}, file)
             else:
                 write_safetensors(file, content, {"format": "pt", **about})
 
@@ -170,21 +171,29 @@ def official(path, state):
     for key in [k for k in there if here.get(k) not in (None, there[k])]:
         raise ValueError(f"{path} has {key} {here[key]}, and the official code {there[key]}: it "
                          "would draw something else")
-    return tensors, there
+    return {"": tensors}, there
 
 
-def learned(path, state, base):
-    """The same of an adapter, with its spec, or a concept, as the delta.ckpt of the official code.
-    Raises ValueError if it does not belong to `base`. Source: get_deltas.py."""
-    task = base_task(base)
+def learned(path, state, base, form):
+    """The same of an adapter, with its spec, or a concept: delta.ckpt, or for load_attn_procs and
+    load_textual_inversion of diffusers. ValueError for another base. Source: get_deltas.py."""
+    model = base_task(base).model
     if "adapter" in state:
-        load_adapters(task.model, state)                    # it fits
+        load_adapters(model, state)                         # it fits
         tensors = {**state["adapter"], **state.get("modifiers", {})}            # and new words
-        return tensors, {**state["spec"], "base": state["base"]}
-    W, rows, things = load_concept(path, task.model.denoiser.state_dict())
+        return {"": tensors}, {**state["spec"], "base": state["base"]}
+    W, rows, things = load_concept(path, unet := model.denoiser.state_dict())
+    if form == "diffusers":
+        theirs = dict(zip(unet, turned("unet", model.denoiser)["tensors"]))
+        place = lambda name: re.sub(r"(to_[a-z]+)", r"processor.\1_custom_diffusion", theirs[name])
+        if not all(".attn2." in name for name in W):
+            raise ValueError(f"{path} changes more than diffusers can load: --part kv, crossattn")
+        new = {place(name): w for name, w in W.items()}                 # {}: as it was
+        new |= {name[:-11] + "processor": {} for name in theirs.values() if "attn1.to_q" in name}
+        return {f"{CUSTOM}.bin": new, **{f"{w}.bin": {w: row} for w, row in rows.items()}}, {}
     W = {PREFIXES["unet"] + name: w for name, w in W.items()}
     W |= {"embed": torch.stack([*rows.values()])} if rows else {}               # (words, D)
-    return {"state_dict": W}, {"concepts": things}
+    return {"": {"state_dict": W}}, {"concepts": things}
 
 
 def choose_classes(text, names, count):
@@ -300,8 +309,8 @@ def main(argv):
     options, = parse([re.sub("^--class(?=$|=)", "--classes", x) for x in argv], __doc__, Options)
     if options.export:
         form = "official" * bool(options.official) or "diffusers" * bool(options.diffusers)
-        also = {"official": "base", "diffusers": "base bpe vae weights", "": ""}[form].split()
-        unread = vars(options).keys() - {"ckpt", "export", "note", "official", "diffusers", *also}
+        also = "base" if form and options.base else "bpe vae weights" * (form == "diffusers")
+        unread = vars(options).keys() - {*f"ckpt export note official diffusers {also}".split()}
         refuse(options, " ".join(sorted(unread)), "is not read beside --export: leave one out")
         data.check_target(options.export, EXPORTED.encode())
         export(options.ckpt, options.export, options.note or "", form, shlex.join(argv), options)

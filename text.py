@@ -71,8 +71,6 @@ class TextEncoder(nn.Module):
     """Token ids (B, L) -> states (B, L, D), one per token, which cross-attention reads; vocab_size,
     max_length: the tokenizer's; D, hidden_size: the context width. Source: CLIP §2.4; LDM §3.3."""
 
-    unit = False                        # True: states of length 1, as VQ-Diffusion's files want
-
     def __init__(self, vocab_size, max_length, hidden_size=64, depth=2, num_heads=4, mlp_ratio=4.0):
         super().__init__()
         self.vocab_size, self.max_length, self.hidden_size = vocab_size, max_length, hidden_size
@@ -113,8 +111,7 @@ class TextEncoder(nn.Module):
         x = x + embeddings.position_embedding.weight[:ids.shape[1]]                 # (B, L, D)
         for layer in self.text_model.encoder.layers:
             x = layer(x)
-        x = self.text_model.final_layer_norm(x)                                     # (B, L, D)
-        return nn.functional.normalize(x, dim=-1) if self.unit else x
+        return self.text_model.final_layer_norm(x)                                  # (B, L, D)
 
 
 class TextConditional(nn.Module):

@@ -323,10 +323,9 @@ class AutoencoderKL(FirstStage):
 
 
 class VQGAN(VQVAE):
-    """VQ-Diffusion's published tokenizer: pictures <-> tokens, num_codes of its `total` codes. It
-    does not learn here. dim: of a code; logits: the encoder scores all codes (Gumbel), instead of
-    looking for the nearest; sizes: of kl_networks. Buffers: codes (total, dim); token (total,),
-    which token a code is. Source: VQ-Diffusion §3.1; Esser et al. 2021 §3.1."""
+    """VQ-Diffusion's published tokenizer. Tokens are num_codes of `total` codes. dim: of a code;
+    logits: the encoder scores all codes (Gumbel), and looks for no nearest; sizes: of kl_networks.
+    Buffers: codes (total, dim); token (total,), of each code. Source: VQ-Diffusion §3.1; VQGAN."""
     kind, matrices = "vqgan", r"(?!)"                                       # matches no name
 
     def __init__(self, num_codes, total, dim, logits, image_size=256, **sizes):

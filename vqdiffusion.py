@@ -233,7 +233,6 @@ def race(p, u):
     return (p / -torch.log(u)).argmax(-1)
 
 
-# --- the network
 class AdaLayerNorm(nn.Module):
     """LayerNorm of x (B, N, D); scale and shift depend on an index (B,), a step or a class, below
     count: a table has a learned vector for each. Source: VQ-Diffusion §4.3 (AdaLN)."""
@@ -326,8 +325,7 @@ class VQTransformer(nn.Module):
     "class" (B,), or "none", not read; class_dropout_prob: of classes, as in DiT; mlp: "fc", "conv";
     relative: rotary angles and a learned bias per head and offset in self-attention, beside the
     published tables; codebook: the VQ-VAE's, to start code vectors; table: side of the tables of
-    places, if not grid: those of 16x16 files have 32, of which the first 256 places are read.
-    Source: VQ-Diffusion §4.3."""
+    places, of which the first N are read (default: grid). Source: VQ-Diffusion §4.3."""
     matrices = r"blocks\.\d+\.(attn\d?\.(?!bias)|mlp|ln\w*\.linear)"  # Muon's share (optim.py)
 
     def __init__(self, num_codes=256, grid=8, hidden_size=128, depth=4, num_heads=4, steps=100,

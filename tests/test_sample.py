@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 from types import SimpleNamespace
 
@@ -387,7 +388,7 @@ def test_exported_checkpoints_are_small_and_sample_nearly_the_same(
     more = load_checkpoint(tmp_path / "more" / "ckpt.pt")["ema"]
     assert_close({k: w for k, w in more.items()}, {k: w.float() for k, w in state["ema"].items()})
     for flags, words in ((["--weights", "model"], "leave out --weights"),
-                         (["--export", str(tmp_path / "x.pt")], "not the checkpoint of a run")):
+                         (["--export", str(tmp_path / "x.pt")], "is no run's checkpoint: say")):
         with pytest.raises(SystemExit):
             sample.main(["--ckpt", str(small), *flags])
         assert words in capsys.readouterr().err
@@ -527,6 +528,41 @@ def test_what_was_learned_goes_out_as_others_read_it(tmp_path, capsys):
     assert json.loads(about["config"]) == {**state["spec"], "base": state["base"]}
     assert_close(read_weights(tmp_path / "adapter.safetensors"),
                  {**state["adapter"], **state["modifiers"]}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", [r"attn2\.to_[kv]", r"attn2\."])
+def test_a_concept_goes_out_as_diffusers_reads_it(tmp_path, capsys, part):
+    """The files of its train_custom_diffusion.py. Loaded by diffusers 0.42's load_attn_procs, the
+    outputs of unet-scenes with a concept of either kind differ from ours by 8e-7 of their norm."""
+    unet = {name: w.clone() for name, w in sample.load(BASE)[1].denoiser.state_dict().items()}
+    W = {name: w + 0.1 for name, w in unet.items() if re.search(part, name)}
+    concept, row, folder = str(tmp_path / "concept.pt"), torch.randn(64), tmp_path / "there"
+    save_concept(concept, W, {"<new1>": row}, ["<new1> circle"], unet)
+    go = lambda out, *more: sample.main(["--ckpt", concept, "--export", str(tmp_path / out),
+                                         "--diffusers", *more])
+    go("there", "--base", BASE)
+    assert {file.name for file in folder.iterdir()} == {"pytorch_custom_diffusion_weights.bin",
+                                                        "<new1>.bin"}
+    assert torch.equal(torch.load(folder / "<new1>.bin", weights_only=True)["<new1>"], row)
+    new = torch.load(folder / "pytorch_custom_diffusion_weights.bin", weights_only=True)
+    block = "up_blocks.0.attentions.0.transformer_blocks.0.attn"
+    assert new[f"{block}1.processor"] == {}                 # every attention layer has an entry
+    layers = {re.sub(r"(processor).*", r"\1", name) for name in new}
+    assert len(layers) == sum("to_q" in name for name in unet) and f"{block}2.processor" in layers
+    assert f"{block}2.processor.to_k_custom_diffusion.weight" in new
+    assert (f"{block}2.processor.to_out_custom_diffusion.0.bias" in new) == (part == r"attn2\.")
+    again, rows = read_official(folder)[1]["concept"]
+    assert_close(again, W, rtol=0, atol=0)
+    assert torch.equal(rows["<new1>"], row)
+    for flags, words in (((), "say --official, --base BASE"), (("--base", BASE, "--vae", "x"),
+                                                               "--vae is not read beside")):
+        with pytest.raises(SystemExit):
+            go("new", *flags)
+        assert words in capsys.readouterr().err
+    save_concept(concept, unet, {"<new1>": row}, ["<new1> circle"], unet)
+    with pytest.raises(SystemExit):
+        go("new", "--base", BASE)
+    assert "changes more than diffusers can load" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("read, add", [("ca_out", "ffn_in"), ("res_in", "res_out")])
