@@ -311,7 +311,7 @@ def main(argv):
         form = "official" * bool(options.official) or "diffusers" * bool(options.diffusers)
         also = "base" if form and options.base else "bpe vae weights" * (form == "diffusers")
         unread = vars(options).keys() - {*f"ckpt export note official diffusers {also}".split()}
-        refuse(options, " ".join(sorted(unread)), "is not read beside --export: leave one out")
+        refuse(options, " ".join(sorted(unread)), "is not read beside --export, --base: omit it")
         data.check_target(options.export, EXPORTED.encode())
         export(options.ckpt, options.export, options.note or "", form, shlex.join(argv), options)
         return print(f"exported to {options.export}")
