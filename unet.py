@@ -211,7 +211,7 @@ class UNet(nn.Module):
     def forward(self, x, t, context):
         """x (B, C, H, W), t (B,) in 0..999, context (B, L, D_ctx) -> (B, C_out, H, W)."""
         if x.shape[2] % self.min_size or x.shape[3] % self.min_size:
-            raise ValueError(f"a {x.shape[2]}x{x.shape[3]} map: take multiples of {self.min_size}")
+            raise ValueError(f"sides {tuple(x.shape[2:])} must be multiples of {self.min_size}")
         if context.dim() != 3 or context.shape[2] != self.context_dim:
             raise ValueError(f"context has shape {tuple(context.shape)}, expected (batch, tokens, "
                              f"{self.context_dim}): change context_dim or the text encoder")
