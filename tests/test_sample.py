@@ -410,7 +410,7 @@ def test_class_names_that_are_no_text_are_refused(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, Model", [("pixel", DiT), ("udit", UDiT)])
-def test_an_official_file_draws_the_same(runs, tmp_path, name, Model):
+def test_an_official_file_draws_the_same(runs, tmp_path, capsys, name, Model):
     """Its names are those of the official code (test_dit.py, test_udit.py), and the config says
     what its class is to be made with. In the official code, with its own sampler and guidance,
     pictures differ by 2e-7 (DiT) and 6e-7 (U-DiT) of their norm."""
@@ -432,6 +432,9 @@ def test_an_official_file_draws_the_same(runs, tmp_path, name, Model):
     assert torch.equal(model(x, t, y), again(x, t, y))
     if name == "pixel":                                     # a U-DiT's file shows no size
         assert torch.equal(model(x, t, y), sample.load(str(path))[1](x, t, y))
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", str(ckpt), "--export", str(path), "--official", "--weights", "ema"])
+    assert "--weights is not read beside --export" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, words", [

@@ -678,6 +678,10 @@ def test_verdicts_of_the_vq_studies_by_made_up_rows(tmp_path, monkeypatch):
         for k in range(3) for arm, n in better.items()])
     vq_chain.MASKS.add(*[{"steps": 1500, "rate": rate, "seed": k, **runs, "two": 0.5,
                           "bound": 1.6 + 0.2 * rate} for k in range(3) for rate in (0.0, 0.5, 1.0)])
+    vq_chain.MASKS.add(*[{"steps": 6000, "rate": rate, "seed": k, **runs, "two": 0.7,
+                          "bound": 9 * rate} for k in range(3) for rate in (0.9, 1.0)])
+    vq_chain.JUMPS.add(*[{"steps": 6000, "seed": k, "way": "5 calls", **axes, "two": 0.8}
+                         for k in range(3)])
     vq_chain.JUMPS.add(*[{"steps": 3000, "seed": k, "way": way, **axes, "two": 0.5 + noise(k),
                           "all": 0.9 - 0.3 * ("released" in way) + noise(k) * len(way)}
                          for k in range(3) for way in vq_chain.WAYS])
@@ -693,6 +697,8 @@ def test_verdicts_of_the_vq_studies_by_made_up_rows(tmp_path, monkeypatch):
     assert verdict["(ours) with 5 calls exact jumps beat the released ones"] == "**comes out**"
     assert verdict["purity beats the same number of tokens anywhere"] == "not decidable here"
     assert "| without bias | 3 | 1.800 ± 0.000 |" in said and "| 0.9 | 3 | 1.700" in said
+    assert "| 1.0 | 3 | 1.800" in said and "| 1.0 | 3 | 9.000" in said      # of 1,500, of 6,000
+    assert "| 0.9 | 3 | 8.100" in said and "| 5 calls | 3 | 80.0 " in said
     assert "| model | 0.86 | 3 | 97.0 ± 0.0 | 90.0 ± 0.0 |" in vq_base.report()
     study, table = vq_autoregressive, vq_autoregressive.TABLE
     table.add(*[{"model": name, "seed": k, **axes, "two": 0.9, "all": right + noise(k)} for k in
