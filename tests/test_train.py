@@ -786,7 +786,7 @@ def test_latents_that_the_model_cannot_halve_are_said_before_the_first_stage(tmp
                                                                              capsys):
     line = refused(capsys, "--model", "unet-tiny", "--image-size", "28", "--data",
                    f"folder:{scenes}", "--out", tmp_path / "run")
-    assert "7x7" in line and not list(tmp_path.iterdir())
+    assert "sides (7, 7)" in line and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["config.json", "log.csv"])
